@@ -1,0 +1,49 @@
+# `make` alone lists the targets. Everything runs in .venv, which `setup` builds and keeps current.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# The first interpreter that runs; the set-up program says so if it is not Python 3.11.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv/bin
+
+.PHONY: help setup demo test test-long lint format typecheck wheel clean distclean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup:  ## Build or refresh .venv (about 7 minutes the first time)
+	@test -n "$(PYTHON)" || { echo "setup: no Python found; install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) tools/dev/setup_env.py
+
+demo: setup  ## Train, test and paint a small detector and segmenter on generated data
+	$(VENV)/python tools/demo.py
+
+# pytest comes last, so that its summary ends the output.
+test: lint typecheck  ## Lint, check types, run the tests
+	$(VENV)/python -m pytest tests
+
+test-long: setup  ## Run the tests marked `long`, which take minutes
+	$(VENV)/python -m pytest tests -m long
+
+lint: setup  ## Check style and formatting
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+format: setup  ## Mend what ruff can mend
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+typecheck: setup  ## Check the types of mmsoft/
+	$(VENV)/mypy
+
+wheel: setup  ## Build the wheel and the source distribution into dist/
+	$(VENV)/python -m build --no-isolation --outdir dist
+
+clean:  ## Remove caches and build outputs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## Also remove .venv, data and results
+	rm -rf .venv data work_dirs

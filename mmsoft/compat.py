@@ -1,0 +1,75 @@
+"""What MMSOFT needs from the packages around it, and mends for their known faults."""
+
+import re
+import sys
+from importlib import metadata
+
+# Import name -> (distributions that provide it, lowest version, first version too new).
+# torch 2.4 brought torch.serialization.add_safe_globals; mmdet and mmseg refuse mmcv 2.2.
+CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    "torch": (("torch",), "2.4", None),
+    "mmengine": (("mmengine", "mmengine-lite"), "0.10.4", "1.0"),
+    "mmcv": (("mmcv", "mmcv-lite"), "2.0.0", "2.2.0"),
+}
+
+
+def check_versions() -> None:
+    """Check that every core dependency is installed in a version that works.
+
+    Only package metadata is read; nothing is imported.
+
+    Raises:
+        ImportError: a core dependency is missing or out of range. The message names the version
+            found and the range wanted. (A RuntimeError with the same message if MMEngine's
+            registry is importing the package, because it hides import errors.)
+    """
+    for name, (distributions, low, high) in CORE_DEPENDENCIES.items():
+        wanted = f"{name}>={low}" + (f",<{high}" if high else "")
+        found = _installed_version(distributions)
+        if found is None:
+            raise _error_type()(f"mmsoft needs {wanted}, but {name} is not installed.")
+        if _release(found) < _release(low) or (high and _release(found) >= _release(high)):
+            raise _error_type()(f"mmsoft needs {wanted}, but {name} {found} is installed.")
+
+
+def register_config_prefix() -> None:
+    """Let ``_base_ = 'mmsoft::folder/name.py'`` resolve once the package is imported."""
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    # MMEngine looks for `.mim` in the folder of an installed distribution, which for an editable
+    # install is site-packages/mmsoft and does not exist. Given the name of a module instead, it
+    # falls back to that module's own folder, which is right for every kind of install.
+    MODULE2PACKAGE.setdefault("mmsoft", "mmsoft.version")
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let torch 2.6 and newer load the checkpoints that MMEngine writes."""
+
+
+def _installed_version(distributions: tuple[str, ...]) -> str | None:
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Give the numbers before any suffix: '2.13.0+cpu' and '2.13.0rc1' both give (2, 13)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(number) for number in match.group().split(".")] if match else [0]
+    while numbers and numbers[-1] == 0:  # so that 2.4 and 2.4.0 are equal
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _error_type() -> type[Exception]:
+    # `type='mmsoft.X'` makes MMEngine import us inside a `try` that drops ImportErrors; the user
+    # would only read that X is not registered.
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "mmengine.registry.registry":
+            return RuntimeError
+        frame = frame.f_back  # type: ignore[assignment]
+    return ImportError

@@ -1,0 +1,14 @@
+"""The registries of MMSOFT: children of MMEngine's, with scope ``mmsoft``.
+
+MMEngine imports this module by itself when it first meets ``type='mmsoft.X'``, and the modules in
+``locations`` when it first looks something up, so configs need no ``custom_imports``. It swallows
+an ImportError raised here and reports only that ``X`` is not registered: keep this file free of
+anything that can fail.
+"""
+
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+MODELS = Registry("model", scope="mmsoft", parent=MMENGINE_MODELS, locations=["mmsoft.models"])
+
+__all__ = ["MODELS"]
