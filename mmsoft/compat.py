@@ -2,7 +2,9 @@
 
 import re
 import sys
+from collections.abc import Callable
 from importlib import metadata
+from pickle import UnpicklingError
 
 # Import name -> (distributions that provide it, lowest version, first version too new).
 # torch 2.4 brought torch.serialization.add_safe_globals; mmdet and mmseg refuse mmcv 2.2.
@@ -43,7 +45,51 @@ def register_config_prefix() -> None:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let torch 2.6 and newer load the checkpoints that MMEngine writes."""
+    """Let torch 2.6 and newer load the checkpoints that MMEngine writes.
+
+    Since torch 2.6 ``torch.load`` accepts only listed globals, and MMEngine (up to 0.10.7) neither
+    lists what its message hub pickles nor asks for the old behaviour, so it cannot resume or test
+    from its own files (open-mmlab/mmengine issue 1655). The list here is what such files need and
+    no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers.
+    """
+    import torch
+
+    if _release(torch.__version__) < (2, 6):
+        return
+
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    # Where NumPy 2 keeps the functions that rebuild arrays and scalars, and where NumPy 1 did.
+    multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+    rebuilders = [
+        (getattr(multiarray, function), f"numpy.{core}.multiarray.{function}")
+        for function in ("_reconstruct", "scalar")
+        for core in ("core", "_core")
+    ]
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_statistic, "builtins.getattr"),
+            np.ndarray,
+            np.dtype,
+            *dtypes,
+            *rebuilders,
+        ]
+    )
+
+
+def _history_statistic(owner: type, name: str) -> Callable[..., float]:
+    """Stand in for `getattr` where a history buffer's pickle asks for its methods, and only there.
+
+    The real `getattr` in the list would let a crafted file reach any attribute of listed objects.
+    """
+    from mmengine.logging import HistoryBuffer
+
+    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
+        return getattr(HistoryBuffer, name)
+    raise UnpicklingError(f"refused getattr({owner!r}, {name!r}) in a checkpoint")
 
 
 def _installed_version(distributions: tuple[str, ...]) -> str | None:
