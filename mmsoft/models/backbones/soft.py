@@ -1,0 +1,331 @@
+"""The SOFT and SOFT++ backbones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmsoft.ops.attention import SOLVERS
+from mmsoft.registry import MODELS
+
+from ..layers import SOFTBlock, SoftmaxBlock, Stage, patch_embedding, stem
+
+# SOFT++ (arXiv 2207.03341), table 2. Small's stage 3 has 7 blocks: the release says 20, which fits
+# neither the published parameters nor those of the detectors.
+ARCHS: dict[str, dict[str, list[int]]] = {
+    "tiny": dict(embed_dims=[64, 128, 320, 512], depths=[1, 2, 3, 2], num_heads=[2, 4, 10, 16]),
+    "small": dict(embed_dims=[64, 128, 320, 512], depths=[1, 3, 7, 4], num_heads=[2, 4, 10, 16]),
+    "medium": dict(embed_dims=[64, 128, 288, 512], depths=[1, 3, 29, 5], num_heads=[2, 4, 9, 16]),
+    "large": dict(embed_dims=[64, 128, 320, 512], depths=[1, 3, 40, 5], num_heads=[2, 4, 10, 16]),
+    "huge": dict(embed_dims=[64, 128, 352, 512], depths=[1, 5, 49, 5], num_heads=[2, 4, 11, 16]),
+}
+ARCH_ALIASES = {name[0]: name for name in ARCHS}
+_STAGES = 4
+_OPTIONAL_ARCH = dict(landmark_strides=[8, 4, 2], value_kernels=[9, 5, 3])
+OUT_TYPES = ("featmap", "cls_token")
+
+
+def resolve_arch(arch: str | dict) -> dict[str, list[int]]:
+    """Look up and check an architecture.
+
+    Args:
+        arch: a name or alias of ``ARCHS``, or a dict with ``embed_dims``, ``depths``, ``num_heads``
+            (4 positive integers each) and optionally ``landmark_strides``, ``value_kernels`` (3
+            each, for the softmax-free stages).
+
+    Returns:
+        All five lists.
+
+    Raises:
+        TypeError, ValueError: naming what is wrong.
+    """
+    if isinstance(arch, str):
+        name = ARCH_ALIASES.get(arch.lower(), arch.lower())
+        if name not in ARCHS:
+            known = ", ".join(f"'{k}' ('{k[0]}')" for k in ARCHS)
+            raise ValueError(f"arch '{arch}' is unknown; choose {known}, or pass a dict")
+        arch = ARCHS[name]
+    elif not isinstance(arch, dict):
+        raise TypeError(f"arch must be a name or a dict, got {type(arch).__name__}")
+    required = set(ARCHS["tiny"])
+    if missing := required - set(arch):
+        raise ValueError(f"arch lacks {sorted(missing)}")
+    if unknown := set(arch) - required - set(_OPTIONAL_ARCH):
+        raise ValueError(f"arch has unknown keys {sorted(unknown)}")
+    resolved = {**_OPTIONAL_ARCH, **arch}
+    for key, values in resolved.items():
+        length = _STAGES - 1 if key in _OPTIONAL_ARCH else _STAGES
+        if not isinstance(values, (list, tuple)) or len(values) != length:
+            raise ValueError(f"arch[{key!r}] must list {length} integers, got {values!r}")
+        if not all(isinstance(value, int) and value > 0 for value in values):
+            raise ValueError(f"arch[{key!r}] must hold positive integers, got {values!r}")
+    for dims, heads in zip(resolved["embed_dims"], resolved["num_heads"]):
+        if dims % heads:
+            raise ValueError(f"arch['embed_dims'] {dims} is no multiple of its num_heads {heads}")
+    if any(kernel % 2 == 0 for kernel in resolved["value_kernels"]):
+        raise ValueError(f"arch['value_kernels'] must be odd, got {resolved['value_kernels']}")
+    return {key: list(values) for key, values in resolved.items()}
+
+
+@MODELS.register_module()
+class SOFT(BaseModule):
+    """SOFT: Softmax-free Transformer with Linear Complexity (arXiv 2110.11945).
+
+    Stages 1 to 3 are post-norm blocks of softmax-free attention, stage 4 has ordinary attention and
+    a class token. :class:`SOFTPlusPlus` is the variant made for dense prediction.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, their initials, or a
+            dict (see :func:`resolve_arch`). Defaults to ``'tiny'``.
+        img_size: (height, width) or side in pixels for which position embeddings are kept; they are
+            resized to whatever comes in. 224 in the release.
+        in_channels: channels of the image.
+        out_indices: stages whose features are returned, of 0 to 3. Later stages are not built.
+        out_type: ``'featmap'`` for ``[B, C, H, W]`` of each stage in ``out_indices``;
+            ``'cls_token'`` for the class token ``[B, C]`` (``out_indices`` must be ``(3,)``).
+        max_landmarks: average-pool the landmarks' grid to at most this many; ``None`` lets them
+            grow with the image, as released (cost then grows with their cube).
+        solver: ``'newton'`` or ``'direct'``, see :func:`mmsoft.ops.softmax_free_attention`.
+        newton_steps: Newton-Raphson steps, part of the model; 20 in the release.
+        landmark_sampling: ``'conv'`` or ``'avg'``.
+        landmark_norm_init: initial weight of the landmarks' LayerNorm. 1 in the release, where the
+            attention starts nearly silent; loaded weights are not affected.
+        drop_rate: dropout after position embeddings, projections and MLPs.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        frozen_stages: freeze the stem (0) or the first n stages (n >= 1); -1 for nothing.
+        norm_eval: keep BatchNorm in evaluation mode while training.
+        norm_cfg: norm of the patch embeddings' convolutions, e.g. ``dict(type='SyncBN')``.
+        with_cp: gradient checkpointing of every block.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.
+
+    Raises:
+        TypeError, ValueError: an argument is off; the message names it.
+    """
+
+    normalize = False
+
+    def __init__(
+        self,
+        arch: str | dict = "tiny",
+        *,
+        img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_type: str = "featmap",
+        max_landmarks: int | None = None,
+        solver: str = "newton",
+        newton_steps: int = 20,
+        landmark_sampling: str = "conv",
+        landmark_norm_init: float = 0.3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        norm_cfg: dict | None = None,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg=init_cfg)
+        self.arch_settings = resolve_arch(arch)
+        self.out_indices = _check_out_indices(out_indices, out_type)
+        self.out_type = out_type
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        _check_choice("solver", solver, SOLVERS)
+        _check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
+        _check_int("in_channels", in_channels, 1)
+        _check_int("newton_steps", newton_steps, 1)
+        _check_int("frozen_stages", frozen_stages, -1, _STAGES)
+        if max_landmarks is not None:
+            _check_int("max_landmarks", max_landmarks, 1)
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+            raise ValueError(f"img_size must be one or two positive integers, got {img_size!r}")
+
+        norm_cfg = norm_cfg or dict(type="BN")
+        dims, depths = self.arch_settings["embed_dims"], self.arch_settings["depths"]
+        drop_path = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        self.stages = nn.ModuleList()
+        for i in range(max(self.out_indices) + 1):
+            size = (_halve(size[0]), _halve(size[1]))
+            if i == 0:
+                size = (_halve(size[0]), _halve(size[1]))
+            common: dict[str, Any] = dict(
+                embed_dims=dims[i],
+                num_heads=self.arch_settings["num_heads"][i],
+                drop_rate=drop_rate,
+            )
+            rates = drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
+            is_last = i == _STAGES - 1
+            blocks: list[nn.Module]
+            if is_last:
+                blocks = [SoftmaxBlock(drop_path=rate, **common) for rate in rates]
+            else:
+                blocks = [
+                    SOFTBlock(
+                        drop_path=rate,
+                        landmark_stride=self.arch_settings["landmark_strides"][i],
+                        value_kernel=self.arch_settings["value_kernels"][i],
+                        normalize=self.normalize,
+                        max_landmarks=max_landmarks,
+                        landmark_sampling=landmark_sampling,
+                        landmark_norm_init=landmark_norm_init,
+                        solver=solver,
+                        newton_steps=newton_steps,
+                        **common,
+                    )
+                    for rate in rates
+                ]
+            if i == 0:
+                patch_embed = stem(in_channels, dims[0], norm_cfg)
+            else:
+                patch_embed = patch_embedding(dims[i - 1], dims[i], norm_cfg)
+            self.stages.append(
+                Stage(patch_embed, blocks, dims[i], size, is_last, drop_rate, with_cp)
+            )
+        if len(self.stages) == _STAGES:
+            self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self._initialise()
+        self._freeze()
+
+    def _initialise(self) -> None:
+        """Initialise for training from scratch; ``init_cfg`` may load weights over this later."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Stage):
+                nn.init.trunc_normal_(module.pos_embed, std=0.02)
+                if module.cls_token is not None:
+                    nn.init.trunc_normal_(module.cls_token, std=0.02)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])
+        if self.frozen_stages == 0:
+            frozen.append(self.stages[0].get_submodule("patch_embed"))
+        if self.frozen_stages == _STAGES == len(self.stages):
+            frozen.append(self.norm)
+        return frozen
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.eval()
+            module.requires_grad_(False)
+        if self.frozen_stages == 0:
+            self.stages[0].get_parameter("pos_embed").requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "SOFT":
+        """Switch mode, keeping frozen stages, and with ``norm_eval`` BatchNorm, in evaluation."""
+        super().train(mode)
+        if mode:
+            for module in self._frozen_modules():
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute features.
+
+        Args:
+            x: images ``[B, in_channels, H, W]`` of any size.
+
+        Returns:
+            One tensor per entry of ``out_indices``: ``[B, C_i, ceil(H/s), ceil(W/s)]`` with s = 4,
+            8, 16, 32, in channels-last memory; or the class token ``[B, C_4]``.
+
+        Raises:
+            ValueError: ``x`` is no batch of images.
+        """
+        if x.dim() != 4:
+            raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
+        x = x.contiguous(memory_format=torch.channels_last)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            tokens, hw_shape = stage(x)
+            if stage.cls_token is not None:
+                tokens = self.norm(tokens)
+                if self.out_type == "cls_token":
+                    return (tokens[:, 0],)
+                tokens = tokens[:, 1:]
+            x = tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay.
+
+        Args:
+            param_name: its name.
+            prefix: what precedes the backbone's own names, e.g. ``'backbone.'``.
+
+        Returns:
+            ``(depth, num_layers)``: 0 for the stem, 1 for the first block, ``num_layers - 1`` for
+            the final norm and whatever is not in the backbone. A later stage's embeddings belong
+            to its first block.
+        """
+        depths = self.arch_settings["depths"]
+        num_layers = sum(depths) + 2
+        name = param_name.removeprefix(prefix)
+        parts = name.split(".")
+        if not param_name.startswith(prefix) or parts[0] != "stages":
+            return num_layers - 1, num_layers
+        stage = int(parts[1])
+        if parts[2] == "blocks":
+            return sum(depths[:stage]) + int(parts[3]) + 1, num_layers
+        return (sum(depths[:stage]) + 1 if stage else 0), num_layers
+
+
+@MODELS.register_module()
+class SOFTPlusPlus(SOFT):
+    """SOFT++: Softmax-free Linear Transformers (arXiv 2207.03341).
+
+    :class:`SOFT` with symmetric normalization of the attention matrix, which lets weights trained
+    at 224x224 transfer to the long sequences of detection and segmentation. Same arguments.
+    """
+
+    normalize = True
+
+
+def _halve(size: int) -> int:
+    return (size + 1) // 2  # a 3x3 convolution of stride 2 and padding 1
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def _check_out_indices(out_indices: Sequence[int], out_type: str) -> tuple[int, ...]:
+    _check_choice("out_type", out_type, OUT_TYPES)
+    if isinstance(out_indices, int):
+        out_indices = (out_indices,)
+    indices = tuple(i + _STAGES if isinstance(i, int) and i < 0 else i for i in out_indices)
+    if not indices or any(i not in range(_STAGES) for i in indices):
+        raise ValueError(f"out_indices must name stages 0 to 3, got {out_indices!r}")
+    if list(indices) != sorted(set(indices)):
+        raise ValueError(f"out_indices must increase, got {out_indices!r}")
+    if out_type == "cls_token" and indices != (_STAGES - 1,):
+        raise ValueError(f"out_type='cls_token' needs out_indices=(3,), got {out_indices!r}")
+    return indices

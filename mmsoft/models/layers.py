@@ -1,0 +1,148 @@
+"""Patch embeddings, the two kinds of block, and the stage that joins them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor, nn
+
+from .attention import SoftmaxAttention, SoftmaxFreeAttention
+
+
+class ConvNormAct(nn.Sequential):
+    """3x3 convolution (with bias, as released), norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+        self.norm = build_norm_layer(norm_cfg, out_channels)[1]
+        self.act = nn.ReLU(inplace=True)
+
+
+def patch_embedding(in_channels: int, embed_dims: int, norm_cfg: dict) -> nn.Sequential:
+    """One convolution of stride 2."""
+    return nn.Sequential(ConvNormAct(in_channels, embed_dims, 2, norm_cfg))
+
+
+def stem(in_channels: int, embed_dims: int, norm_cfg: dict) -> nn.Sequential:
+    """Three convolutions to stride 4, through 32 channels."""
+    return nn.Sequential(
+        ConvNormAct(in_channels, 32, 2, norm_cfg),
+        ConvNormAct(32, 32, 1, norm_cfg),
+        ConvNormAct(32, embed_dims, 2, norm_cfg),
+    )
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Resize position embeddings ``[1, h*w, C]`` of a ``grid`` (h, w) bilinearly to ``target``."""
+    image = pos_embed.unflatten(1, grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=target, mode="bilinear", align_corners=False)
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, linear, with ``4 * embed_dims`` hidden channels."""
+
+    def __init__(self, embed_dims: int, approximate: str, drop_rate: float):
+        super().__init__(
+            nn.Linear(embed_dims, 4 * embed_dims),
+            nn.GELU(approximate=approximate),
+            nn.Dropout(drop_rate),
+            nn.Linear(4 * embed_dims, embed_dims),
+            nn.Dropout(drop_rate),
+        )
+
+
+class SOFTBlock(nn.Module):
+    """Post-norm block of stages 1 to 3: ``x = LN(x + attn(x))``, ``x = LN(x + mlp(x))``."""
+
+    def __init__(
+        self, embed_dims: int, num_heads: int, drop_path: float, drop_rate: float, **attn: Any
+    ):
+        super().__init__()
+        self.attn = SoftmaxFreeAttention(embed_dims, num_heads, drop_rate=drop_rate, **attn)
+        self.norm1 = nn.LayerNorm(embed_dims)
+        self.mlp = Mlp(embed_dims, approximate="tanh", drop_rate=drop_rate)
+        self.norm2 = nn.LayerNorm(embed_dims)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """``[B, H*W, C] -> [B, H*W, C]``."""
+        x = self.norm1(x + self.drop_path(self.attn(x, hw_shape)))
+        return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
+class SoftmaxBlock(nn.Module):
+    """Pre-norm block of stage 4, with ordinary attention."""
+
+    def __init__(self, embed_dims: int, num_heads: int, drop_path: float, drop_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.attn = SoftmaxAttention(embed_dims, num_heads, drop_rate)
+        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.mlp = Mlp(embed_dims, approximate="none", drop_rate=drop_rate)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """``[B, 1 + H*W, C] -> [B, 1 + H*W, C]``, class token first."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Patch embedding, position embedding, optional class token, blocks.
+
+    Args:
+        patch_embed: from an image ``[B, C_in, H, W]`` to ``[B, C, H', W']``.
+        blocks: called as ``block(tokens, (H', W'))``.
+        embed_dims: ``C``.
+        pos_grid: the grid (rows, columns) for which position embeddings are kept.
+        with_cls_token: prepend a class token, with its own position embedding in row 0.
+        drop_rate: dropout after the position embedding.
+        with_cp: recompute each block in the backward pass instead of storing its activations.
+    """
+
+    def __init__(
+        self,
+        patch_embed: nn.Module,
+        blocks: list[nn.Module],
+        embed_dims: int,
+        pos_grid: tuple[int, int],
+        with_cls_token: bool,
+        drop_rate: float,
+        with_cp: bool,
+    ):
+        super().__init__()
+        self.pos_grid = pos_grid
+        self.with_cp = with_cp
+        self.patch_embed = patch_embed
+        tokens = pos_grid[0] * pos_grid[1] + with_cls_token
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dims))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims)) if with_cls_token else None
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(blocks)
+
+    def extra_repr(self) -> str:
+        return f"pos_embed={tuple(self.pos_embed.shape)}, with_cp={self.with_cp}"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return the tokens ``[B, (1 +) H'*W', C]`` and ``(H', W')``."""
+        x = self.patch_embed(x)
+        hw_shape = (x.shape[2], x.shape[3])
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view of channels-last memory
+        if self.cls_token is None:
+            x = x + resize_pos_embed(self.pos_embed, self.pos_grid, hw_shape).to(x.dtype)
+        else:
+            grid = resize_pos_embed(self.pos_embed[:, 1:], self.pos_grid, hw_shape)
+            cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+            x = torch.cat((cls_token.to(x.dtype), x + grid.to(x.dtype)), 1)
+        x = self.pos_drop(x)
+        for block in self.blocks:
+            if self.with_cp and x.requires_grad:
+                x = torch.utils.checkpoint.checkpoint(block, x, hw_shape, use_reentrant=False)
+            else:
+                x = block(x, hw_shape)
+        return x, hw_shape

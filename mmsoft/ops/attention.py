@@ -1,0 +1,109 @@
+"""``softmax_free_attention``: the one public operator that the layers call."""
+
+import torch
+from torch import Tensor
+
+from .gaussian import compute_dtype, gaussian_kernel, gaussian_kernel_product
+from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
+
+SOLVERS = ("newton", "direct")
+
+
+def _check(q: Tensor, v: Tensor, landmarks: Tensor, solver: str, steps: int) -> None:
+    for name, tensor in (("q", q), ("v", v), ("landmarks", landmarks)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [B, heads, tokens, d], "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+        if tensor.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"{name} must have the batch and heads of q, {tuple(q.shape[:2])}, "
+                f"got {tuple(tensor.shape[:2])}"
+            )
+    if v.dtype != q.dtype:
+        raise TypeError(f"v must have the dtype of q, {q.dtype}, got {v.dtype}")
+    # Under autocast LayerNorm hands float32 landmarks to a half-precision q.
+    if landmarks.dtype not in (q.dtype, torch.float32):
+        raise TypeError(f"landmarks must be {q.dtype} (as q) or float32, got {landmarks.dtype}")
+    if v.shape[2] != q.shape[2]:
+        raise ValueError(f"v must have the {q.shape[2]} tokens of q, got {v.shape[2]}")
+    if landmarks.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"landmarks must have the head dimension of q, {q.shape[3]}, got {landmarks.shape[3]}"
+        )
+    if landmarks.shape[2] < 1 or q.shape[2] < 1:
+        raise ValueError(
+            "q and landmarks must have at least one token, "
+            f"got {q.shape[2]} and {landmarks.shape[2]}"
+        )
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+
+
+def softmax_free_attention(
+    q: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    *,
+    normalize: bool = True,
+    solver: str = "newton",
+    steps: int = 20,
+) -> Tensor:
+    r"""SOFT and SOFT++ attention (arXiv 2110.11945, equation 8; arXiv 2207.03341, equation 14).
+
+    .. math::
+        K\, D^{-1/2} A^\dagger D^{-1/2} K^\top v, \quad
+        K = e^{-\|q_i - l_j\|^2 / 2},\ A = e^{-\|l_i - l_j\|^2 / 2},\ D = \mathrm{diag}(A 1)
+
+    Keys equal queries. Linear in ``N``: no ``[N, m]`` matrix is ever stored. The arithmetic runs in
+    float32 (float64 for float64 arguments) whatever autocast says.
+
+    Args:
+        q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.
+        v: values ``[B, heads, N, d_v]``, dtype of ``q``.
+        landmarks: ``[B, heads, m, d]``, dtype of ``q`` or float32.
+        normalize: True for SOFT++; False for SOFT, which drops ``D`` and inverts ``A + 0.01 I``.
+        solver: ``'newton'``, the paper's iteration, which released weights need; ``'direct'``, a
+            regularised solve that is faster and as stable, for training from scratch. See
+            :mod:`mmsoft.ops.inverse`.
+        steps: Newton-Raphson steps, 20 in the release; ``'direct'`` has none.
+
+    Returns:
+        ``[B, heads, N, d_v]`` in the dtype of ``v``, finite for finite arguments. Its memory runs
+        ``[B, N, heads, d_v]``, so that ``out.transpose(1, 2).flatten(2)`` copies nothing.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or the dtypes do not go together.
+        ValueError: ranks, batch, heads, tokens, head dimension or device disagree, or ``solver`` or
+            ``steps`` is unknown.
+    """
+    _check(q, v, landmarks, solver, steps)
+    with torch.autocast(q.device.type, enabled=False):
+        landmarks = landmarks.to(compute_dtype(q, landmarks))
+        a = gaussian_kernel(landmarks, landmarks)
+        s = gaussian_kernel_product(landmarks, q, v)  # K^T v: [B, heads, m, d_v]
+        scale = a.sum(-1, keepdim=True).rsqrt() if normalize else None
+        if scale is not None:
+            s = scale * s
+        if solver == "direct":
+            s = tikhonov_pinv_product(a, s)
+        else:
+            alpha = step_size(a, guarded=normalize)
+            if not normalize:
+                a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+            s = newton_raphson_pinv(a, alpha, steps) @ s
+        if scale is not None:
+            s = scale * s
+        out = gaussian_kernel_product(q, landmarks, s)
+    if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
+        out = out.clamp(-65504, 65504)
+    return out.to(v.dtype)

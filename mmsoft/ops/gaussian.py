@@ -1,0 +1,200 @@
+"""Products with the Gaussian kernel matrix ``K_ij = exp(-||x_i - y_j||^2 / 2)``, streamed.
+
+``K`` never exists as a whole: the longer of its two sides is walked in blocks of bounded size,
+forward and backward. Every exponent is at most 0, so unlike softmax no running maximum is needed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of K alive at once. On a CPU a block should stay in the cores' caches; on a GPU it should
+# be large enough to fill the device.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}
+_BLOCK_ELEMENTS_DEVICE = 1 << 25
+# Coordinates are clamped here so that squares cannot overflow: the kernel of two points that far
+# from the landmarks is 0 (or 1, for a pair beyond the same bound) whatever their distance.
+_COORDINATE_MAX = 1e9
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the float32 island: float64 if any argument is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _centred(x: Tensor, centre: Tensor) -> Tensor:
+    x = x.to(centre.dtype, memory_format=torch.contiguous_format)
+    return x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX).sub_(centre)
+
+
+def _augmented(x: Tensor, first: bool) -> Tensor:
+    """Append ``[-|x|^2/2, 1]`` (first) or ``[1, -|x|^2/2]``: one product gives the exponent."""
+    half = x.square().sum(-1, keepdim=True).mul_(-0.5)
+    one = torch.ones_like(half)
+    return torch.cat((x, half, one) if first else (x, one, half), -1)
+
+
+def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """The kernel matrix itself, for a short ``x`` and ``y``.
+
+    Points are taken relative to the mean of ``y``, which the kernel does not notice but rounding
+    does.
+
+    Args:
+        x: ``[..., n, d]``.
+        y: ``[..., m, d]``, same dtype.
+
+    Returns:
+        ``[..., n, m]`` in (0, 1], differentiable.
+    """
+    centre = y.detach().clamp(-_COORDINATE_MAX, _COORDINATE_MAX).mean(-2, keepdim=True)
+    x = x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX) - centre
+    y = y.clamp(-_COORDINATE_MAX, _COORDINATE_MAX) - centre
+    squared = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
+    return torch.exp((x @ y.mT - 0.5 * squared).clamp(max=0))
+
+
+class _Stream:
+    """Blocks of the kernel of a long side ``[B, h, n, d]`` and a short one ``[B, h, m, d]``."""
+
+    def __init__(self, long: Tensor, short: Tensor, dtype: torch.dtype):
+        self.long, self.short = long, short.to(dtype)
+        self.centre = self.short.clamp(-_COORDINATE_MAX, _COORDINATE_MAX).mean(-2, keepdim=True)
+        self.short = _centred(self.short, self.centre)
+        self.short_augmented = _augmented(self.short, first=False).mT
+        self.with_ones = torch.cat((self.short, torch.ones_like(self.short[..., :1])), -1)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yield batch slice, token slice, centred tokens, their kernel ``[b, h, n', m]``."""
+        batch, heads, n, _ = self.long.shape
+        m = self.short.shape[-2]
+        budget = _BLOCK_ELEMENTS.get(self.long.device.type, _BLOCK_ELEMENTS_DEVICE)
+        samples = max(1, min(batch, budget // max(1, heads * m * min(n, 256))))
+        rows = max(32, budget // max(1, samples * heads * m))
+        for b in range(0, batch, samples):
+            bs = slice(b, b + samples)
+            for start in range(0, n, rows):
+                ns = slice(start, start + rows)
+                tokens = _centred(self.long[bs, :, ns], self.centre[bs])
+                exponent = _augmented(tokens, first=True) @ self.short_augmented[bs]
+                yield bs, ns, tokens, exponent.clamp_(max=0).exp_()
+
+
+def _empty_like_tokens(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """``[B, h, n, width]`` in memory ``[B, n, h, width]``: merging the heads is then a view."""
+    batch, heads, n, _ = x.shape
+    return x.new_empty((batch, n, heads, width), dtype=dtype).transpose(1, 2)
+
+
+@torch.library.custom_op("mmsoft::gaussian_kernel_product", mutates_args=())
+def _product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    dtype = compute_dtype(x, y, w)
+    out = _empty_like_tokens(x, w.shape[-1], dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.shape[-2] >= y.shape[-2]:
+            w = w.to(dtype)
+            for bs, ns, _, kernel in _Stream(x, y, dtype):
+                out[bs, :, ns] = kernel @ w[bs]
+        else:
+            out.zero_()
+            for bs, ns, _, kernel in _Stream(y, x, dtype):
+                out[bs] += kernel.mT @ w[bs, :, ns].to(dtype)
+    return out
+
+
+@_product.register_fake
+def _(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return _empty_like_tokens(x, w.shape[-1], compute_dtype(x, y, w))
+
+
+@torch.library.custom_op("mmsoft::gaussian_kernel_product_backward", mutates_args=())
+def _product_backward(
+    grad: Tensor, x: Tensor, y: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx = W y - (W 1) x``, ``dy = W^T x - (W^T 1) y``, ``dw = K^T g``, ``W = K * (g w^T)``."""
+    dtype = compute_dtype(x, y, w)
+    dx = _empty_like_tokens(x, x.shape[-1], dtype)
+    dy = _empty_like_tokens(y, y.shape[-1], dtype)
+    dw = _empty_like_tokens(w, w.shape[-1], dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        # grad belongs to x's side and w to y's; the product grad w^T pairs them off.
+        if x.shape[-2] >= y.shape[-2]:
+            _stream_backward(_Stream(x, y, dtype), grad, w, dx, dy, None, dw)
+        else:
+            _stream_backward(_Stream(y, x, dtype), w, grad, dy, dx, dw, None)
+    return dx, dy, dw
+
+
+def _stream_backward(
+    stream: _Stream,
+    long_w: Tensor,
+    short_w: Tensor,
+    d_long: Tensor,
+    d_short: Tensor,
+    d_long_w: Tensor | None,
+    d_short_w: Tensor | None,
+) -> None:
+    dtype = stream.short.dtype
+    d = stream.short.shape[-1]
+    short_w = short_w.to(dtype)
+    pulled = torch.zeros_like(stream.with_ones)  # W^T [tokens, 1]
+    if d_short_w is not None:
+        d_short_w.zero_()
+    for bs, ns, tokens, kernel in stream:
+        block_w = long_w[bs, :, ns].to(dtype)
+        if d_long_w is not None:
+            d_long_w[bs, :, ns] = kernel @ short_w[bs]
+        if d_short_w is not None:
+            d_short_w[bs] += kernel.mT @ block_w
+        weight = (block_w @ short_w[bs].mT).mul_(kernel)
+        push = weight @ stream.with_ones[bs]
+        d_long[bs, :, ns] = torch.addcmul(push[..., :d], push[..., d:], tokens, value=-1)
+        pulled[bs] += weight.mT @ torch.cat((tokens, torch.ones_like(tokens[..., :1])), -1)
+    d_short.copy_(torch.addcmul(pulled[..., :d], pulled[..., d:], stream.short, value=-1))
+
+
+@_product_backward.register_fake
+def _(grad: Tensor, x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(x, y, w)
+    return tuple(_empty_like_tokens(t, t.shape[-1], dtype) for t in (x, y, w))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    inputs = ctx.saved_tensors
+    grads = torch.ops.mmsoft.gaussian_kernel_product_backward(grad, *inputs)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs))
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "gaussian_kernel_product has no second derivative; differentiate "
+        "mmsoft.ops.reference.softmax_free_attention instead"
+    )
+
+
+_product.register_autograd(_backward, setup_context=_setup_context)
+_product_backward.register_autograd(_no_double_backward)
+
+
+def gaussian_kernel_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """``K w`` with ``K_ij = exp(-||x_i - y_j||^2 / 2)``, never storing ``K``.
+
+    Time is ``O(n m d)``; extra memory is one block of ``K`` whatever ``n`` and ``m``. Strided and
+    expanded arguments are read in place.
+
+    Args:
+        x: ``[B, heads, n, d]``.
+        y: ``[B, heads, m, d]``.
+        w: ``[B, heads, m, d_w]``.
+
+    Returns:
+        ``[B, heads, n, d_w]`` in float32 (float64 if any argument is), whatever autocast says. Its
+        memory runs ``[B, n, heads, d_w]``. Differentiable once in all three arguments.
+    """
+    return torch.ops.mmsoft.gaussian_kernel_product(x, y, w)

@@ -1,0 +1,146 @@
+"""The Moore-Penrose inverse of the landmarks' Gram matrix ``A``, two ways.
+
+``newton`` is the paper's: Newton-Raphson from ``V = alpha A``. After ``T`` steps it equals the
+spectral filter ``g(x) = (1 - (1 - alpha x^2)^(2^T)) / x``: large eigenvalues inverted, those below
+about ``(alpha 2^T)^-1/2`` damped to 0. The step rule and ``T`` are therefore part of the model.
+
+``direct`` is a Tikhonov-regularised pseudo-inverse, ``g(x) = x / (x^2 + mu^2)``, applied to a thin
+right-hand side by one Cholesky factorisation. ``mu`` is a fixed fraction of the largest row sum,
+about where the guarded Newton-Raphson starts to damp, and bounds the condition number of what is
+factorised by ``1 + TIKHONOV^-2`` = 1e4 whatever ``A`` is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# SOFT inverts A + 0.01 I; SOFT++ inverts A itself (authors' release).
+RIDGE_SOFT = 0.01
+# The guard accepts alpha |A^2| of about 0.01, so 20 steps damp below sqrt(100 / 2^20) = 0.01 |A|.
+TIKHONOV = 0.01
+
+_HALVINGS = 10
+_GUARD = 1.01
+
+
+def step_size(a: Tensor, guarded: bool) -> Tensor:
+    """The released step size ``alpha``, computed without reading anything back from the device.
+
+    Args:
+        a: Gram matrices of a Gaussian kernel, ``[B, heads, m, m]``.
+        guarded: False for SOFT's ``1.8 / (largest row sum)^2`` of each matrix. True for SOFT++'s
+            ``2 / (largest row sum)^2``, halved at most 10 times while the largest column sum of
+            ``|I - alpha A^2|`` exceeds 1.01; both maxima run over the heads of one sample, so that
+            a sample does not depend on its batch mates (they run over the batch in the release).
+
+    Returns:
+        ``[B, heads or 1, 1, 1]``, without gradient.
+    """
+    a = a.detach()
+    rows = a.sum(-1)
+    if not guarded:
+        return 1.8 / rows.amax(-1)[..., None, None].square()
+    # A >= 0, so column j of |I - alpha A^2| sums to |1 - alpha d_j| + alpha (s_j - d_j), with d the
+    # diagonal of A^2 and s its column sums: all candidates cost O(m), and no product of matrices.
+    diagonal = a.square().sum(-1)
+    columns = (a @ rows[..., None]).squeeze(-1)
+    halvings = torch.arange(_HALVINGS, dtype=a.dtype, device=a.device)
+    alpha = 2 / rows.amax((-2, -1), keepdim=True).square()  # [B, 1, 1]
+    candidates = alpha[..., None] * torch.exp2(-halvings)  # [B, 1, 1, 10]
+    norm = (1 - candidates * diagonal[..., None]).abs() + candidates * (columns - diagonal)[
+        ..., None
+    ]
+    rejected = (norm.amax((1, 2)) > _GUARD).to(a.dtype).cumprod(-1).sum(-1)  # [B]
+    return (alpha.flatten() * torch.exp2(-rejected))[:, None, None, None]
+
+
+@torch.library.custom_op("mmsoft::newton_raphson_pinv", mutates_args=())
+def _newton(a: Tensor, alpha: Tensor, steps: int) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        shape = a.shape
+        v = (alpha * a).flatten(0, -3)
+        a = a.flatten(0, -3)
+        for _ in range(steps):
+            v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
+    return v.view(shape)
+
+
+@_newton.register_fake
+def _(a: Tensor, alpha: Tensor, steps: int) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+def _newton_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (v,) = ctx.saved_tensors
+    return -(v.mT @ grad @ v.mT), None, None
+
+
+_newton.register_autograd(_newton_backward, setup_context=_newton_context)
+
+
+def newton_raphson_pinv(a: Tensor, alpha: Tensor, steps: int = 20) -> Tensor:
+    """``steps`` Newton-Raphson steps ``V <- 2V - V A V`` from ``V = alpha A``.
+
+    The backward pass is the theoretical one, ``dL/dA = -V^T (dL/dV) V^T`` (SOFT, proposition 3); it
+    stores the result alone, and can itself be differentiated.
+
+    Args:
+        a: symmetric matrices ``[B, heads, m, m]``, float32 or float64.
+        alpha: from :func:`step_size`, broadcastable to ``a``; taken as a constant.
+        steps: number of steps ``T``.
+
+    Returns:
+        ``[B, heads, m, m]``.
+    """
+    return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, steps)
+
+
+@torch.library.custom_op("mmsoft::tikhonov_solve", mutates_args=())
+def _solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        normal = a @ a
+        normal.diagonal(dim1=-2, dim2=-1).add_(mu.square().squeeze(-1))
+        factor, _ = torch.linalg.cholesky_ex(normal)
+        return torch.cholesky_solve(b, factor).contiguous()
+
+
+@_solve.register_fake
+def _(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    return torch.empty_like(b, memory_format=torch.contiguous_format)
+
+
+def _solve_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, mu, _ = inputs
+    ctx.save_for_backward(a, mu, output)
+
+
+def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    a, mu, x = ctx.saved_tensors
+    y = torch.ops.mmsoft.tikhonov_solve(a, mu, grad)
+    return -(y @ (a @ x).mT + (a @ y) @ x.mT), None, y
+
+
+_solve.register_autograd(_solve_backward, setup_context=_solve_context)
+
+
+def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:
+    """``(A^2 + mu^2 I)^-1 A b`` with ``mu`` = 0.01 times the largest row sum of ``A``.
+
+    ``mu`` is taken as a constant in the backward pass, as Newton-Raphson takes its ``alpha``.
+    Stable for any symmetric ``A`` with non-negative entries: no eigenvalue exceeds the largest row
+    sum, so the factorised matrix has condition number 1e4 at most.
+
+    Args:
+        a: ``[B, heads, m, m]``, symmetric, entries >= 0, not all 0; float32 or float64.
+        b: ``[B, heads, m, d]``.
+
+    Returns:
+        ``[B, heads, m, d]``, twice differentiable.
+    """
+    mu = TIKHONOV * a.detach().sum(-1).amax(-1)[..., None, None]
+    return torch.ops.mmsoft.tikhonov_solve(a, mu, a @ b)
