@@ -1,4 +1,4 @@
-"""Softmax-free attention backbones (SOFT and SOFT++) for MMDetection, MMSegmentation and MMPreTrain.
+"""SOFT and SOFT++ softmax-free attention backbones for MMDetection, MMSegmentation, MMPreTrain.
 
 Importing the package checks the versions of its core dependencies, makes ``mmsoft::`` config bases
 resolvable, and lets torch 2.6 and newer load MMEngine's checkpoints. The models themselves are
