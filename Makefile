@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 # The first interpreter that runs; the set-up program says so if it is not Python 3.11.
-PYTHON ?= $(shell for p in python3.11 python3 python; do \
+PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv/bin
 

@@ -1,0 +1,286 @@
+"""The package: import, versions, registry, config prefix, checkpoints, wheel."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+
+import pytest
+import torch
+
+import mmsoft
+from mmsoft import compat
+from mmsoft.registry import MODELS
+
+EXTRAS = ("mmdet", "mmseg", "mmpretrain")
+
+
+def test_import_is_quiet_and_needs_no_extra_and_no_gpu(run_outside):
+    program = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS!r})); import mmsoft"
+    process = run_outside("-W", "error", "-c", program, CUDA_VISIBLE_DEVICES="")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def test_import_leaves_the_models_and_mmcv_for_later(run_outside):
+    program = (
+        "import sys, mmsoft; print([m for m in ('mmcv', 'mmsoft.models') if m in sys.modules])"
+    )
+    assert run_outside("-c", program).stdout == "[]\n"
+
+
+def test_version_is_the_distribution_version():
+    assert mmsoft.__version__ == metadata.version("mmsoft")
+
+
+def fake_versions(monkeypatch, **versions):
+    real = metadata.version
+
+    def version(name):
+        if name not in versions:
+            return real(name)
+        if versions[name] is None:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "wanted"),
+    [
+        ("torch", "2.3.1+cu121", "torch>=2.4"),
+        ("mmengine", "0.10.3", "mmengine>=0.10.4,<1.0"),
+        ("mmengine", "1.0.0", "mmengine>=0.10.4,<1.0"),
+        ("mmcv", "1.7.2", "mmcv>=2.0.0,<2.2.0"),
+        ("mmcv", "2.2.0", "mmcv>=2.0.0,<2.2.0"),
+    ],
+)
+def test_version_out_of_range(monkeypatch, name, found, wanted):
+    fake_versions(monkeypatch, **{name: found})
+    message = re.escape(f"mmsoft needs {wanted}, but {name} {found} is installed.")
+    with pytest.raises(ImportError, match=message):
+        compat.check_versions()
+
+
+@pytest.mark.parametrize("name", ["torch", "mmengine", "mmcv"])
+def test_missing_dependency(monkeypatch, name):
+    fake_versions(monkeypatch, **{name: None, f"{name}-lite": None})
+    with pytest.raises(ImportError, match=rf"mmsoft needs {name}>=.*, but {name} is not installed"):
+        compat.check_versions()
+
+
+@pytest.mark.parametrize("version", ["2.4.0a0+git1", "2.4", "2.13.0+cpu", "3.0.0"])
+def test_torch_in_range(monkeypatch, version):
+    fake_versions(monkeypatch, torch=version)
+    compat.check_versions()
+
+
+def test_mmcv_lite_will_do(monkeypatch):
+    fake_versions(monkeypatch, mmcv=None, **{"mmcv-lite": "2.1.0"})
+    compat.check_versions()
+
+
+def test_wrong_version_is_named_when_a_config_is_what_imports_us(run_outside):
+    # MMEngine drops ImportErrors there, and would say only that SOFT is not registered.
+    program = (
+        "from importlib import metadata\n"
+        "real = metadata.version\n"
+        "metadata.version = lambda name: '2.3.0' if name == 'torch' else real(name)\n"
+        "from mmengine.registry import MODELS\n"
+        "MODELS.build(dict(type='mmsoft.SOFT'))\n"
+    )
+    error = run_outside("-c", program).stderr
+    assert error.rstrip().endswith("mmsoft needs torch>=2.4, but torch 2.3.0 is installed.")
+
+
+def test_registry_is_a_child_that_knows_where_its_modules_are():
+    from mmengine.registry import MODELS as PARENT
+
+    assert MODELS.scope == "mmsoft"
+    assert MODELS.parent is PARENT
+    assert MODELS._locations == ["mmsoft.models"]
+
+
+@pytest.mark.parametrize("codebase", EXTRAS)
+def test_backbone_builds_by_its_scoped_name_alone(run_outside, codebase):
+    program = (
+        "from mmengine.registry import init_default_scope\n"
+        f"from {codebase}.registry import MODELS\n"
+        f"init_default_scope({codebase!r})\n"
+        "print(type(MODELS.build(dict(type='mmsoft.SOFTPlusPlus', arch='tiny'))))\n"
+    )
+    process = run_outside("-c", program)
+    assert process.stdout.strip().endswith("SOFTPlusPlus'>"), process.stderr
+
+
+def test_config_prefix_resolves_after_import(run_outside, tmp_path, root):
+    config = next((root / "configs").glob("*/*.py")).relative_to(root / "configs")
+    (tmp_path / "config.py").write_text(f"_base_ = 'mmsoft::{config}'\n")
+    program = "import mmsoft; from mmengine import Config; print(len(Config.fromfile('config.py')))"
+    process = run_outside("-c", program)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 0
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def test_history_buffer_loads_and_works(tmp_path):
+    import numpy as np
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub("test_history_buffer")
+    hub.update_scalar("train/loss", 1.0)
+    hub.update_scalar("train/loss", np.float32(3))
+    hub.update_info("best", np.float64(0.5))
+    torch.save({"message_hub": hub.state_dict()}, tmp_path / "epoch_1.pth")
+
+    loaded = torch.load(tmp_path / "epoch_1.pth", weights_only=True)["message_hub"]
+    assert loaded["log_scalars"]["train/loss"].statistics("mean", 2) == 2.0
+    assert loaded["runtime_info"]["best"] == 0.5
+
+
+def test_checkpoint_of_the_other_numpy_loads(tmp_path):
+    import numpy as np
+
+    modules = [b"numpy._core.multiarray", b"numpy.core.multiarray"]
+    torch.save(np.arange(3.0), tmp_path / "ours.pth")
+    with zipfile.ZipFile(tmp_path / "ours.pth") as ours:
+        members = {name: ours.read(name) for name in ours.namelist()}
+    if not any(modules[0] in data for data in members.values()):
+        modules.reverse()
+    with zipfile.ZipFile(tmp_path / "theirs.pth", "w") as theirs:
+        for name, data in members.items():
+            theirs.writestr(name, data.replace(*modules))
+    assert torch.load(tmp_path / "theirs.pth", weights_only=True).tolist() == [0, 1, 2]
+
+
+class Crafted:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+@pytest.mark.parametrize("name", ["__init__", "__class__", "_set_default_statistics"])
+def test_getattr_reaches_only_the_statistics(tmp_path, name):
+    from pickle import UnpicklingError
+
+    from mmengine.logging import HistoryBuffer
+
+    torch.save(Crafted(HistoryBuffer, name), tmp_path / "crafted.pth")
+    with pytest.raises(UnpicklingError, match="refused getattr"):
+        torch.load(tmp_path / "crafted.pth", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------ wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(root, tmp_path_factory):
+    """The wheel, built from the source distribution so that both are tried."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = "import sys; from setuptools.build_meta import {0} as build; build(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", build.format("build_sdist"), str(folder)],
+        cwd=root,
+        check=True,
+        capture_output=True,
+    )
+    (sdist,) = folder.glob("mmsoft-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    subprocess.run(
+        [sys.executable, "-c", build.format("build_wheel"), str(folder)],
+        cwd=folder / sdist.name[: -len(".tar.gz")],
+        check=True,
+        capture_output=True,
+    )
+    return next(folder.glob("mmsoft-*.whl"))
+
+
+def test_wheel_carries_configs_tools_and_model_index(wheel, root):
+    tracked = subprocess.run(
+        ["git", "ls-files", "mmsoft", "configs", "tools", "model-index.yml"],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    tracked = [name for name in tracked if (root / name).exists()]
+    wanted = {name if name.startswith("mmsoft/") else f"mmsoft/.mim/{name}" for name in tracked}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert wanted <= names
+    assert not [name for name in names if name.startswith(("tests", "configs", "tools"))]
+
+
+@pytest.fixture
+def fresh_python(wheel, tmp_path):
+    """The Python of a new environment with the wheel installed.
+
+    It sees the packages of this environment, after its own.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    ours = os.path.dirname(os.path.dirname(torch.__file__))
+    (site_packages / "outer.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+    return python
+
+
+DETECTOR = """
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+model = dict(
+    backbone=dict(_delete_=True, type='mmsoft.SOFTPlusPlus', arch='tiny'),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
+"""
+
+BUILD_DETECTOR = """
+import torch
+from mmengine import Config
+from mmengine.registry import init_default_scope
+from mmdet.registry import MODELS
+
+config = Config.fromfile('detector.py')
+init_default_scope(config.default_scope)
+detector = MODELS.build(config.model).eval()
+with torch.no_grad():
+    scores, boxes = detector(torch.zeros(1, 3, 64, 64))
+print([tuple(score.shape[2:]) for score in scores])
+
+import mmsoft
+print(mmsoft.__file__)
+"""
+
+
+def test_wheel_in_a_fresh_environment_builds_a_detector(fresh_python, run_outside, tmp_path, root):
+    (tmp_path / "detector.py").write_text(DETECTOR)
+    process = run_outside("-c", BUILD_DETECTOR, python=fresh_python, PYTHONPATH="")
+    assert process.returncode == 0, process.stderr
+    shapes, file = process.stdout.splitlines()[-2:]
+    assert shapes == "[(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]"
+    assert file.startswith(str(tmp_path / "venv"))
+
+
+def test_mim_and_mmengine_find_the_configs_of_the_wheel(fresh_python, run_outside, tmp_path):
+    program = (
+        "import mmsoft\n"
+        "from mim.utils import get_installed_path as of_mim\n"
+        "from mmengine.utils import get_installed_path as of_mmengine\n"
+        "from mmengine.config.utils import MODULE2PACKAGE\n"
+        "print(of_mim('mmsoft'))\n"
+        "print(of_mmengine('mmsoft'))\n"
+        "print(of_mmengine(MODULE2PACKAGE['mmsoft']))\n"
+    )
+    process = run_outside("-c", program, python=fresh_python, PYTHONPATH="")
+    (package,) = (tmp_path / "venv").glob("lib/python*/site-packages/mmsoft")
+    assert (package / ".mim" / "model-index.yml").is_file()
+    assert process.stdout.splitlines() == [str(package)] * 3, process.stderr
