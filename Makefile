@@ -39,7 +39,9 @@ typecheck: setup  ## Check the types of mmsoft/
 	$(VENV)/mypy
 
 wheel: setup  ## Build the wheel and the source distribution into dist/
-	$(VENV)/python -m build --no-isolation --outdir dist
+	$(VENV)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(VENV)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" >/dev/null
+	@ls dist
 
 clean:  ## Remove caches and build outputs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
