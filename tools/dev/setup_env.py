@@ -82,16 +82,19 @@ def set_up():
     """Find out what is missing, and do it."""
     key = environment_key()
     done = recorded_steps(key)
+    reason = None
     if all(name in done for _, name, _ in steps()):
         if intact():
             return
-        say("something in .venv was changed or removed; building it again")
+        reason = "something in .venv was changed or removed; building it again"
         done = []
     elif done:
-        say("going on with the unfinished .venv")
+        reason = "bringing .venv up to date"
     elif STATE.exists():
-        say("the requirements, Python or the set-up changed; building .venv again")
+        reason = "the requirements, Python or the set-up changed; building .venv again"
     check_machine()
+    if reason:
+        say(reason)
     start = time.time()
     try:
         build(key, done)
