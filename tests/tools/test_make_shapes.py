@@ -1,0 +1,241 @@
+"""The generator of the demo's data set."""
+
+import contextlib
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools/dataset_converters/make_shapes.py"
+SMALL = dict(train=5, val=3, size=96, seed=7)
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("make_shapes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # Workers of the generator's pool look its functions up by module name.
+    sys.modules["make_shapes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+make_shapes = load_script()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    assert make_shapes.make_dataset(out, **SMALL)
+    return out
+
+
+def fine_pixels(ring):
+    """A polygon in the pixels of the grid on which the generator draws outlines."""
+    return (ring * make_shapes.SUPERSAMPLE - 0.5).round().astype(np.int32)
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def call(*arguments, **options):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_same_seed_same_bytes_other_seed_other_data(data, tmp_path):
+    make_shapes.make_dataset(tmp_path / "again", **SMALL)
+    assert contents(tmp_path / "again") == contents(data)
+    make_shapes.make_dataset(tmp_path / "other", **{**SMALL, "seed": 8})
+    picture = "coco/train2017/000000000001.jpg"
+    assert (tmp_path / "other" / picture).read_bytes() != (data / picture).read_bytes()
+
+
+def test_a_scene_does_not_depend_on_the_number_of_scenes(data, tmp_path):
+    make_shapes.make_dataset(tmp_path / "fewer", **{**SMALL, "train": 2, "val": 1})
+    for name in (
+        "coco/train2017/000000000002.jpg",
+        "ade/annotations/validation/ADE_val_00000001.png",
+    ):
+        assert (tmp_path / "fewer" / name).read_bytes() == (data / name).read_bytes()
+
+
+def test_train_and_val_differ(data):
+    first = "000000000001.jpg"
+    train, val = (data / "coco" / split / first for split in ("train2017", "val2017"))
+    assert train.read_bytes() != val.read_bytes()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_coco_annotations_agree_with_themselves_and_with_the_index_maps(data, split):
+    coco_tools = pytest.importorskip("pycocotools.coco")
+    with contextlib.redirect_stdout(None):
+        coco = coco_tools.COCO(str(data / f"coco/annotations/instances_{split}2017.json"))
+    assert len(coco.imgs) == SMALL[split]
+    assert [c["name"] for c in coco.cats.values()] == list(make_shapes.CLASSES)
+    folder = {"train": "training", "val": "validation"}[split]
+    for number, image in coco.imgs.items():
+        name = f"ADE_{split}_{number:08d}"
+        picture = cv2.imread(str(data / f"coco/{split}2017" / image["file_name"]))
+        assert picture.shape == (SMALL["size"], SMALL["size"], 3)
+        same = cv2.imread(str(data / f"ade/images/{folder}/{name}.jpg"))
+        np.testing.assert_array_equal(picture, same)
+        index = cv2.imread(str(data / f"ade/annotations/{folder}/{name}.png"), cv2.IMREAD_UNCHANGED)
+        assert index.shape == picture.shape[:2]
+        assert index.min() >= 1  # 0 would be "unlabelled"
+        fine = np.zeros((SMALL["size"] * make_shapes.SUPERSAMPLE,) * 2, np.uint8)
+        for annotation in coco.imgToAnns[number]:
+            rings = [np.reshape(ring, (-1, 2)) for ring in annotation["segmentation"]]
+            x, y, w, h = annotation["bbox"]
+            points = np.concatenate(rings)
+            corners = [*points.min(0), *points.max(0)]
+            np.testing.assert_allclose(corners, [x, y, x + w, y + h], atol=0.4)
+            assert points.min() >= 0
+            assert points.max() <= SMALL["size"]
+
+            mask = np.zeros_like(fine)
+            for ring in rings:
+                cv2.fillPoly(mask, [fine_pixels(ring)], 1)
+            assert mask.sum() / make_shapes.SUPERSAMPLE**2 == pytest.approx(
+                annotation["area"], rel=0.05, abs=1
+            )
+            # What shows of two shapes cannot overlap, but for their borders.
+            assert ((fine > 0) & (mask > 0)).sum() <= 0.1 * mask.sum()
+            fine[mask > 0] = annotation["category_id"] + 1
+
+            rounded = coco.annToMask(annotation) > 0  # to whole pixels, by pycocotools
+            label = index == annotation["category_id"] + 1
+            assert (rounded & label).sum() >= 0.8 * rounded.sum()
+        painted = fine[2::4, 2::4]
+        np.putmask(painted, painted == 0, 1)
+        borders = cv2.morphologyEx(index, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+        assert (painted != index)[~borders].mean() < 1e-3
+        assert (painted == index).mean() > 0.98
+
+
+def test_a_hole_is_cut_open():
+    mask = np.zeros((80, 80), bool)
+    mask[8:72, 8:72] = True
+    mask[24:40, 24:40] = False
+    mask[48:64, 20:60] = False
+    outlines = make_shapes.polygons(mask)
+    assert len(outlines) > 1
+    filled = np.zeros((80, 80), np.uint8)
+    for ring in outlines:
+        cv2.fillPoly(filled, [fine_pixels(np.reshape(ring, (-1, 2)))], 1)
+    np.testing.assert_array_equal(filled.astype(bool), mask)
+
+
+def test_colour_does_not_give_the_class_away():
+    """The mean colours of the classes differ by less than chance would explain, times three."""
+    colours = [[] for _ in make_shapes.CLASSES]
+    for number in range(60):
+        picture, index, *_ = make_shapes.draw_scene([0, 0, number], 64)
+        for label in np.unique(index[index > 1]):
+            colours[label - 2].append(picture[index == label].mean(0))
+    overall = np.concatenate(colours)
+    for own in colours:
+        error = overall.std(0) / len(own) ** 0.5
+        assert (abs(np.mean(own, 0) - overall.mean(0)) < 3.5 * error).all()
+
+
+def test_loads_in_mmdet(data):
+    pytest.importorskip("mmdet")
+    from mmdet.datasets import CocoDataset
+
+    dataset = CocoDataset(
+        data_root=str(data / "coco"),
+        ann_file="annotations/instances_train2017.json",
+        data_prefix=dict(img="train2017/"),
+        metainfo=dict(classes=make_shapes.CLASSES),
+        pipeline=[],
+    )
+    assert len(dataset) == SMALL["train"]
+    truth = json.loads((data / "coco/annotations/instances_train2017.json").read_text())
+    assert sum(len(dataset.get_data_info(i)["instances"]) for i in range(len(dataset))) == len(
+        truth["annotations"]
+    )
+
+
+def test_loads_in_mmseg_with_reduce_zero_label(data):
+    pytest.importorskip("mmseg")
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    dataset = BaseSegDataset(
+        data_root=str(data / "ade"),
+        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+        img_suffix=".jpg",
+        seg_map_suffix=".png",
+        metainfo=dict(classes=("background", *make_shapes.CLASSES)),
+        reduce_zero_label=True,
+        pipeline=[],
+    )
+    assert len(dataset) == SMALL["val"]
+    values = set()
+    for i in range(len(dataset)):
+        info = LoadAnnotations()(dataset.get_data_info(i))
+        values |= set(np.unique(info["gt_seg_map"]).tolist())
+    assert values <= set(range(6))
+    assert 0 in values
+
+
+def test_second_call_keeps_a_complete_set_and_refuses_another(tmp_path):
+    arguments = (tmp_path / "s", "--train", 1, "--val", 1, "--size", 64)
+    assert call(*arguments).returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    again = call(*arguments)
+    assert again.returncode == 0
+    assert "kept" in again.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    other = call(*arguments, "--seed", 1)
+    assert other.returncode == 1
+    assert other.stderr.count("\n") == 1
+    assert "other parameters" in other.stderr
+    assert before.keys() == set(tmp_path.rglob("*"))
+
+
+def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path):
+    # No file may grow beyond 4 kB: an image or the JSON cannot be written whole.
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    arguments = (tmp_path / "s", "--train", 12, "--val", 1, "--size", 96)
+    failed = call(*arguments, preexec_fn=small_disk)
+    assert failed.returncode == 1
+    message = failed.stderr.strip()
+    assert message.startswith("error: cannot write the data set")
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+    assert call(*arguments).returncode == 0
+    assert (tmp_path / "s/parameters.json").is_file()
+
+
+def test_what_a_killed_call_left_is_cleared(tmp_path):
+    (tmp_path / "s.partial/coco").mkdir(parents=True)
+    (tmp_path / "s.partial/coco/stale").touch()
+    make_shapes.make_dataset(tmp_path / "s", 1, 1, 64, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert not list(tmp_path.rglob("stale"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "10"], "argument --size: must be at least 64, got 10"),
+        (["--train", "0"], "argument --train: must be at least 1, got 0"),
+        (["--val", "many"], "argument --val: invalid integer value: 'many'"),
+        (["--seed", "-1"], "argument --seed: must be at least 0, got -1"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, arguments, message):
+    failed = call(tmp_path / "s", *arguments)
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert not (tmp_path / "s").exists()

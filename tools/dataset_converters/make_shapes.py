@@ -1,0 +1,368 @@
+"""Write a small instance data set of textured shapes, in COCO and in ADE20K layout.
+
+    python tools/dataset_converters/make_shapes.py data/shapes --train 600 --val 120
+
+Every scene is drawn from the seed: several overlapping shapes of five classes, at varied scale,
+slant and rotation, on a cluttered background with uneven light, shadows, blur, sensor noise and
+JPEG artefacts. The shapes' textures come from the same distribution as the background's, so that
+neither colour nor texture gives a class away. Both layouts hold the same scenes:
+
+    OUT/coco/{train2017,val2017}/*.jpg        OUT/coco/annotations/instances_{train,val}2017.json
+    OUT/ade/images/{training,validation}/*.jpg     OUT/ade/annotations/{training,validation}/*.png
+
+Polygons, areas and boxes describe what is *visible* of a shape, and every shape that can be seen
+is annotated. Index PNGs follow ADE20K: 0 is "unlabelled" (and never occurs here), 1 the
+background, 2 and up the shapes, so `reduce_zero_label=True` gives the classes 0 to 5.
+
+The folder appears under its name when it is complete, not before; a folder that is complete and
+was made with the same parameters is kept as it is.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmengine.utils import ProgressBar
+
+VERSION = 1  # raise it when the same parameters no longer give the same pictures
+CLASSES = ("disc", "bar", "triangle", "star", "cross")
+SUPERSAMPLE = 4  # outlines are drawn this much finer than the picture
+MIN_SIZE = 64
+SPLITS = {"train": ("train2017", "training"), "val": ("val2017", "validation")}
+
+
+# ---------------------------------------------------------------------------------------------
+# Textures: [size, size, 3] floats of about 0..1
+# ---------------------------------------------------------------------------------------------
+
+
+def noise(rng: np.random.Generator, size: int, cells: float, octaves: int = 4) -> np.ndarray:
+    """Multi-octave value noise [size, size] stretched to 0..1; `cells` is the coarsest grid."""
+    field = np.zeros((size, size), np.float32)
+    for octave in range(octaves):
+        grid = min(size, max(2, round(cells * 2**octave)))
+        values = rng.random((grid, grid), np.float32)
+        field += 0.55**octave * cv2.resize(values, (size, size), interpolation=cv2.INTER_CUBIC)
+    return (field - field.min()) / max(float(np.ptp(field)), 1e-6)
+
+
+def plane(size: int, angle: float) -> np.ndarray:
+    """A ramp [size, size] from about -1 to 1 that rises along `angle`."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) * (2 / size) - 1
+    return x * math.cos(angle) + y * math.sin(angle)
+
+
+def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Two colours mixed by noise, marbled stripes or noise with hard steps."""
+    first = np.float32(rng.uniform(0.15, 0.85) + rng.normal(0, 0.13, 3))
+    change = np.float32(rng.normal(0, 0.17) + rng.normal(0, 0.08, 3))
+    mix = noise(rng, size, rng.uniform(2, 10))
+    kind = rng.integers(3)
+    if kind == 1:
+        waves = plane(size, rng.uniform(0, math.tau)) * np.float32(rng.uniform(4, 16))
+        mix = 0.5 + 0.5 * np.sin(waves + np.float32(rng.uniform(1, 6)) * mix)
+    elif kind == 2:
+        steps = rng.integers(2, 5)
+        mix = np.floor(mix * steps) / np.float32(steps)
+    grain = noise(rng, size, size / 4, 2)[..., None] - 0.5
+    return first + change * mix[..., None] + np.float32(0.12) * grain
+
+
+def background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A few textured regions with soft or hard borders, and clutter that is no class's shape."""
+    picture = texture(rng, size)
+    for _ in range(rng.integers(1, 4)):
+        border = noise(rng, size, rng.uniform(2, 5), 3) - rng.uniform(0.4, 0.7)
+        region = np.clip(border * 10 ** rng.uniform(0.5, 2) + 0.5, 0, 1)[..., None]
+        picture += region * (texture(rng, size) - picture)
+    for _ in range(rng.integers(0, 5)):  # curved strokes: twigs, cables, cracks
+        ends = rng.uniform(-0.1, 1.1, (3, 1, 2)) * size
+        t = np.linspace(0, 1, 24)[:, None]
+        curve = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * ends[1] + t**2 * ends[2]
+        stroke = np.zeros((size, size), np.float32)
+        width = max(1, round(size * rng.uniform(0.005, 0.03)))
+        cv2.polylines(stroke, [curve.round().astype(np.int32)], False, 1.0, width, cv2.LINE_AA)
+        picture += stroke[..., None] * (texture(rng, size) - picture)
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------
+# Shapes
+# ---------------------------------------------------------------------------------------------
+
+
+def outline(rng: np.random.Generator, name: str) -> np.ndarray:
+    """The polygon [points, 2] of a random shape of class `name`, about within the unit circle."""
+    if name == "disc":
+        angles = np.linspace(0, math.tau, 64, endpoint=False)
+        points = np.stack([np.cos(angles), np.sin(angles)], 1)
+    elif name == "bar":
+        half = rng.uniform(0.45, 0.85)
+        points = np.array([[-1, -half], [1, -half], [1, half], [-1, half]]) * 0.85
+    elif name == "triangle":
+        angles = math.tau / 3 * np.arange(3) + rng.uniform(-0.25, 0.25, 3)
+        points = np.stack([np.cos(angles), np.sin(angles)], 1)
+    elif name == "star":
+        angles = math.tau / 10 * np.arange(10)
+        radius = np.where(np.arange(10) % 2, rng.uniform(0.38, 0.5), 1)
+        points = np.stack([np.cos(angles), np.sin(angles)], 1) * radius[:, None]
+    else:
+        arm = rng.uniform(0.22, 0.38)
+        corner = np.array([[1, -arm], [1, arm], [arm, arm]])
+        points = np.concatenate(
+            [corner @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+        )
+    squash = np.diag([1, rng.uniform(0.7, 1)])  # seen at a slant
+    return points @ rotation(rng) @ squash @ rotation(rng)
+
+
+def rotation(rng: np.random.Generator) -> np.ndarray:
+    """A random 2x2 rotation."""
+    angle = rng.uniform(0, math.tau)
+    return np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+
+
+def fill(points: np.ndarray, side: int) -> np.ndarray:
+    """The polygon's mask, bool [side, side]."""
+    mask = np.zeros((side, side), np.uint8)
+    cv2.fillPoly(mask, [points.round().astype(np.int32)], 1)
+    return mask.astype(bool)
+
+
+def place(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndarray]]:
+    """Choose shapes, the nearest last: their classes and whole (amodal) supersampled masks.
+
+    A candidate is dropped if it would lie mostly outside or hide too much of an earlier one, so
+    that whatever stays can be recognized and nothing unannotated remains in the picture.
+    """
+    side = size * SUPERSAMPLE
+    shapes: list[tuple[int, np.ndarray]] = []
+    visible: list[np.ndarray] = []
+    for _ in range(rng.integers(3, 10)):
+        label = int(rng.integers(len(CLASSES)))
+        radius = side * math.exp(rng.uniform(math.log(0.075), math.log(0.3)))
+        points = outline(rng, CLASSES[label]) * radius + rng.uniform(0.02, 0.98, 2) * side
+        mask = fill(points, side)
+        whole = cv2.contourArea(points.astype(np.float32))
+        kept = [seen & ~mask for seen in visible]
+        hidden = any(
+            seen.sum() < 0.5 * full.sum() for seen, (_, full) in zip(kept, shapes, strict=True)
+        )
+        if mask.sum() >= 0.6 * whole and not hidden:
+            shapes.append((label, mask))
+            visible = [*kept, mask]
+    return shapes
+
+
+def polygons(mask: np.ndarray) -> list[list[float]]:
+    """The outlines of a supersampled mask in picture coordinates, as COCO writes them.
+
+    COCO polygons know no holes: a mask with a hole (a shape in front of a larger one) is cut in
+    two through the hole's centre, as often as needed.
+    """
+    contours, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    rings = []
+    for contour, (_, _, _, parent) in zip(contours, tree[0], strict=True):
+        if parent >= 0:
+            x, _, width, _ = cv2.boundingRect(contour)
+            left = mask.copy()
+            left[:, x + width // 2 :] = False
+            return polygons(left) + polygons(mask & ~left)
+        points = cv2.approxPolyDP(contour, 0.8, True)[:, 0]
+        if len(points) >= 3:
+            # Contours run through the centres of the finer pixels.
+            rings.append(((points + 0.5) / SUPERSAMPLE).round(3).ravel().tolist())
+    return rings
+
+
+# ---------------------------------------------------------------------------------------------
+# Scenes
+# ---------------------------------------------------------------------------------------------
+
+
+def coverage(mask: np.ndarray, size: int) -> np.ndarray:
+    """How much of each picture pixel a supersampled mask covers, [size, size]."""
+    return cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+
+
+def photograph(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """Light, lens and sensor: uneven light, colour cast, blur, noise; uint8 [size, size, 3]."""
+    size = len(picture)
+    light = 1 + rng.uniform(0, 0.35) * plane(size, rng.uniform(0, math.tau))
+    vignette = 1 - rng.uniform(0, 0.25) * (plane(size, 0) ** 2 + plane(size, math.pi / 2) ** 2)
+    picture = picture * (light * vignette)[..., None] * rng.uniform(0.85, 1.15, 3)
+    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.9))
+    picture = picture + rng.normal(0, rng.uniform(0.01, 0.04), picture.shape)
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list[dict], int]:
+    """Draw one scene: picture (BGR), index map, COCO annotations (no ids yet), JPEG quality."""
+    cv2.setNumThreads(1)  # the scenes share the cores already
+    rng = np.random.default_rng(seed)
+    shapes = []
+    while not shapes:
+        shapes = place(rng, size)
+    picture = background(rng, size)
+    covers = np.zeros((len(CLASSES) + 1, size, size), np.float32)
+    sun = rng.uniform(0, math.tau)
+    for _, mask in shapes:
+        alpha = coverage(mask, size)
+        reach = size * rng.uniform(0.005, 0.03)
+        shift = np.float32([[1, 0, reach * math.cos(sun)], [0, 1, reach * math.sin(sun)]])
+        shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (size, size)), (0, 0), reach + 0.5)
+        picture *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
+        surface = texture(rng, size) * (1 - rng.uniform(0, 0.4) * plane(size, sun))[..., None]
+        picture += alpha[..., None] * (surface - picture)
+
+    annotations = []
+    front = np.zeros(shapes[0][1].shape, bool)
+    for label, mask in reversed(shapes):
+        seen = mask & ~front
+        front |= mask
+        covers[label + 1] += coverage(seen, size)
+        x, y, width, height = cv2.boundingRect(seen.astype(np.uint8))
+        annotations.append(
+            {
+                "category_id": label + 1,
+                "segmentation": polygons(seen),
+                "area": float(seen.sum()) / SUPERSAMPLE**2,
+                "bbox": [v / SUPERSAMPLE for v in (x, y, width, height)],
+                "iscrowd": 0,
+            }
+        )
+    covers[0] = 1 - covers[1:].sum(0)
+    index = (covers.argmax(0) + 1).astype(np.uint8)  # ADE20K: 0 is kept for "unlabelled"
+    return photograph(rng, picture), index, annotations, int(rng.integers(60, 91))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def save(path: Path, image: np.ndarray, options: tuple[int, ...] = ()) -> None:
+    """Encode and write; unlike `cv2.imwrite` this raises when the disk is full."""
+    path.write_bytes(cv2.imencode(path.suffix, image, options)[1].tobytes())
+
+
+def write_split(
+    pool: ProcessPoolExecutor, root: Path, split: str, count: int, size: int, seed: int
+) -> None:
+    """Write one split in both layouts."""
+    coco, ade = SPLITS[split]
+    for folder in (
+        f"coco/{coco}",
+        "coco/annotations",
+        f"ade/images/{ade}",
+        f"ade/annotations/{ade}",
+    ):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    images: list[dict] = []
+    annotations: list[dict] = []
+    print(f"{split}: drawing {count} scenes")
+    bar = ProgressBar(count)
+    step = 1 if sys.stdout.isatty() else 100  # a log file needs no moving bar
+    # One random generator per scene: a scene depends on neither the others nor the order.
+    seeds = [[seed, len(split), number] for number in range(1, count + 1)]
+    scenes = pool.map(draw_scene, seeds, [size] * count, chunksize=4)
+    for number, (picture, index, shapes, quality) in enumerate(scenes, 1):
+        jpeg = root / "coco" / coco / f"{number:012d}.jpg"
+        name = f"ADE_{split}_{number:08d}"
+        save(jpeg, picture, (cv2.IMWRITE_JPEG_QUALITY, quality))
+        shutil.copyfile(jpeg, root / "ade/images" / ade / f"{name}.jpg")
+        save(root / "ade/annotations" / ade / f"{name}.png", index)
+        images.append({"id": number, "file_name": jpeg.name, "width": size, "height": size})
+        for shape in shapes:
+            ident = len(annotations) + 1
+            annotations.append({"id": ident, "image_id": number, **shape})
+        if number % step == 0 or number == count:
+            bar.update(number - bar.completed)
+    print()
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
+    (root / f"coco/annotations/instances_{coco}.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+
+
+def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> bool:
+    """Write the data set to the folder `out`, whole or not at all; False if it was there."""
+    parameters = {
+        "version": VERSION,
+        "train": train,
+        "val": val,
+        "size": size,
+        "seed": seed,
+        "classes": list(CLASSES),
+    }
+    stamp = out / "parameters.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == parameters:
+        return False
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} exists and is not this data set (other parameters?): remove it or choose "
+            "another folder"
+        )
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed call left behind
+    try:
+        partial.mkdir(parents=True)
+        with ProcessPoolExecutor() as pool:
+            for split, count in (("train", train), ("val", val)):
+                write_split(pool, partial, split, count, size, seed)
+        (partial / stamp.name).write_text(json.dumps(parameters, indent=2) + "\n")
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return True
+
+
+def at_least(smallest: int):
+    """An argparse type: an integer that is not below `smallest`."""
+
+    def integer(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
+        return int(text)
+
+    return integer
+
+
+def main() -> None:
+    """Read the command line and write the data set."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--train", type=at_least(1), default=600, help="training images (600)")
+    parser.add_argument("--val", type=at_least(1), default=120, help="validation images (120)")
+    parser.add_argument(
+        "--size",
+        type=at_least(MIN_SIZE),
+        default=160,
+        help="height and width of an image in pixels (160)",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="same seed, same data (0)")
+    args = parser.parse_args()
+    try:
+        new = make_dataset(args.out, args.train, args.val, args.size, args.seed)
+    except FileExistsError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"\nerror: cannot write the data set {args.out}: {error.strerror or error}; "
+            "nothing was left behind, mend that and call again"
+        )
+    print(f"{args.out}: " + ("written" if new else "complete already, kept"))
+
+
+if __name__ == "__main__":
+    main()
