@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +17,23 @@ def landmark_grid(height: int, width: int, max_landmarks: int | None) -> tuple[i
     return rows, min(width, max_landmarks // rows)
 
 
+def _spread(size: int, kept: int, device: torch.device) -> Tensor:
+    """``kept`` of ``size`` indices at the centres of as many equal intervals."""
+    return (2 * torch.arange(kept, device=device) + 1) * size // (2 * kept)
+
+
+def _inverse_gelu(y: float) -> float:
+    """The ``x >= 0`` with ``x Phi(x) = y``, by bisection."""
+    low, high = 0.0, y + 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        if middle * 0.5 * (1 + math.erf(middle / math.sqrt(2))) < y:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 class SoftmaxFreeAttention(nn.Module):
     """Softmax-free multi-head attention over a grid of tokens (SOFT, section 3).
 
@@ -28,10 +46,10 @@ class SoftmaxFreeAttention(nn.Module):
         landmark_stride: tokens per landmark along each axis.
         value_kernel: size of the depthwise convolution of the values, odd.
         normalize: the symmetric normalization of SOFT++.
-        max_landmarks: average-pool the sampled grid to at most this many landmarks; ``None`` for as
-            many as the stride gives.
+        max_landmarks: keep at most this many landmarks, evenly spread over the grid that the stride
+            gives; ``None`` for all of them.
         landmark_sampling: ``'conv'``, or ``'avg'`` as in the paper's ablation.
-        landmark_norm_init: initial weight of the landmarks' LayerNorm; 1 in the release.
+        attn_init: ``'balanced'`` or ``'released'``, see :meth:`init_landmark_norm`.
         solver: see :func:`mmsoft.ops.softmax_free_attention`.
         newton_steps: likewise.
         drop_rate: dropout after the projection.
@@ -47,7 +65,7 @@ class SoftmaxFreeAttention(nn.Module):
         normalize: bool,
         max_landmarks: int | None = None,
         landmark_sampling: str = "conv",
-        landmark_norm_init: float = 1.0,
+        attn_init: str = "balanced",
         solver: str = "newton",
         newton_steps: int = 20,
         drop_rate: float = 0.0,
@@ -69,7 +87,7 @@ class SoftmaxFreeAttention(nn.Module):
                 self.head_dims, self.head_dims, landmark_stride, landmark_stride, bias=False
             )
         self.landmark_norm = nn.LayerNorm(self.head_dims)
-        nn.init.constant_(self.landmark_norm.weight, landmark_norm_init)
+        self.init_landmark_norm(attn_init)
         self.value_conv = nn.Conv2d(
             num_heads,
             num_heads,
@@ -87,28 +105,49 @@ class SoftmaxFreeAttention(nn.Module):
             f"max_landmarks={self.max_landmarks}, normalize={self.normalize}, solver={self.solver}"
         )
 
+    def init_landmark_norm(self, attn_init: str) -> None:
+        """Set the scale of the attention term for training from scratch.
+
+        As released (``'released'``: weight 1, bias 0) landmarks start far from each other and from
+        the queries, which start near 0: ``K`` is about 0.001, the term is 10 to 100 times smaller
+        than the values' convolution and grows with the resolution. ``'balanced'`` lets landmarks
+        overlap (weight 0.3), so that the term is the same at every resolution: ``r^2 |K|^2`` times
+        the mean value, with ``r^2`` tokens to a landmark. The bias then moves the landmarks a
+        distance ``sqrt(ln(r^2 / 2))`` from the queries, where ``r^2 |K|^2`` is about 2. Without the
+        symmetric normalization landmarks that overlap add up as well, about 10 of the 49 at 224
+        pixels, hence ``sqrt(ln(10 r^2 / 2))``. Measured by ``tools/analysis_tools/attention_scale.py``.
+        """
+        nn.init.zeros_(self.landmark_norm.bias)
+        nn.init.ones_(self.landmark_norm.weight)
+        if attn_init == "balanced":
+            tokens = self.landmark_stride**2 / 2 * (1 if self.normalize else 10)
+            distance = math.sqrt(math.log(max(tokens, 1)))
+            nn.init.constant_(self.landmark_norm.weight, 0.3)
+            nn.init.constant_(
+                self.landmark_norm.bias, _inverse_gelu(distance / math.sqrt(self.head_dims))
+            )
+
     def sample_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Landmarks of the queries ``[B, H*W, C]``: ``[B, heads, m, d]``."""
-        (height, width), r, d = hw_shape, self.landmark_stride, self.head_dims
+        (height, width), r = hw_shape, self.landmark_stride
         q = q.view(-1, height, width, q.shape[-1])
         if height < r or width < r:  # at least one landmark
             q = F.pad(q, (0, 0, 0, max(r - width, 0), 0, max(r - height, 0)))
         rows, cols = max(height // r, 1), max(width // r, 1)
         # A convolution whose stride is its kernel is a product with patches; the heads stay where
         # they are, with no folding into the batch. As in a convolution, a remainder is cut off.
-        patches = q[:, : rows * r, : cols * r].reshape(-1, rows, r, cols, r, self.num_heads, d)
+        patches = q[:, : rows * r, : cols * r].unflatten(2, (cols, r)).unflatten(1, (rows, r))
+        kept_rows, kept_cols = landmark_grid(rows, cols, self.max_landmarks)
+        if (kept_rows, kept_cols) != (rows, cols):
+            patches = patches[:, _spread(rows, kept_rows, q.device)]
+            patches = patches[:, :, :, _spread(cols, kept_cols, q.device)]
+        patches = patches.unflatten(5, (self.num_heads, self.head_dims))
         if self.landmark_conv is None:
-            grid = patches.mean((2, 4))  # [B, rows, cols, heads, d]
+            landmarks = patches.mean((2, 4))  # [B, rows, cols, heads, d]
         else:
-            patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
             weight = self.landmark_conv.weight.permute(0, 2, 3, 1).flatten(1)
-            grid = F.linear(patches, weight)
-        target = landmark_grid(rows, cols, self.max_landmarks)
-        if target != (rows, cols):
-            pooled = F.adaptive_avg_pool2d(grid.flatten(3).permute(0, 3, 1, 2), target)
-            grid = pooled.permute(0, 2, 3, 1).unflatten(3, (self.num_heads, d))
-        landmarks = F.gelu(self.landmark_norm(grid))
-        return landmarks.flatten(1, 2).transpose(1, 2)
+            landmarks = F.linear(patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4), weight)
+        return F.gelu(self.landmark_norm(landmarks)).flatten(1, 2).transpose(1, 2)
 
     def convolve_values(self, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The depthwise convolution of ``v [B, H*W, C]``, one filter for all channels of a head."""
@@ -138,20 +177,26 @@ class SoftmaxFreeAttention(nn.Module):
         scale = self.head_dims**-0.25
         q = F.linear(x, self.query.weight * scale, self.query.bias * scale)
         v = self.value(x)
+        out = self.attend(q, v, hw_shape) + self.convolve_values(v, hw_shape)
+        return self.drop(self.proj(out))
+
+    def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
+        split = (self.num_heads, self.head_dims)
         landmarks = self.sample_landmarks(q, hw_shape)
         out = softmax_free_attention(
-            self._split_heads(q),
-            self._split_heads(v),
+            q.unflatten(2, split).transpose(1, 2),
+            v.unflatten(2, split).transpose(1, 2),
             landmarks,
             normalize=self.normalize,
             solver=self.solver,
             steps=self.newton_steps,
         )
-        out = out.transpose(1, 2).flatten(2) + self.convolve_values(v, hw_shape)
-        return self.drop(self.proj(out))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, self.head_dims)).transpose(1, 2)
+        # The term goes like N / m, constant at a fixed stride: a budget must not change that.
+        rows, cols = (max(size // self.landmark_stride, 1) for size in hw_shape)
+        if landmarks.shape[2] != rows * cols:
+            out = out * (landmarks.shape[2] / (rows * cols))
+        return out.transpose(1, 2).flatten(2)
 
 
 class SoftmaxAttention(nn.Module):

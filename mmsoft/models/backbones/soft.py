@@ -1,5 +1,6 @@
 """The SOFT and SOFT++ backbones."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,13 +87,14 @@ class SOFT(BaseModule):
         out_indices: stages whose features are returned, of 0 to 3. Later stages are not built.
         out_type: ``'featmap'`` for ``[B, C, H, W]`` of each stage in ``out_indices``;
             ``'cls_token'`` for the class token ``[B, C]`` (``out_indices`` must be ``(3,)``).
-        max_landmarks: average-pool the landmarks' grid to at most this many; ``None`` lets them
-            grow with the image, as released (cost then grows with their cube).
+        max_landmarks: keep at most this many landmarks, evenly spread; ``None`` lets them grow
+            with the image, as released (the cost of the inverse then grows with their cube).
         solver: ``'newton'`` or ``'direct'``, see :func:`mmsoft.ops.softmax_free_attention`.
         newton_steps: Newton-Raphson steps, part of the model; 20 in the release.
         landmark_sampling: ``'conv'`` or ``'avg'``.
-        landmark_norm_init: initial weight of the landmarks' LayerNorm. 1 in the release, where the
-            attention starts nearly silent; loaded weights are not affected.
+        attn_init: initial scale of the attention when training from scratch: ``'balanced'``, of the
+            order of the values' convolution at every resolution, or ``'released'``, nearly silent
+            at first. Loaded weights are not affected.
         drop_rate: dropout after position embeddings, projections and MLPs.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         frozen_stages: freeze the stem (0) or the first n stages (n >= 1); -1 for nothing.
@@ -119,7 +121,7 @@ class SOFT(BaseModule):
         solver: str = "newton",
         newton_steps: int = 20,
         landmark_sampling: str = "conv",
-        landmark_norm_init: float = 0.3,
+        attn_init: str = "balanced",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
@@ -136,6 +138,7 @@ class SOFT(BaseModule):
         self.norm_eval = norm_eval
         _check_choice("solver", solver, SOLVERS)
         _check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
+        _check_choice("attn_init", attn_init, ("balanced", "released"))
         _check_int("in_channels", in_channels, 1)
         _check_int("newton_steps", newton_steps, 1)
         _check_int("frozen_stages", frozen_stages, -1, _STAGES)
@@ -175,7 +178,7 @@ class SOFT(BaseModule):
                         normalize=self.normalize,
                         max_landmarks=max_landmarks,
                         landmark_sampling=landmark_sampling,
-                        landmark_norm_init=landmark_norm_init,
+                        attn_init=attn_init,
                         solver=solver,
                         newton_steps=newton_steps,
                         **common,
@@ -201,7 +204,9 @@ class SOFT(BaseModule):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                # He initialisation by the fan-out of one group, unlike nn.init.kaiming_normal_.
+                fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Stage):
