@@ -13,7 +13,7 @@ VENV := .venv/bin
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup:  ## Build or refresh .venv (about 7 minutes the first time)
+setup:  ## Build or refresh .venv (about 10 minutes the first time)
 	@test -n "$(PYTHON)" || { echo "setup: no Python found; install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/dev/setup_env.py
 

@@ -338,7 +338,7 @@ def wheel_folder():
 def compile_mmcv(folder):
     """Compile mmcv with its CPU operators into `folder`, and return the wheel's path."""
     jobs = os.cpu_count() or 1
-    say(f"      compiling it with {jobs} job(s): about {max(1, 10 // jobs)} minutes, once")
+    say(f"      compiling it with {jobs} job(s): about {max(1, 18 // jobs)} minutes, once")
     # Without -g0 it takes three times as long. No visible GPU: with one, mmcv would want nvcc.
     settings = {
         "CFLAGS": "-g0",
