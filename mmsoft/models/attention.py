@@ -115,7 +115,8 @@ class SoftmaxFreeAttention(nn.Module):
         the mean value, with ``r^2`` tokens to a landmark. The bias then moves the landmarks a
         distance ``sqrt(ln(r^2 / 2))`` from the queries, where ``r^2 |K|^2`` is about 2. Without the
         symmetric normalization landmarks that overlap add up as well, about 10 of the 49 at 224
-        pixels, hence ``sqrt(ln(10 r^2 / 2))``. Measured by ``tools/analysis_tools/attention_scale.py``.
+        pixels, hence ``sqrt(ln(10 r^2 / 2))``. ``tools/analysis_tools/attention_scale.py`` shows
+        the result.
         """
         nn.init.zeros_(self.landmark_norm.bias)
         nn.init.ones_(self.landmark_norm.weight)

@@ -97,10 +97,10 @@ def softmax_free_attention(
         if solver == "direct":
             s = tikhonov_pinv_product(a, s)
         else:
-            alpha = step_size(a, guarded=normalize)
+            alpha, cubic = step_size(a, guarded=normalize)
             if not normalize:
                 a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-            s = newton_raphson_pinv(a, alpha, steps) @ s
+            s = newton_raphson_pinv(a, alpha, cubic, steps) @ s
         if scale is not None:
             s = scale * s
         out = gaussian_kernel_product(q, landmarks, s)

@@ -24,7 +24,7 @@ _HALVINGS = 10
 _GUARD = 1.01
 
 
-def step_size(a: Tensor, guarded: bool) -> Tensor:
+def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
     """The released step size ``alpha``, computed without reading anything back from the device.
 
     Args:
@@ -35,12 +35,18 @@ def step_size(a: Tensor, guarded: bool) -> Tensor:
             a sample does not depend on its batch mates (they run over the batch in the release).
 
     Returns:
-        ``[B, heads or 1, 1, 1]``, without gradient.
+        ``alpha`` and ``cubic``, each ``[B, heads or 1, 1, 1]``, without gradient: Newton-Raphson
+        starts from ``alpha A - cubic A^3``. ``cubic`` is 0 except where the guard accepts at once:
+        there ``alpha x^2`` may be 2 for the largest eigenvalue x (one landmark, or landmarks far
+        apart), from which the iteration goes to 0 instead of ``1/x``. The start is then one step
+        from ``alpha / 2``: the same filter to ``alpha x^2 / 4`` where anything is damped, and the
+        inverse where the release has none.
     """
     a = a.detach()
     rows = a.sum(-1)
     if not guarded:
-        return 1.8 / rows.amax(-1)[..., None, None].square()
+        alpha = 1.8 / rows.amax(-1)[..., None, None].square()
+        return alpha, torch.zeros_like(alpha)
     # A >= 0, so column j of |I - alpha A^2| sums to |1 - alpha d_j| + alpha (s_j - d_j), with d the
     # diagonal of A^2 and s its column sums: all candidates cost O(m), and no product of matrices.
     diagonal = a.square().sum(-1)
@@ -48,18 +54,19 @@ def step_size(a: Tensor, guarded: bool) -> Tensor:
     halvings = torch.arange(_HALVINGS, dtype=a.dtype, device=a.device)
     alpha = 2 / rows.amax((-2, -1), keepdim=True).square()  # [B, 1, 1]
     candidates = alpha[..., None] * torch.exp2(-halvings)  # [B, 1, 1, 10]
-    norm = (1 - candidates * diagonal[..., None]).abs() + candidates * (columns - diagonal)[
-        ..., None
-    ]
-    rejected = (norm.amax((1, 2)) > _GUARD).to(a.dtype).cumprod(-1).sum(-1)  # [B]
-    return (alpha.flatten() * torch.exp2(-rejected))[:, None, None, None]
+    off_diagonal = (columns - diagonal)[..., None]
+    norm = (1 - candidates * diagonal[..., None]).abs() + candidates * off_diagonal
+    rejected = (norm.amax((1, 2)) > _GUARD).to(a.dtype).cumprod(-1).sum(-1)[:, None, None]  # [B]
+    alpha = alpha * torch.exp2(-rejected)
+    cubic = torch.where(rejected == 0, alpha.square() / 4, 0)
+    return alpha[..., None], cubic[..., None]
 
 
 @torch.library.custom_op("mmsoft::newton_raphson_pinv", mutates_args=())
-def _newton(a: Tensor, alpha: Tensor, steps: int) -> Tensor:
+def _newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
         shape = a.shape
-        v = (alpha * a).flatten(0, -3)
+        v = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
         a = a.flatten(0, -3)
         for _ in range(steps):
             v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
@@ -67,7 +74,7 @@ def _newton(a: Tensor, alpha: Tensor, steps: int) -> Tensor:
 
 
 @_newton.register_fake
-def _(a: Tensor, alpha: Tensor, steps: int) -> Tensor:
+def _(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
@@ -75,16 +82,16 @@ def _newton_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output)
 
 
-def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (v,) = ctx.saved_tensors
-    return -(v.mT @ grad @ v.mT), None, None
+    return -(v.mT @ grad @ v.mT), None, None, None
 
 
 _newton.register_autograd(_newton_backward, setup_context=_newton_context)
 
 
-def newton_raphson_pinv(a: Tensor, alpha: Tensor, steps: int = 20) -> Tensor:
-    """``steps`` Newton-Raphson steps ``V <- 2V - V A V`` from ``V = alpha A``.
+def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20) -> Tensor:
+    """``steps`` Newton-Raphson steps ``V <- 2V - V A V`` from ``V = alpha A - cubic A^3``.
 
     The backward pass is the theoretical one, ``dL/dA = -V^T (dL/dV) V^T`` (SOFT, proposition 3); it
     stores the result alone, and can itself be differentiated.
@@ -92,12 +99,13 @@ def newton_raphson_pinv(a: Tensor, alpha: Tensor, steps: int = 20) -> Tensor:
     Args:
         a: symmetric matrices ``[B, heads, m, m]``, float32 or float64.
         alpha: from :func:`step_size`, broadcastable to ``a``; taken as a constant.
+        cubic: likewise.
         steps: number of steps ``T``.
 
     Returns:
         ``[B, heads, m, m]``.
     """
-    return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, steps)
+    return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
 
 
 @torch.library.custom_op("mmsoft::tikhonov_solve", mutates_args=())

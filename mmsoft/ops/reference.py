@@ -24,25 +24,32 @@ def step_size_soft(a: Tensor) -> Tensor:
     return 1.8 / a.sum(-1).amax(-1)[..., None, None].square()
 
 
-def step_size_softplusplus(a: Tensor) -> Tensor:
-    """SOFT++'s guarded step size, one per sample of ``a [B, heads, m, m]``: ``[B, 1, 1, 1]``."""
-    alphas = []
+def step_size_softplusplus(a: Tensor) -> tuple[Tensor, Tensor]:
+    """SOFT++'s guarded step size of each sample of ``a [B, heads, m, m]``.
+
+    Returns:
+        ``alpha [B, 1, 1, 1]`` and how many steps to add to the nominal number, 0 or 1: where the
+        guard accepts at once we halve all the same and take one step more, because the release's
+        start diverges for an eigenvalue with ``alpha x^2 = 2``.
+    """
+    alphas, extra = [], []
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for sample in a:
-        alpha = 2 / sample.sum(-1).max() ** 2
-        for _ in range(10):
-            if (eye - sample @ (alpha * sample)).abs().sum(-2).max() <= 1.01:
-                break
-            alpha = alpha / 2
-        alphas.append(alpha)
-    return torch.stack(alphas)[:, None, None, None] if alphas else a.new_empty(0, 1, 1, 1)
+        alpha, halvings = 2 / sample.sum(-1).max() ** 2, 0
+        while halvings < 10 and (eye - sample @ (alpha * sample)).abs().sum(-2).max() > 1.01:
+            alpha, halvings = alpha / 2, halvings + 1
+        alphas.append(alpha / 2 if halvings == 0 else alpha)
+        extra.append(int(halvings == 0))
+    shape = (len(a), 1, 1, 1)
+    return a.new_tensor(alphas).view(shape), torch.tensor(extra, device=a.device).view(shape)
 
 
-def newton_raphson(a: Tensor, alpha: Tensor, steps: int) -> Tensor:
+def newton_raphson(a: Tensor, alpha: Tensor, steps: int | Tensor) -> Tensor:
     """``V <- 2V - V A V`` from ``V = alpha A`` (SOFT, equation 9), differentiable by unrolling."""
     v = alpha * a
-    for _ in range(steps):
-        v = 2 * v - v @ a @ v
+    steps = torch.as_tensor(steps, device=a.device)
+    for k in range(int(steps.max()) if steps.numel() else 0):
+        v = torch.where(k < steps, 2 * v - v @ a @ v, v)
     return v
 
 
@@ -52,16 +59,20 @@ def with_theoretical_gradient(a: Tensor, pinv: Tensor) -> Tensor:
     return pinv - pinv @ (a - a.detach()) @ pinv
 
 
-def newton_filter(a: Tensor, alpha: Tensor, steps: int) -> Tensor:
+def newton_filter(a: Tensor, alpha: Tensor, steps: int | Tensor) -> Tensor:
     """What ``newton_raphson`` computes, through an eigendecomposition.
 
     The iterates commute with ``a``, so the result is ``g(a)`` with
     ``g(x) = (1 - (1 - alpha x^2)^(2^steps)) / x``.
     """
     eigenvalues, vectors = torch.linalg.eigh(a)
-    x = eigenvalues.abs().clamp(min=torch.finfo(a.dtype).tiny) * torch.where(eigenvalues < 0, -1, 1)
-    # log1p and expm1 keep the small eigenvalues, for which 1 - (1 - t)^n cancels.
-    decay = torch.log1p(-(alpha.squeeze(-1) * x.square()).clamp(max=1)) * 2.0**steps
+    tiny = torch.finfo(a.dtype).tiny
+    x = torch.where(eigenvalues < 0, -1, 1) * eigenvalues.abs().clamp(min=tiny)
+    # log1p and expm1 keep the small eigenvalues, for which 1 - (1 - t)^n cancels; (1 - t)^n with
+    # its even n is (t - 1)^n for the large ones.
+    t = alpha.squeeze(-1) * x.square()
+    t = torch.where(t > 1, 2 - t, t)
+    decay = torch.log1p(-t) * 2.0 ** torch.as_tensor(steps, device=a.device).reshape(-1, 1, 1)
     return (vectors * (-torch.expm1(decay) / x)[..., None, :]) @ vectors.mT
 
 
@@ -90,8 +101,8 @@ def softmax_free_attention(
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         pinv = torch.linalg.inv(a @ a + mu.square() * eye) @ a
     elif normalize:
-        alpha = step_size_softplusplus(a.detach())
-        pinv = with_theoretical_gradient(a, newton_raphson(a.detach(), alpha, steps))
+        alpha, extra = step_size_softplusplus(a.detach())
+        pinv = with_theoretical_gradient(a, newton_raphson(a.detach(), alpha, steps + extra))
     else:
         alpha = step_size_soft(a.detach())
         ridged = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)

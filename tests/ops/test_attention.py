@@ -1,0 +1,184 @@
+"""The operator against its float64 definition: forward, all gradients, every dtype and shape."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmsoft.ops import softmax_free_attention
+from mmsoft.ops.reference import softmax_free_attention as reference
+
+VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
+# batch, heads, tokens, landmarks, head dim
+SHAPES = [
+    (2, 2, 63, 7, 16),
+    (1, 3, 1000, 49, 32),
+    (2, 1, 5, 1, 64),
+    (1, 2, 1, 3, 32),
+    (1, 1, 1, 1, 32),
+    (3, 2, 40, 50, 32),  # more landmarks than tokens
+    (1, 1, 4211, 256, 32),
+]
+
+
+def arguments(shape, spread=1.0, dtype=torch.float64, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, values, landmarks; a small ``spread`` makes A ill conditioned."""
+    batch, heads, n, m, d = shape
+    g = torch.Generator().manual_seed(seed)
+    scale = spread * d**-0.25
+    q = torch.randn(batch, heads, n, d, generator=g, dtype=torch.float64) * scale
+    v = torch.randn(batch, heads, n, d, generator=g, dtype=torch.float64)
+    landmarks = torch.randn(batch, heads, m, d, generator=g, dtype=torch.float64) * scale
+    return q.to(dtype), v.to(dtype), landmarks.to(dtype)
+
+
+def run(function, tensors, autocast=None, **kwargs) -> list[Tensor]:
+    """Output and the three gradients for a fixed random cotangent."""
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        out = function(*tensors, **kwargs)
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)
+    (out * weight).sum().backward()
+    return [out.detach(), *(t.grad for t in tensors)]
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+@pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64_is_exact(shape, normalize, solver):
+    tensors = arguments(shape)
+    kwargs = dict(normalize=normalize, solver=solver)
+    for ours, truth in zip(
+        run(softmax_free_attention, tensors, **kwargs), run(reference, tensors, **kwargs)
+    ):
+        torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-9 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
+@pytest.mark.parametrize("shape", [*SHAPES[:2], SHAPES[5]], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.03])
+def test_low_precision_loses_no_more_than_plain_torch(shape, normalize, solver, spread, dtype):
+    """Error against float64 at most 2 times (forward), 3 times (backward) that of plain PyTorch."""
+    tensors = arguments(shape, spread, dtype)
+    kwargs = dict(normalize=normalize, solver=solver)
+    # In half precision linalg has no CPU kernel: plain torch may solve in float32, no more.
+    plain_dtype = torch.float32 if solver == "direct" else dtype
+    truth = run(reference, [t.double() for t in tensors], **kwargs)
+    plain = run(reference, [t.to(plain_dtype) for t in tensors], **kwargs)
+    ours = run(softmax_free_attention, tensors, **kwargs)
+    floor = 4 * torch.finfo(dtype).eps  # rounding of the result itself
+    for name, factor, mine, theirs, exact in zip(
+        ("out", "q", "v", "landmarks"), (2, 3, 3, 3), ours, plain, truth
+    ):
+        assert mine.dtype == dtype
+        allowed = error(theirs.to(dtype), exact)
+        allowed = float("inf") if allowed != allowed else max(factor * allowed, floor)
+        assert error(mine, exact) <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_the_arithmetic_in_float32(dtype):
+    q, v, landmarks = arguments((2, 2, 300, 30, 32), 0.5, torch.float32)
+    outside = run(softmax_free_attention, (q, v, landmarks))
+    inside = run(softmax_free_attention, (q, v, landmarks), autocast=dtype)
+    for a, b in zip(outside, inside):
+        assert torch.equal(a, b)
+    half = softmax_free_attention(q.to(dtype), v.to(dtype), landmarks)  # float32 landmarks
+    assert half.dtype == dtype
+
+
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_strided_and_expanded_arguments(solver):
+    q, v, landmarks = arguments((2, 3, 70, 9, 32))
+    expected = run(softmax_free_attention, (q, v, landmarks), solver=solver)
+
+    def strided(t: Tensor) -> Tensor:  # as a layer splits its heads
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    out = softmax_free_attention(strided(q), strided(v), strided(landmarks), solver=solver)
+    torch.testing.assert_close(out, expected[0])
+    wide = torch.cat((q, q), -1)[..., ::2]  # inner stride 2
+    narrow = softmax_free_attention(wide, v, wide[:, :, :9], solver=solver)
+    torch.testing.assert_close(
+        narrow, softmax_free_attention(wide.contiguous(), v, wide[:, :, :9].clone(), solver=solver)
+    )
+    one = landmarks[:1, :1].clone().requires_grad_()
+    expanded = softmax_free_attention(q, v, one.expand(2, 3, 9, 32), solver=solver)
+    expanded.sum().backward()
+    assert one.grad.isfinite().all()
+    torch.testing.assert_close(
+        expanded, softmax_free_attention(q, v, one.expand(2, 3, 9, 32).clone(), solver=solver)
+    )
+
+
+def test_output_memory_merges_heads_without_a_copy():
+    out = softmax_free_attention(*arguments((2, 3, 70, 9, 32)))
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+
+@pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
+def test_empty_batch(normalize, solver):
+    tensors = arguments((0, 2, 30, 5, 32), dtype=torch.float32)
+    out, *grads = run(softmax_free_attention, tensors, normalize=normalize, solver=solver)
+    assert out.shape == (0, 2, 30, 32)
+    assert all(g.shape == t.shape for g, t in zip(grads, tensors))
+
+
+@pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
+def test_batch_mates_do_not_matter(normalize, solver):
+    q, v, landmarks = arguments((8, 2, 200, 20, 32), dtype=torch.float32)
+    extreme = [t.clone() for t in (q, v, landmarks)]
+    for t, factor in zip(extreme, (1e3, 1e4, 1e-4)):
+        t[1:] *= factor
+    kwargs = dict(normalize=normalize, solver=solver)
+    alone = softmax_free_attention(q[:1], v[:1], landmarks[:1], **kwargs)
+    for batch in ((q, v, landmarks), extreme):
+        together = softmax_free_attention(*batch, **kwargs)[:1]
+        assert error(together, alone.double()) < 1e-6
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_double_backward_is_refused_clearly(normalize):
+    tensors = [t.requires_grad_() for t in arguments((1, 1, 20, 4, 16))]
+    out = softmax_free_attention(*tensors, normalize=normalize)
+    (grad,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"reference\.softmax_free_attention"):
+        grad.sum().backward()
+
+
+def test_attention_matrix_equals_the_operator():
+    from mmsoft.ops.reference import attention_matrix
+
+    q, v, landmarks = arguments((1, 2, 30, 5, 32))
+    torch.testing.assert_close(
+        attention_matrix(q, landmarks) @ v, softmax_free_attention(q, v, landmarks)
+    )
+
+
+BAD = [
+    (dict(q=[[1.0]]), TypeError, "q must be a tensor"),
+    (dict(q=(4, 10, 32)), ValueError, "q must have 4 dimensions"),
+    (dict(v=(1, 2, 9, 32)), ValueError, "v must have the 10 tokens of q, got 9"),
+    (dict(landmarks=(1, 2, 4, 16)), ValueError, "head dimension of q, 32, got 16"),
+    (dict(landmarks=(1, 3, 4, 32)), ValueError, r"batch and heads of q, \(1, 2\), got \(1, 3\)"),
+    (dict(landmarks=(1, 2, 0, 32)), ValueError, "at least one token"),
+    (dict(v=torch.zeros(1, 2, 10, 32).double()), TypeError, "v must have the dtype of q"),
+    (dict(q=torch.zeros(1, 2, 10, 32).long()), TypeError, "q must be a floating-point tensor"),
+    (dict(landmarks=torch.zeros(1, 2, 4, 32).half()), TypeError, "landmarks must be torch.float32"),
+    (dict(v=torch.zeros(1, 2, 10, 32, device="meta")), ValueError, "v must be on the device of q"),
+    (dict(solver="exact"), ValueError, "solver must be one of"),
+    (dict(steps=0), ValueError, "steps must be a positive integer"),
+    (dict(steps=2.0), ValueError, "steps must be a positive integer"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[b[2] for b in BAD])
+def test_bad_input(change, kind, message):
+    call = dict(q=(1, 2, 10, 32), v=(1, 2, 10, 32), landmarks=(1, 2, 4, 32)) | change
+    call = {k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in call.items()}
+    with pytest.raises(kind, match=message):
+        softmax_free_attention(call.pop("q"), call.pop("v"), call.pop("landmarks"), **call)

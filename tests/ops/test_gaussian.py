@@ -1,0 +1,111 @@
+"""Streamed products with the Gaussian kernel."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from mmsoft.ops import gaussian, gaussian_kernel, gaussian_kernel_product
+from mmsoft.ops.reference import gaussian_kernel as naive
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    """Blocks so small that every loop runs several times, the last one short."""
+    monkeypatch.setitem(gaussian._BLOCK_ELEMENTS, "cpu", 500)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1000, 7), (7, 1000), (63, 63), (1, 5), (5, 1), (1, 1)])
+@pytest.mark.parametrize("width", [1, 32])
+def test_product_and_gradients(n, m, width, tiny_blocks):
+    g = torch.Generator().manual_seed(0)
+    x, y, w = (
+        torch.randn(3, 2, *shape, generator=g, dtype=torch.float64).requires_grad_()
+        for shape in ((n, 16), (m, 16), (m, width))
+    )
+    grad = torch.randn(3, 2, n, width, generator=g, dtype=torch.float64)
+    expected = naive(x, y) @ w
+    ours = gaussian_kernel_product(x, y, w)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, y, w), grad), torch.autograd.grad(expected, (x, y, w), grad)
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_output_element_is_written(monkeypatch, tiny_blocks):
+    """Fresh memory is poisoned with NaN; none may survive."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        return empty(self, *args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for n, m in ((101, 3), (3, 101)):
+        x, y, w = (torch.randn(2, 2, k, 16, requires_grad=True) for k in (n, m, m))
+        out = gaussian_kernel_product(x, y, w)
+        assert out.isfinite().all()
+        out.sum().backward()
+        assert all(t.grad.isfinite().all() for t in (x, y, w))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e4, 1e19, 3e38])
+def test_any_finite_coordinate_gives_a_kernel_in_the_unit_interval(magnitude):
+    x = torch.randn(1, 1, 40, 8).sign() * magnitude
+    y = torch.cat((x[:, :, :5], -x[:, :, 5:9]), 2)
+    kernel = gaussian_kernel_product(x, y, torch.eye(9).expand(1, 1, 9, 9))
+    assert ((kernel >= 0) & (kernel <= 1)).all()
+    torch.testing.assert_close(kernel, gaussian_kernel(x, y), rtol=1e-5, atol=1e-6)
+
+
+def test_translation_does_not_cost_precision():
+    """Points far from the origin but near each other, where the expanded square cancels."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 50, 16, generator=g) + 1000
+    y = torch.randn(1, 1, 6, 16, generator=g) + 1000
+    exact = torch.exp(
+        -0.5 * (x.double()[..., :, None, :] - y.double()[..., None, :, :]).square().sum(-1)
+    )
+    eye = torch.eye(6).expand(1, 1, 6, 6)
+    torch.testing.assert_close(
+        gaussian_kernel_product(x, y, eye).double(), exact, rtol=1e-4, atol=1e-9
+    )
+    torch.testing.assert_close(gaussian_kernel(x, y).double(), exact, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(30, 4), (4, 30)])
+def test_custom_operators_pass_opcheck(n, m):
+    g = torch.Generator().manual_seed(0)
+    x, y, w = (torch.randn(2, 2, k, 8, generator=g, requires_grad=True) for k in (n, m, m))
+    opcheck(torch.ops.mmsoft.gaussian_kernel_product.default, (x, y, w))
+    grad = torch.randn(2, 2, n, 8, generator=g)
+    detached = [t.detach() for t in (x, y, w)]
+    opcheck(torch.ops.mmsoft.gaussian_kernel_product_backward.default, (grad, *detached))
+
+
+def peak_elements(function) -> int:
+    """The largest tensor that ``function`` allocates, in elements."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, torch.Tensor):
+                    self.elements = max(self.elements, t.untyped_storage().nbytes() // 4)
+            return out
+
+    # Custom operators are opaque to a dispatch mode: call what they are made of.
+    with Largest() as mode:
+        function()
+    return mode.elements
+
+
+def test_no_block_exceeds_the_bound():
+    n, m = 20000, 256
+    x, y = torch.randn(1, 2, n, 32), torch.randn(1, 2, m, 32)
+    stream = gaussian._Stream(x, y, torch.float32)
+    assert max(k.numel() for *_, k in stream) <= gaussian._BLOCK_ELEMENTS["cpu"] < 2 * n * m
+    assert sum(k.shape[2] for *_, k in stream) == n
+    assert peak_elements(lambda: [None for _ in stream]) < n * m

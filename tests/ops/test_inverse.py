@@ -1,0 +1,163 @@
+"""The two inverses against their spectral definitions."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from mmsoft.ops import (
+    gaussian_kernel,
+    newton_raphson_pinv,
+    reference,
+    step_size,
+    tikhonov_pinv_product,
+)
+
+
+def gram(m: int, condition: float, batch=(2, 2), seed=0) -> torch.Tensor:
+    """Gram matrices of a Gaussian kernel with about the given condition number, float64."""
+    g = torch.Generator().manual_seed(seed)
+    points = torch.randn(*batch, m, 8, generator=g, dtype=torch.float64)
+    low, high = 1e-6, 30.0
+    for _ in range(14):  # the further apart the points, the better conditioned
+        spread = (low * high) ** 0.5
+        worst = torch.linalg.cond(gaussian_kernel(points * spread, points * spread)).max()
+        low, high = (low, spread) if worst < condition else (spread, high)
+    return gaussian_kernel(points * high, points * high)
+
+
+def released(a: torch.Tensor, guarded: bool) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """Step size and number of steps by the reference."""
+    if guarded:
+        alpha, extra = reference.step_size_softplusplus(a)
+        return alpha, 20 + extra
+    return reference.step_size_soft(a), 20
+
+
+@pytest.mark.parametrize("condition", [1.5, 1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("m", [1, 2, 49, 130])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_newton_is_the_spectral_filter(m, condition, guarded):
+    a = gram(m, condition)
+    expected = reference.newton_filter(a, *released(a, guarded))
+    tolerance = dict(rtol=1e-6, atol=1e-8 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        newton_raphson_pinv(a, *step_size(a, guarded)), expected, **tolerance
+    )
+    torch.testing.assert_close(
+        reference.newton_raphson(a, *released(a, guarded)), expected, **tolerance
+    )
+
+
+def test_guard_halves_by_what_the_loop_would():
+    """From no halving (the identity) to many (strongly overlapping landmarks)."""
+    halvings = set()
+    for spread in (10.0, 1.5, 1.0, 0.5, 0.1):
+        points = torch.randn(3, 2, 64, 8, dtype=torch.float64) * spread
+        a = gaussian_kernel(points, points)
+        alpha, cubic = step_size(a, guarded=True)
+        expected, extra = reference.step_size_softplusplus(a)
+        torch.testing.assert_close(alpha, expected * 2**extra)
+        torch.testing.assert_close(cubic, alpha**2 / 4 * extra)
+        start = 2 / a.sum(-1).amax((1, 2)) ** 2
+        halvings |= {round(h) for h in torch.log2(start / alpha.flatten()).tolist()}
+    assert 0 in halvings
+    assert max(halvings) >= 7
+
+
+def test_one_landmark_and_far_landmarks_are_inverted():
+    """The released start makes alpha x^2 = 2 here, and 20 steps lead to 0."""
+    for a in (torch.ones(1, 1, 1, 1), torch.eye(6)[None, None], torch.ones(1, 1, 2, 2)):
+        a = a.double()
+        alpha, cubic = step_size(a, guarded=True)
+        assert newton_raphson_pinv(a, alpha, torch.zeros_like(cubic)).abs().max() < 1e-9
+        torch.testing.assert_close(newton_raphson_pinv(a, alpha, cubic), torch.linalg.pinv(a))
+
+
+@pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-5])
+def test_the_mended_start_keeps_the_released_filter(gap):
+    a = torch.tensor([[1.0, 1 - gap, 0], [1 - gap, 1, 0.002], [0, 0.002, 1]]).double()[None, None]
+    alpha, cubic = step_size(a, guarded=True)
+    assert float(cubic) > 0  # accepted at once
+    as_released = newton_raphson_pinv(a, alpha, torch.zeros_like(cubic))
+    torch.testing.assert_close(
+        newton_raphson_pinv(a, alpha, cubic), as_released, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_twenty_steps_are_needed_where_the_guard_accepts_at_once():
+    """Two near-duplicates pass the guard unhalved, and lose the filter with a step fewer."""
+    a = torch.tensor([[1.0, 1 - 1e-3], [1 - 1e-3, 1.0]], dtype=torch.float64)[None, None]
+    start = step_size(a, guarded=True)
+    full = newton_raphson_pinv(a, *start, 20)
+    fewer = newton_raphson_pinv(a, *start, 19)
+    assert (full - fewer).norm() / full.norm() > 1e-2
+
+
+def test_newton_gradient_is_the_theoretical_one_and_differentiable():
+    a = gram(12, 20, batch=(1, 1)).requires_grad_()
+    weight = torch.randn(1, 1, 12, 12, dtype=torch.float64)
+    pinv = newton_raphson_pinv(a, *step_size(a, guarded=True), 30)
+    (grad,) = torch.autograd.grad((pinv * weight).sum(), a, create_graph=True)
+    torch.testing.assert_close(grad, -(pinv.mT @ weight @ pinv.mT))
+    exact = torch.linalg.inv(a)  # converged, so the inverse's own derivatives are the truth
+    (expected,) = torch.autograd.grad((exact * weight).sum(), a, create_graph=True)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
+    (second,) = torch.autograd.grad(grad.square().sum(), a)
+    (expected,) = torch.autograd.grad(expected.square().sum(), a)
+    torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [1, 5, 49])
+def test_direct_solve_and_both_derivatives(m):
+    a, b = gram(m, 1e5), torch.randn(2, 2, m, 3, dtype=torch.float64)
+    expected = reference.tikhonov_filter(a) @ b
+    torch.testing.assert_close(tikhonov_pinv_product(a, b), expected, rtol=1e-7, atol=1e-7)
+
+    def symmetric(a, b):  # the solver reads a as symmetric
+        return tikhonov_pinv_product((a + a.mT) / 2, b)
+
+    if m == 5:
+        mu = 0.01 * a.sum(-1).amax(-1)[..., None, None]
+
+        def fixed(a, b):
+            a = (a + a.mT) / 2
+            return torch.ops.mmsoft.tikhonov_solve(a, mu, a @ b)
+
+        a, b = a[:1, :1].clone().requires_grad_(), b[:1, :1].clone().requires_grad_()
+        mu = mu[:1, :1]
+        assert torch.autograd.gradcheck(fixed, (a, b))
+        assert torch.autograd.gradgradcheck(fixed, (a, b))
+        (ours,) = torch.autograd.grad(symmetric(a, b).sum(), a)
+        (expected,) = torch.autograd.grad(fixed(a, b).sum(), a)
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("m", [1, 49, 1050])
+def test_direct_solve_is_stable_at_any_conditioning(m):
+    """A constant image: A is all ones, of rank 1. Float32 against float64."""
+    ones, b = torch.ones(1, 1, m, m), torch.randn(1, 1, m, 4)
+    ours = tikhonov_pinv_product(ones, b)
+    exact = (b.double().mean(2, keepdim=True) / m / (1 + 1e-4)).expand(1, 1, m, 4)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=1e-5)
+    for spread in (1e-3, 1e-2, 0.1, 1.0):
+        points = torch.randn(1, 1, m, 32) * spread
+        a = gaussian_kernel(points, points)
+        solution = tikhonov_pinv_product(a, a @ b)
+        assert solution.isfinite().all()
+        assert solution.norm() <= 1.01 * b.norm()  # g(x) x <= 1
+
+
+def test_distance_between_the_solvers():
+    """What the docs say: close where A is well conditioned, a few per cent apart elsewhere."""
+    for condition, bound in ((2, 2e-3), (1e2, 0.05), (1e4, 0.4), (1e8, 0.4)):
+        a = gram(49, condition)
+        newton = newton_raphson_pinv(a, *step_size(a, guarded=True))
+        direct = reference.tikhonov_filter(a)
+        assert float((a @ (newton - direct) @ a).norm() / a.norm()) < bound
+
+
+def test_custom_operators_pass_opcheck():
+    a = gram(6, 50).float().requires_grad_()
+    opcheck(torch.ops.mmsoft.newton_raphson_pinv.default, (a, *step_size(a, True), 20))
+    b = torch.randn(2, 2, 6, 3, requires_grad=True)
+    opcheck(torch.ops.mmsoft.tikhonov_solve.default, (a, torch.full((2, 2, 1, 1), 0.05), b))
