@@ -1,5 +1,6 @@
 """Patch embeddings, the two kinds of block, and the stage that joins them."""
 
+import math
 from typing import Any
 
 import torch
@@ -92,6 +93,11 @@ class SoftmaxBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def _save_pos_grid(module: "Stage", state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Note the grid beside the state dict, in the metadata that ``load_state_dict`` hands back."""
+    local_metadata["pos_grid"] = module.pos_grid
+
+
 class Stage(nn.Module):
     """Patch embedding, position embedding, optional class token, blocks.
 
@@ -124,6 +130,29 @@ class Stage(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims)) if with_cls_token else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(blocks)
+        self._register_state_dict_hook(_save_pos_grid)
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
+    ) -> None:
+        """Resize loaded position embeddings to our grid, then load as usual."""
+        name = f"{prefix}pos_embed"
+        if name in state_dict:
+            loaded, n_cls = state_dict[name], int(self.cls_token is not None)
+            grid = local_metadata.get("pos_grid") or self._guess_grid(loaded.shape[1] - n_cls, name)
+            if tuple(grid) != self.pos_grid:
+                tokens = resize_pos_embed(loaded[:, n_cls:].float(), grid, self.pos_grid)
+                state_dict[name] = torch.cat((loaded[:, :n_cls], tokens.to(loaded.dtype)), 1)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _guess_grid(self, tokens: int, name: str) -> tuple[int, int]:
+        # Released files, and copies of ours that lost their metadata, do not tell their grid.
+        side = math.isqrt(tokens)
+        if side * side == tokens:
+            return side, side
+        if tokens == self.pos_grid[0] * self.pos_grid[1]:
+            return self.pos_grid
+        raise ValueError(f"{name} must have a square grid or {self.pos_grid}, got {tokens} tokens")
 
     def extra_repr(self) -> str:
         return f"pos_embed={tuple(self.pos_embed.shape)}, with_cp={self.with_cp}"
@@ -141,7 +170,7 @@ class Stage(nn.Module):
             x = torch.cat((cls_token.to(x.dtype), x + grid.to(x.dtype)), 1)
         x = self.pos_drop(x)
         for block in self.blocks:
-            if self.with_cp and x.requires_grad:
+            if self.with_cp and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, hw_shape, use_reentrant=False)
             else:
                 x = block(x, hw_shape)

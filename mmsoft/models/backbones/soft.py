@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmsoft.checkpoint import check_arch, load_backbone
 from mmsoft.ops.attention import SOLVERS
 from mmsoft.registry import MODELS
 
@@ -108,6 +109,8 @@ class SOFT(BaseModule):
     """
 
     normalize = False
+    variant = "SOFT"
+    init_cfg: Any
 
     def __init__(
         self,
@@ -196,6 +199,7 @@ class SOFT(BaseModule):
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self._initialise()
         self._freeze()
+        self._register_state_dict_hook(_save_variant)
 
     def _initialise(self) -> None:
         """Initialise for training from scratch; ``init_cfg`` may load weights over this later."""
@@ -213,6 +217,37 @@ class SOFT(BaseModule):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
                 if module.cls_token is not None:
                     nn.init.trunc_normal_(module.cls_token, std=0.02)
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg``; ``Pretrained`` goes through :func:`mmsoft.checkpoint.load_backbone`.
+
+        Raises:
+            ValueError, RuntimeError: the checkpoint is refused or does not fit.
+        """
+        init_cfg, pretrained = self.init_cfg, []
+        if not self.is_init and init_cfg:
+            cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg
+            pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
+            self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg in pretrained:
+            load_backbone(self, **{key: value for key, value in cfg.items() if key != "type"})
+            if hasattr(self, "_params_init_info"):
+                update_init_info(self, f"loaded from {cfg['checkpoint']}")
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
+    ) -> None:
+        """Refuse a checkpoint of another architecture or variant, which MMEngine would only log.
+
+        A state dict with but a few of our parameters is left to whoever made it.
+        """
+        if f"{prefix}stages.0.pos_embed" in state_dict:
+            check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
+        if (variant := local_metadata.get("variant")) not in (None, self.variant):
+            raise ValueError(f"the checkpoint is of {variant} but the config has {self.variant}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _frozen_modules(self) -> list[nn.Module]:
         frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])
@@ -303,6 +338,12 @@ class SOFTPlusPlus(SOFT):
     """
 
     normalize = True
+    variant = "SOFT++"
+
+
+def _save_variant(module: SOFT, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Note the variant beside the state dict: the keys of both are the same."""
+    local_metadata["variant"] = module.variant
 
 
 def _halve(size: int) -> int:

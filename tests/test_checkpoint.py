@@ -1,0 +1,434 @@
+"""Released checkpoints and our own, into backbones and whole models."""
+
+import argparse
+import logging
+import os
+import re
+import runpy
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint, save_checkpoint
+from released import ARCH, images, outputs, state_dict
+
+from mmsoft.checkpoint import convert_released, infer_arch, is_released, read_checkpoint
+from mmsoft.models import SOFT, SOFTPlusPlus
+
+RECORDED = {"soft": ("SOFT", "soft_tiny"), "softpp": ("SOFTPlusPlus", "soft_norm_tiny")}
+
+
+def released_file(path, model="soft_norm_tiny", weights=None, **changes):
+    """What timm's saver writes; the golden weights are the EMA ones."""
+    content = dict(
+        epoch=299,
+        arch=model,
+        state_dict=state_dict(seed=1),
+        optimizer=dict(state={0: dict(step=10)}, param_groups=[dict(lr=1e-3, params=[0])]),
+        version=2,
+        args=argparse.Namespace(model=model, lr=1e-3, mean=(0.5, 0.5), opt_betas=None),
+        state_dict_ema=weights or state_dict(),
+        metric=79.4,
+    )
+    content.update(changes)
+    torch.save({k: v for k, v in content.items() if v is not None}, path)
+    return str(path)
+
+
+def error(value, truth):
+    return float((value - truth).norm() / truth.norm())
+
+
+def pretrained(path, **kwargs):
+    return dict(type="Pretrained", checkpoint=str(path), **kwargs)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def released(tmp_path):
+    return released_file(tmp_path / "SOFT_Tiny_norm.pth")
+
+
+@pytest.fixture(autouse=True)
+def _default_scope():
+    yield
+    init_default_scope("mmengine")
+
+
+@pytest.fixture
+def log(caplog):
+    """What mmengine logs, which by default goes past pytest."""
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_instance("test-checkpoint")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def lines(log):
+    return [r.getMessage() for r in log.records if r.levelno >= logging.INFO]
+
+
+# Released files
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_backbone_from_an_untouched_released_file(variant, tmp_path, log):
+    name, model = RECORDED[variant]
+    file = released_file(tmp_path / "SOFT_Tiny.pth", model)
+    backbone = MODELS.build(
+        dict(type=f"mmsoft.{name}", arch=ARCH, init_cfg=pretrained(file)),
+    )
+    backbone.init_weights()
+    with torch.no_grad():
+        stages = backbone.eval()(images(224, 224))
+    for i, stage in enumerate(stages):
+        expected = outputs(variant, "wellcond", (224, 224))[f"stage{i + 1}"]
+        assert error(stage[:, ::5, ::3, ::3], expected) < 1e-4
+    (line,) = [line for line in lines(log) if "tensors of the backbone" in line]
+    assert "state_dict_ema" in line
+    assert "left out 2 outside the backbone" in line
+
+
+@pytest.mark.parametrize("where", ["init_cfg", "load_from"])
+@pytest.mark.parametrize("variant", RECORDED)
+def test_classifier_reproduces_the_recorded_logits(variant, where, tmp_path):
+    """The whole model takes the untouched file, head and all."""
+    pytest.importorskip("mmpretrain.models", exc_type=(ImportError, RuntimeError))
+    init_default_scope("mmpretrain")
+    name, model = RECORDED[variant]
+    file = released_file(tmp_path / "SOFT_Tiny.pth", model)
+    classifier = MODELS.build(
+        dict(
+            type="mmpretrain.ImageClassifier",
+            backbone=dict(type=f"mmsoft.{name}", arch=ARCH, out_indices=(3,), out_type="cls_token"),
+            head=dict(type="mmpretrain.LinearClsHead", num_classes=10, in_channels=128),
+            init_cfg=pretrained(file) if where == "init_cfg" else None,
+        )
+    )
+    if where == "init_cfg":
+        classifier.init_weights()
+    else:
+        load_checkpoint(classifier, file, map_location="cpu", strict=True)
+    with torch.no_grad():
+        for size in [(224, 224), (160, 256)]:
+            logits = classifier.eval()(images(*size), mode="tensor")
+            assert error(logits, outputs(variant, "wellcond", size)["logits"]) < 1e-4
+
+
+def mini_detector(**backbone):
+    return dict(
+        type="mmdet.RetinaNet",
+        data_preprocessor=dict(type="mmdet.DetDataPreprocessor"),
+        backbone=dict(type="mmsoft.SOFTPlusPlus", arch=ARCH, **backbone),
+        neck=dict(type="mmdet.FPN", in_channels=[32, 64, 96, 128], out_channels=16, num_outs=5),
+        bbox_head=dict(
+            type="mmdet.RetinaHead",
+            num_classes=2,
+            in_channels=16,
+            feat_channels=16,
+            stacked_convs=1,
+            anchor_generator=dict(
+                type="mmdet.AnchorGenerator", scales=[8], ratios=[1.0], strides=[4, 8, 16, 32, 64]
+            ),
+            bbox_coder=dict(type="mmdet.DeltaXYWHBBoxCoder"),
+            loss_cls=dict(type="mmdet.FocalLoss"),
+            loss_bbox=dict(type="mmdet.L1Loss"),
+        ),
+        test_cfg=dict(nms_pre=10, score_thr=0.05, nms=dict(type="nms"), max_per_img=10),
+    )
+
+
+def mini_segmentor(**backbone):
+    return dict(
+        type="mmseg.EncoderDecoder",
+        data_preprocessor=dict(type="mmseg.SegDataPreProcessor"),
+        backbone=dict(type="mmsoft.SOFTPlusPlus", arch=ARCH, **backbone),
+        decode_head=dict(
+            type="mmseg.FCNHead",
+            in_channels=128,
+            in_index=3,
+            channels=16,
+            num_convs=1,
+            num_classes=2,
+        ),
+        test_cfg=dict(mode="whole"),
+    )
+
+
+def mini_classifier(**backbone):
+    return dict(
+        type="mmpretrain.ImageClassifier",
+        backbone=dict(
+            type="mmsoft.SOFTPlusPlus",
+            arch=ARCH,
+            out_indices=(3,),
+            out_type="cls_token",
+            **backbone,
+        ),
+        head=dict(type="mmpretrain.LinearClsHead", num_classes=3, in_channels=128),
+    )
+
+
+LIBRARIES = {"mmdet": mini_detector, "mmseg": mini_segmentor, "mmpretrain": mini_classifier}
+
+
+def build(library, **backbone):
+    pytest.importorskip(f"{library}.models", exc_type=(ImportError, RuntimeError))
+    init_default_scope(library)
+    return MODELS.build(ConfigDict(LIBRARIES[library](**backbone)))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_backbone_of_a_model_from_a_released_file(library, released):
+    model = build(library, init_cfg=pretrained(released))
+    model.init_weights()
+    expected = SOFTPlusPlus(ARCH, init_cfg=pretrained(released))
+    expected.init_weights()
+    assert same(model.backbone.state_dict(), expected.state_dict())
+    assert torch.equal(model.backbone.stages[0].pos_embed, state_dict()["pos_embed1"])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_own_checkpoints(library, tmp_path):
+    """As MMEngine saves them: whole into its like, and the backbone alone into any."""
+    model = build(library, img_size=(64, 128))
+    file = str(tmp_path / "epoch_1.pth")
+    save_checkpoint(dict(meta=dict(epoch=1), state_dict=model.state_dict()), file)
+    again = build(library, img_size=(64, 128))
+    load_checkpoint(again, file, strict=True)
+    assert same(again.state_dict(), model.state_dict())
+    for prefix in ({}, dict(prefix="backbone"), dict(prefix="backbone.")):
+        backbone = SOFTPlusPlus(ARCH, img_size=(64, 128), init_cfg=pretrained(file, **prefix))
+        backbone.init_weights()
+        assert same(backbone.state_dict(), model.backbone.state_dict())
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_bare_released_state_dict(wrapper, tmp_path):
+    torch.save({f"{wrapper}{k}": v for k, v in state_dict().items()}, tmp_path / "bare.pth")
+    backbone = SOFT(ARCH, init_cfg=pretrained(tmp_path / "bare.pth"))
+    backbone.init_weights()
+    assert torch.equal(backbone.stages[3].cls_token, state_dict()["cls_token"])
+
+
+def test_ema_weights_are_preferred(released, tmp_path):
+    for file, key, seed in (
+        (released, "state_dict_ema", 0),
+        (released_file(tmp_path / "plain.pth", state_dict_ema=None), "state_dict", 1),
+    ):
+        converted = convert_released(read_checkpoint(file))
+        assert converted["meta"]["released"]["weights"] == key
+        expected = state_dict(seed=seed)["cls_token"]
+        assert torch.equal(converted["state_dict"]["backbone.stages.3.cls_token"], expected)
+
+
+def test_stages_left_out_are_dropped_in_one_line(released, log):
+    backbone = SOFTPlusPlus(ARCH, out_indices=(0, 1), init_cfg=pretrained(released))
+    backbone.init_weights()
+    assert torch.equal(backbone.stages[1].pos_embed, state_dict()["pos_embed2"])
+    (line,) = [line for line in lines(log) if "tensors of the backbone" in line]
+    dropped = [
+        k
+        for k in convert_released(read_checkpoint(released))["state_dict"]
+        if re.match(r"backbone\.(stages\.[23]|norm)\.", k)
+    ]
+    assert f"left out {len(dropped)} of stages not built and 2 outside the backbone" in line
+
+
+# What does not fit
+
+
+def changed_arch(**changes):
+    return {**ARCH, **changes}
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (changed_arch(depths=[1, 2, 3, 2]), r"depths \[1, 2, 2, 2\].*config.*\[1, 2, 3, 2\]"),
+        (changed_arch(embed_dims=[32, 64, 128, 128], num_heads=[1, 2, 4, 4]),
+         r"embed_dims \[32, 64, 96, 128\].*config.*\[32, 64, 128, 128\].*num_heads"),
+        (changed_arch(num_heads=[1, 2, 6, 4]), r"num_heads \[1, 2, 3, 4\].*config.*\[1, 2, 6, 4\]"),
+        (changed_arch(landmark_strides=[8, 4, 4]), r"landmark_strides \[8, 4, 2\].*\[8, 4, 4\]"),
+        (changed_arch(value_kernels=[7, 5, 3]), r"value_kernels \[9, 5, 3\].*config.*\[7, 5, 3\]"),
+    ],
+)  # fmt: skip
+def test_another_architecture_is_refused(arch, message, released):
+    backbone = SOFTPlusPlus(arch, init_cfg=pretrained(released))
+    with pytest.raises(ValueError, match=message) as caught:
+        backbone.init_weights()
+    assert "SOFT_Tiny_norm.pth" in str(caught.value)
+
+
+def test_another_architecture_is_refused_by_load_from(released):
+    """MMEngine loads non-strictly and would only log it."""
+    model = torch.nn.Module()
+    model.backbone = SOFTPlusPlus(changed_arch(depths=[1, 2, 4, 2]))
+    with pytest.raises(ValueError, match=r"depths \[1, 2, 2, 2\].*config.*\[1, 2, 4, 2\]"):
+        load_checkpoint(model, released)
+
+
+def test_another_variant_is_refused(released, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint is of SOFT\+\+ but the config has SOFT$"):
+        SOFT(ARCH, init_cfg=pretrained(released)).init_weights()
+    torch.save(SOFT(ARCH).state_dict(), tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"checkpoint is of SOFT but the config has SOFT\+\+"):
+        SOFTPlusPlus(ARCH, init_cfg=pretrained(tmp_path / "own.pth")).init_weights()
+    untold = released_file(tmp_path / "untold.pth", arch="", args=None)
+    SOFT(ARCH, init_cfg=pretrained(untold)).init_weights()
+
+
+def test_missing_and_unexpected_parameters_are_named(tmp_path):
+    weights = state_dict()
+    del weights["block2.1.att.norm1.bias"], weights["patch_embed1.proj.1.running_var"]
+    weights["block3.0.att.mha.attn.extra.weight"] = torch.zeros(1)
+    file = released_file(tmp_path / "odd.pth", weights=weights)
+    backbone = SOFTPlusPlus(ARCH, init_cfg=pretrained(file))
+    with pytest.raises(RuntimeError, match=r"odd.pth does not fit.*2 missing.*1 unexpected") as e:
+        backbone.init_weights()
+    for name in (
+        "blocks.1.norm1.bias",
+        "norm.running_var",
+        "attn.mha.attn.extra",
+    ):
+        assert name.split(".")[-1] in str(e.value)
+    file = released_file(
+        tmp_path / "strange.pth", weights={**state_dict(), "fc.weight": torch.zeros(1)}
+    )
+    with pytest.raises(ValueError, match=r"unknown keys: fc.weight"):
+        SOFTPlusPlus(ARCH, init_cfg=pretrained(file)).init_weights()
+
+
+def test_another_shape_is_named(released):
+    with pytest.raises(RuntimeError, match=r"SOFT_Tiny_norm.pth.*\n.*patch_embed.0.conv.weight"):
+        SOFTPlusPlus(ARCH, in_channels=4, init_cfg=pretrained(released)).init_weights()
+
+
+def test_average_landmarks_refuse_convolved_ones(released):
+    backbone = SOFTPlusPlus(ARCH, landmark_sampling="avg", init_cfg=pretrained(released))
+    with pytest.raises(RuntimeError, match=r"5 unexpected: .*landmark_conv.weight"):
+        backbone.init_weights()
+
+
+def test_files_without_the_backbone(tmp_path):
+    torch.save(dict(state_dict={"layer1.weight": torch.zeros(1)}), tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match=r"resnet.pth holds no SOFT backbone; its keys are layer1"):
+        SOFT(ARCH, init_cfg=pretrained(tmp_path / "resnet.pth")).init_weights()
+    two = {
+        f"{who}.backbone.{k}": v
+        for who in ("student", "teacher")
+        for k, v in SOFT(ARCH).state_dict().items()
+    }
+    torch.save(dict(state_dict=two), tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"student.backbone.*teacher.backbone"):
+        SOFT(ARCH, init_cfg=pretrained(tmp_path / "two.pth")).init_weights()
+    SOFT(ARCH, init_cfg=pretrained(tmp_path / "two.pth", prefix="teacher.backbone")).init_weights()
+    with pytest.raises(ValueError, match=r"prefix given is 'backbone\.'"):
+        SOFT(ARCH, init_cfg=pretrained(tmp_path / "two.pth", prefix="backbone")).init_weights()
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text.pth is no checkpoint"):
+        read_checkpoint(tmp_path / "text.pth")
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "nowhere.pth")
+
+
+class Malicious:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_is_not_run(legacy, nested, tmp_path):
+    bomb = Malicious(tmp_path / "executed")
+    content = dict(state_dict=state_dict(), args=argparse.Namespace(x=bomb) if nested else bomb)
+    torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=not legacy)
+    backbone = SOFT(ARCH, init_cfg=pretrained(tmp_path / "bad.pth"))
+    with pytest.raises(ValueError, match=r"bad.pth is refused and nothing in it was run: .*system"):
+        backbone.init_weights()
+    assert not (tmp_path / "executed").exists()
+
+
+# Other checkpoints, and the converter
+
+
+def test_other_local_files_load_as_ever(tmp_path):
+    torch.save(dict(state_dict=dict(weight=torch.ones(2)), meta=dict(epoch=3)), tmp_path / "x.pth")
+    module = torch.nn.Linear(2, 1, bias=False)
+    content = load_checkpoint(module, str(tmp_path / "x.pth"))
+    assert content["meta"] == dict(epoch=3)
+    assert not is_released(content)
+
+
+def test_infer_arch():
+    backbone = SOFT(ARCH, landmark_sampling="avg", out_indices=(2,))
+    arch = infer_arch(backbone.state_dict())
+    assert arch == dict(
+        embed_dims=[32, 64, 96], depths=[1, 2, 2], num_heads=[1, 2, 3], value_kernels=[9, 5, 3]
+    )
+    assert infer_arch(SOFT("tiny").state_dict()) == SOFT("tiny").arch_settings
+
+
+@pytest.fixture
+def converter(root, monkeypatch):
+    """The converter's command line, in this process."""
+    script = root / "tools" / "model_converters" / "soft_to_mmsoft.py"
+    main = runpy.run_path(str(script))["main"]
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", [str(script), *map(str, arguments)])
+        main()
+
+    return run
+
+
+@pytest.mark.parametrize("task", ["classifier", "backbone"])
+def test_converter_round_trip(task, converter, released, tmp_path, capsys):
+    target = tmp_path / "new" / "converted.pth"
+    converter(released, target, "--task", task)
+    printed = capsys.readouterr().out
+    assert "SOFT++" in printed
+    assert "[1, 2, 2, 2]" in printed
+    assert os.listdir(target.parent) == ["converted.pth"]
+    converted = read_checkpoint(target)["state_dict"]
+    assert any(k.startswith("head.fc.") for k in converted) == (task == "classifier")
+    for file in (target, released):
+        backbone = SOFTPlusPlus(ARCH, init_cfg=pretrained(file, prefix="backbone."))
+        backbone.init_weights()
+        ours = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+        assert same(ours, {k: v for k, v in converted.items() if k.startswith("backbone.")})
+    with pytest.raises(ValueError, match="checkpoint is of"):  # the file remembers
+        SOFT(ARCH, init_cfg=pretrained(target)).init_weights()
+
+
+def test_converter_refuses_other_files_and_leaves_nothing(converter, tmp_path):
+    torch.save(dict(state_dict=dict(weight=torch.ones(2))), tmp_path / "other.pth")
+    with pytest.raises(SystemExit, match="not in the format of the authors' release"):
+        converter(tmp_path / "other.pth", tmp_path / "out.pth")
+    with pytest.raises(SystemExit, match="No such file"):
+        converter(tmp_path / "nowhere.pth", tmp_path / "out.pth")
+    assert os.listdir(tmp_path) == ["other.pth"]
+
+
+def test_converter_never_leaves_half_a_file(converter, released, tmp_path, monkeypatch):
+    target = tmp_path / "target.pth"
+    target.write_text("what was there before")
+
+    def fail(checkpoint, file):
+        file.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(SystemExit, match="disk full"):
+        converter(released, target)
+    assert target.read_text() == "what was there before"
+    assert sorted(os.listdir(tmp_path)) == ["SOFT_Tiny_norm.pth", "target.pth"]
