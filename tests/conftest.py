@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,17 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Make every test draw the same numbers whenever and in whatever order it runs."""
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)  # noqa: NPY002  (OpenMMLab's transforms draw from it)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
