@@ -7,8 +7,15 @@ anything that can fail.
 """
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", scope="mmsoft", parent=MMENGINE_MODELS, locations=["mmsoft.models"])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    "optimizer wrapper constructor",
+    scope="mmsoft",
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    locations=["mmsoft.engine"],
+)
 
-__all__ = ["MODELS"]
+__all__ = ["MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]

@@ -137,6 +137,7 @@ class SOFT(BaseModule):
         self.arch_settings = resolve_arch(arch)
         self.out_indices = _check_out_indices(out_indices, out_type)
         self.out_type = out_type
+        self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         _check_choice("solver", solver, SOLVERS)
@@ -156,7 +157,7 @@ class SOFT(BaseModule):
 
         norm_cfg = norm_cfg or dict(type="BN")
         dims, depths = self.arch_settings["embed_dims"], self.arch_settings["depths"]
-        drop_path = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList()
         for i in range(max(self.out_indices) + 1):
             size = (_halve(size[0]), _halve(size[1]))
@@ -304,6 +305,25 @@ class SOFT(BaseModule):
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"out_indices={self.out_indices}, out_type={self.out_type}, "
+            f"drop_path_rate={self.drop_path_rate}, frozen_stages={self.frozen_stages}, "
+            f"norm_eval={self.norm_eval}"
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that train without weight decay, by timm's convention.
+
+        Position embeddings, class token, every norm and every bias: what ``norm_decay_mult=0``,
+        ``bias_decay_mult=0`` and the ``custom_keys`` ``pos_embed`` and ``cls_token`` exempt.
+        """
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.dim() == 1 or name.endswith((".pos_embed", ".cls_token"))
+        }
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay.
