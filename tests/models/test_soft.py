@@ -1,0 +1,514 @@
+"""Both backbones: architectures, options, initialisation, forward, structure."""
+
+import copy
+import math
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from released import ARCH, images
+from torch import nn
+
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.models.backbones.soft import ARCHS, resolve_arch
+from mmsoft.models.layers import SOFTBlock, SoftmaxBlock, Stage, resize_pos_embed
+
+DIMS = ARCH["embed_dims"]
+SIZES = [(33, 33), (17, 900), (112, 137), (511, 511), (32, 32), (31, 2), (5, 70), (1, 1)]
+
+
+@pytest.fixture(params=[SOFT, SOFTPlusPlus])
+def variant(request):
+    return request.param
+
+
+@pytest.fixture
+def mini(variant):
+    """Build a small backbone."""
+    return lambda **kwargs: variant(kwargs.pop("arch", ARCH), **kwargs)
+
+
+def modules(model, kind):
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def image(height=64, width=96, batch=2, channels=3):
+    return torch.randn(batch, channels, height, width)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def statistics(model):
+    return [m.running_mean.clone() for m in modules(model, _BatchNorm)]
+
+
+# Architectures
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("tiny", 13.07), ("small", 24.11), ("medium", 45.81), ("large", 64.70), ("huge", 87.11)],
+)
+def test_published_sizes(variant, name, millions):
+    """With the 1000-way head; an initial, and capitals, name the same."""
+    with torch.device("meta"):
+        for arch in (name, name[0], name.upper()):
+            backbone = variant(arch)
+            assert backbone.arch_settings["depths"] == ARCHS[name]["depths"]
+            head = nn.Linear(backbone.arch_settings["embed_dims"][-1], 1000)
+    count = sum(p.numel() for m in (backbone, head) for p in m.parameters())
+    assert round(count / 1e6, 2) == millions
+    for i, stage in enumerate(backbone.stages):
+        assert len(stage.blocks) == ARCHS[name]["depths"][i]
+        for block in stage.blocks:
+            assert block.attn.num_heads == ARCHS[name]["num_heads"][i]
+            assert ARCHS[name]["embed_dims"][i] == 32 * block.attn.num_heads
+
+
+def test_arch_as_a_dict(mini):
+    backbone = mini(arch=dict(ARCH, landmark_strides=(4, 4, 2), value_kernels=[3, 5, 7]))
+    attention = [stage.blocks[0].attn for stage in backbone.stages[:3]]
+    assert [a.landmark_conv.kernel_size[0] for a in attention] == [4, 4, 2]
+    assert [a.value_conv.kernel_size[0] for a in attention] == [3, 5, 7]
+    assert [type(b) for stage in backbone.stages for b in stage.blocks] == (
+        [SOFTBlock] * 5 + [SoftmaxBlock] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "message"),
+    [
+        ("giant", ValueError, r"arch 'giant' is unknown; choose 'tiny' \('t'\)"),
+        (3, TypeError, "arch must be a name or a dict, got int"),
+        (dict(depths=[1, 1, 1, 1]), ValueError, r"lacks \['embed_dims', 'num_heads'\]"),
+        (dict(ARCH, mlp_ratio=4), ValueError, r"unknown keys \['mlp_ratio'\]"),
+        (dict(ARCH, depths=[1, 1, 1]), ValueError, r"\['depths'\] must list 4 .*\[1, 1, 1\]"),
+        (dict(ARCH, depths=[1, 1, 0, 1]), ValueError, r"\['depths'\] must hold positive"),
+        (dict(ARCH, num_heads=[1, 2, 3, 3]), ValueError, "128 is no multiple of its num_heads 3"),
+        (dict(ARCH, value_kernels=[9, 4, 3]), ValueError, r"must be odd, got \[9, 4, 3\]"),
+    ],
+)
+def test_bad_arch(arch, kind, message):
+    with pytest.raises(kind, match=message):
+        resolve_arch(arch)
+
+
+@pytest.mark.parametrize(
+    ("option", "kind", "message"),
+    [
+        (dict(out_indices=(0, 4)), ValueError, r"out_indices must name stages 0 to 3.*\(0, 4\)"),
+        (dict(out_indices=()), ValueError, "out_indices must name"),
+        (dict(out_indices=(1, 0)), ValueError, "out_indices must increase"),
+        (dict(out_type="raw"), ValueError, "out_type must be one of.*'raw'"),
+        (dict(out_type="cls_token"), ValueError, r"needs out_indices=\(3,\)"),
+        (dict(solver="svd"), ValueError, "solver must be one of"),
+        (dict(newton_steps=0), ValueError, "newton_steps must be at least 1, got 0"),
+        (dict(landmark_sampling="max"), ValueError, "landmark_sampling must be one of"),
+        (dict(attn_init="zero"), ValueError, "attn_init must be one of"),
+        (dict(max_landmarks=0), ValueError, "max_landmarks must be at least 1"),
+        (dict(max_landmarks=4.0), TypeError, "max_landmarks must be an integer, got 4.0"),
+        (dict(in_channels=0), ValueError, "in_channels must be at least 1"),
+        (dict(frozen_stages=5), ValueError, r"frozen_stages must be in \[-1, 4\], got 5"),
+        (dict(drop_rate=1.0), ValueError, r"drop_rate must be in \[0, 1\), got 1.0"),
+        (dict(drop_path_rate=-0.1), ValueError, r"drop_path_rate must be in \[0, 1\)"),
+        (dict(img_size=(224, 224, 3)), ValueError, "img_size must be one or two"),
+    ],
+)
+def test_bad_options(mini, option, kind, message):
+    with pytest.raises(kind, match=message):
+        mini(**option)
+
+
+# Initialisation
+
+
+def test_initial_weights(variant):
+    backbone = variant("tiny", out_indices=(1,), attn_init="released")
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert not module.bias.any()
+        elif isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
+            fan_out = module.out_channels * module.weight[0, 0].numel() / module.groups
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.1)
+        elif isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all()
+            assert not module.bias.any()
+        elif isinstance(module, Stage):
+            assert module.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_attn_init(mini):
+    assert all((m.landmark_norm.weight < 1).all() for m in modules(mini(), SoftmaxFreeAttention))
+    released = mini(attn_init="released")
+    assert all((m.landmark_norm.weight == 1).all() for m in modules(released, SoftmaxFreeAttention))
+
+
+def test_init_cfg(variant):
+    """Through the registry; a checkpoint is the business of tests/test_checkpoint.py."""
+    init_cfg = [dict(type="Constant", layer="LayerNorm", val=0.5, bias=0.25)]
+    backbone = MODELS.build(dict(type=f"mmsoft.{variant.__name__}", arch=ARCH, init_cfg=init_cfg))
+    backbone.init_weights()
+    for norm in modules(backbone, nn.LayerNorm):
+        assert (norm.weight == 0.5).all()
+        assert (norm.bias == 0.25).all()
+    assert backbone.init_cfg == init_cfg
+
+
+# Options
+
+
+@pytest.mark.parametrize("indices", [0, (3,), (1, 2), [0, 3], -1, (0, 1, 2, 3)])
+def test_out_indices(mini, indices):
+    backbone = mini(out_indices=indices)
+    names = {-1: (3,), 0: (0,)}.get(indices, indices) if isinstance(indices, int) else indices
+    outs = backbone(image(64, 96))
+    assert isinstance(outs, tuple)
+    assert [out.shape for out in outs] == [
+        (2, DIMS[i], 64 // (4 << i), 96 // (4 << i)) for i in names
+    ]
+    assert len(backbone.stages) == max(names) + 1
+    assert hasattr(backbone, "norm") == (3 in names)
+
+
+def test_out_indices_take_the_same_features(mini):
+    full = mini().eval()
+    part = mini(out_indices=(0, 2)).eval()
+    part.load_state_dict(full.state_dict(), strict=False)
+    x = image()
+    assert same(part(x), [full(x)[i] for i in (0, 2)])
+
+
+def test_out_type(mini):
+    features, token = mini(out_indices=3).eval(), mini(out_indices=3, out_type="cls_token").eval()
+    token.load_state_dict(features.state_dict())
+    x = image()
+    seen = []
+    features.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert features(x)[0].shape == (2, 128, 2, 3)
+    assert [out.shape for out in token(x)] == [(2, 128)]
+    assert torch.equal(token(x)[0], seen[0][:, 0])
+
+
+@pytest.mark.parametrize("frozen", range(-1, 5))
+def test_frozen_stages(mini, frozen):
+    backbone = mini(frozen_stages=frozen, drop_rate=0.5)
+    if frozen == 0:
+        still = ("stages.0.patch_embed.", "stages.0.pos_embed")
+    else:
+        still = tuple(f"stages.{i}." for i in range(frozen)) + ("norm.",) * (frozen == 4)
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad == (not name.startswith(still)), name
+    before = statistics(backbone)
+    backbone.train()
+    backbone(image())
+    # Three norms in the stem, one in each later stage.
+    unchanged = {-1: 0, 0: 3, 1: 3, 2: 4, 3: 5, 4: 6}[frozen]
+    changed = [not torch.equal(a, b) for a, b in zip(before, statistics(backbone))]
+    assert changed == [False] * unchanged + [True] * (6 - unchanged)
+    for module in modules(backbone.stages[: max(frozen, 0)], nn.Dropout):
+        assert not module.training
+
+
+@pytest.mark.parametrize("norm_eval", [False, True])
+def test_norm_eval(mini, norm_eval):
+    backbone = mini(norm_eval=norm_eval).train()
+    before = statistics(backbone)
+    sum(out.sum() for out in backbone(image())).backward()
+    assert same(before, statistics(backbone)) == norm_eval
+    norms = modules(backbone, _BatchNorm)
+    assert len(norms) == 6
+    assert all(norm.weight.grad is not None for norm in norms)
+    assert backbone.stages[3].blocks[0].training
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("SyncBN", nn.SyncBatchNorm), ("GN", nn.GroupNorm)])
+def test_norm_cfg(mini, norm, kind):
+    norm_cfg = dict(type=norm, **(dict(num_groups=4) if norm == "GN" else {}))
+    assert len(modules(mini(norm_cfg=norm_cfg), kind)) == 6
+
+
+@pytest.mark.parametrize("frozen", [-1, 0])
+def test_with_cp(mini, frozen, monkeypatch):
+    """Blocks run twice, gradients agree to the last bit, and the modern implementation is used."""
+    plain = mini(drop_path_rate=0.3, drop_rate=0.1, frozen_stages=frozen).train()
+    checkpointed = mini(drop_path_rate=0.3, drop_rate=0.1, frozen_stages=frozen, with_cp=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    reentrant = []
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint,
+        "checkpoint",
+        lambda *args, **kw: reentrant.append(kw["use_reentrant"]) or original(*args, **kw),
+    )
+    x, calls, gradients = image(), [], []
+    for backbone in (plain, checkpointed.train()):
+        count = []
+        for block in modules(backbone, (SOFTBlock, SoftmaxBlock)):
+            block.register_forward_pre_hook(lambda *args, count=count: count.append(1))
+        torch.manual_seed(3)
+        sum(out.square().sum() for out in backbone(x)).backward()
+        calls.append(len(count))
+        gradients.append([p.grad for p in backbone.parameters() if p.requires_grad])
+    assert calls == [7, 14]
+    assert same(*gradients)
+    assert reentrant == [False] * 7
+    with torch.no_grad():
+        checkpointed(x)
+    assert len(reentrant) == 7
+
+
+def test_drop_path_grows_linearly(mini):
+    backbone = mini(drop_path_rate=0.3)
+    rates = [block.drop_path.drop_prob for stage in backbone.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.3 * i / 6 for i in range(7)])
+    assert len({b.drop_path.drop_prob for b in modules(mini(), (SOFTBlock, SoftmaxBlock))}) == 1
+
+
+def test_drop_path_drops_whole_samples():
+    """Stochastic depth: a branch is kept for a sample, and scaled, or not at all."""
+    block = SoftmaxBlock(16, 2, drop_path=0.5, drop_rate=0.0).train()
+    nn.init.zeros_(block.mlp[3].weight)  # leaves the attention branch alone
+    nn.init.zeros_(block.mlp[3].bias)
+    x = torch.randn(64, 5, 16)
+    branch = block.attn(block.norm1(x))
+    factor = ((block(x, (2, 2)) - x) / branch).detach()
+    kept = factor.mean((1, 2)).round()
+    assert set(kept.tolist()) == {0.0, 2.0}
+    assert torch.allclose(factor, kept[:, None, None].expand_as(factor), atol=1e-2)
+    block.eval()
+    assert torch.allclose(block(x, (2, 2)) - x, branch, atol=1e-5)
+
+
+def test_drop_rate(mini):
+    backbone = mini(drop_rate=0.4).train()
+    assert {m.p for m in modules(backbone, nn.Dropout)} == {0.4}
+    # one after the position embedding of each stage, three in each block
+    assert len(modules(backbone, nn.Dropout)) == 4 + 3 * 7
+    x = image()
+    assert not same(backbone(x), backbone(x))
+    assert same(backbone.eval()(x), backbone(x))
+    plain = mini().train()
+    assert same(plain(x), plain(x))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_in_channels(mini, channels):
+    assert len(mini(in_channels=channels)(image(channels=channels))) == 4
+
+
+def test_max_landmarks(mini):
+    """A budget changes only what exceeds it."""
+    free, tight = mini().eval(), mini(max_landmarks=9).eval()
+    tight.load_state_dict(free.state_dict())
+    q = torch.randn(1, 24 * 48, 32)
+    count = [
+        backbone.stages[0].blocks[0].attn.sample_landmarks(q, (24, 48)).shape[2]
+        for backbone in (free, tight)
+    ]
+    assert count[0] == 3 * 6
+    assert 6 <= count[1] <= 9
+    small, large = image(96, 96, batch=1), image(160, 96, batch=1)
+    for a, b in zip(free(small), tight(small)):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert not torch.allclose(free(large)[0], tight(large)[0], atol=1e-5)
+
+
+def test_solver_and_steps(mini):
+    x = image(96, 96)
+    reference = mini().eval()
+    outs = []
+    for options in (dict(), dict(solver="direct"), dict(newton_steps=3)):
+        backbone = mini(**options).eval()
+        backbone.load_state_dict(reference.state_dict())
+        outs.append(backbone(x)[2])
+    assert torch.equal(outs[0], reference(x)[2])
+    for other in outs[1:]:
+        assert not torch.allclose(outs[0], other, atol=1e-5)
+        assert other.isfinite().all()
+
+
+def test_landmark_sampling(mini):
+    convolved, average = mini().eval(), mini(landmark_sampling="avg").eval()
+    names = {name for name in convolved.state_dict() if "landmark_conv" in name}
+    assert convolved.state_dict().keys() - average.state_dict().keys() == names
+    average.load_state_dict(convolved.state_dict(), strict=False)
+    # A convolution can take the average.
+    for attn in modules(convolved, SoftmaxFreeAttention):
+        stride = attn.landmark_stride
+        with torch.no_grad():
+            attn.landmark_conv.weight.copy_(torch.eye(32)[..., None, None] / stride**2)
+    x = image(70, 96)
+    for a, b in zip(convolved(x), average(x)):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+# Forward
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_any_size(mini, size):
+    backbone = mini(solver="direct", max_landmarks=64).eval()
+    for batch in (0, 1):
+        with torch.no_grad():
+            outs = backbone(image(*size, batch=batch))
+        for i, out in enumerate(outs):
+            stride = 4 << i
+            assert out.shape == (batch, DIMS[i], *(math.ceil(side / stride) for side in size))
+            assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_empty_batch_trains(mini, solver):
+    backbone = mini(solver=solver, drop_path_rate=0.1, drop_rate=0.1).train()
+    sum(out.sum() for out in backbone(image(batch=0))).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in backbone.parameters())
+    assert all(s.isfinite().all() for s in statistics(backbone))
+    token = mini(out_indices=3, out_type="cls_token", solver=solver)
+    assert token(image(batch=0))[0].shape == (0, 128)
+
+
+def test_detection_size():
+    backbone = SOFTPlusPlus("tiny", solver="direct", max_landmarks=256).eval()
+    with torch.no_grad():
+        outs = backbone(image(800, 1333, batch=1))
+    assert [out.shape[2:] for out in outs] == [(200, 334), (100, 167), (50, 84), (25, 42)]
+    assert all(out.isfinite().all() for out in outs)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (64, 64)])
+def test_not_a_batch_of_images(mini, shape):
+    with pytest.raises(ValueError, match=r"x must be \[B, C, H, W\], got shape"):
+        mini()(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(out_indices=(0, 2)),
+        dict(out_indices=(1,)),
+        dict(out_indices=(3,), out_type="cls_token"),
+        dict(landmark_sampling="avg", with_cp=True),
+        dict(solver="direct", max_landmarks=4),
+        dict(frozen_stages=1, norm_eval=True),
+    ],
+    ids=str,
+)
+def test_every_parameter_gets_a_gradient(mini, options):
+    """So that DistributedDataParallel trains with ``find_unused_parameters=False``."""
+    backbone = mini(**options).train()
+    sum((out * torch.randn_like(out)).sum() for out in backbone(image())).backward()
+    trained = {n: p.grad for n, p in backbone.named_parameters() if p.requires_grad}
+    assert [n for n, grad in trained.items() if grad is None] == []
+    assert all(grad.isfinite().all() for grad in trained.values())
+    # Two kinds of bias change nothing: before BatchNorm in training, and of keys in a softmax.
+    silent = [n for n, grad in trained.items() if not grad.any() and not n.endswith(".bias")]
+    assert silent == []
+
+
+# Position embeddings
+
+
+def test_img_size(mini):
+    grids = [stage.pos_grid for stage in mini(img_size=(100, 511)).stages]
+    assert grids == [(25, 128), (13, 64), (7, 32), (4, 16)]
+    assert mini(img_size=(100, 511)).stages[3].pos_embed.shape == (1, 4 * 16 + 1, 128)
+    assert [stage.pos_grid[0] for stage in mini().stages] == [56, 28, 14, 7]
+
+
+def test_position_embeddings_are_resized_in_forward():
+    pos_embed = torch.randn(1, 12, 5)
+    assert torch.equal(resize_pos_embed(pos_embed, (3, 4), (3, 4)), pos_embed)
+    ramp = torch.arange(4.0).repeat(3)[None, :, None]  # grows along the width alone
+    wide = resize_pos_embed(ramp, (3, 4), (6, 8)).view(6, 8)
+    assert torch.allclose(wide[0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0]))
+    assert torch.equal(wide, wide[:1].expand_as(wide))
+
+
+@pytest.mark.parametrize("size", [(160, 256), (96, 96), (224, 224)])
+def test_position_embeddings_are_resized_on_load(mini, size):
+    """A model of another img_size then gives what the first gives by resizing in forward."""
+    source, target = mini().eval(), mini(img_size=size).eval()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.stages[3].pos_embed[:, 0], source.stages[3].pos_embed[:, 0])
+    x = images(*size)[:1]
+    with torch.no_grad():
+        for a, b in zip(source(x), target(x)):
+            assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_position_embeddings_of_a_grid_that_is_not_square(mini):
+    """The grid travels beside the state dict: 14x56 tokens are 28x28 as well."""
+    source, target = mini(img_size=(56, 224)).eval(), mini(img_size=(112, 448)).eval()
+    target.load_state_dict(source.state_dict())
+    expected = resize_pos_embed(source.stages[0].pos_embed, (14, 56), (28, 112))
+    assert torch.equal(target.stages[0].pos_embed, expected)
+    again = mini(img_size=(56, 224))
+    again.load_state_dict(source.state_dict())
+    assert torch.equal(again.stages[0].pos_embed, source.stages[0].pos_embed)
+    bare = dict(mini(img_size=(60, 224)).state_dict())  # 15x56 tokens, metadata lost
+    mini(img_size=(60, 224)).load_state_dict(bare)
+    with pytest.raises(ValueError, match=r"stages.0.pos_embed must have a square grid or \(56, 56"):
+        mini().load_state_dict(bare)
+
+
+# Structure
+
+
+def test_get_layer_depth(variant):
+    backbone = variant(ARCH)
+    depths = {n: backbone.get_layer_depth(n) for n, _ in backbone.named_parameters()}
+    assert {total for _, total in depths.values()} == {9}  # stem, 7 blocks, norm
+    assert {depth for depth, _ in depths.values()} == set(range(9))
+    for name, depth in {
+        "stages.0.patch_embed.1.conv.weight": 0,
+        "stages.0.pos_embed": 0,
+        "stages.0.blocks.0.mlp.0.weight": 1,
+        "stages.1.patch_embed.0.norm.bias": 2,
+        "stages.1.pos_embed": 2,
+        "stages.1.blocks.1.norm2.weight": 3,
+        "stages.2.blocks.1.attn.landmark_norm.weight": 5,
+        "stages.3.cls_token": 6,
+        "stages.3.blocks.1.attn.proj.bias": 7,
+        "norm.weight": 8,
+    }.items():
+        assert depths[name][0] == depth, name
+        assert backbone.get_layer_depth(f"backbone.{name}", "backbone.") == (depth, 9)
+    assert backbone.get_layer_depth("head.fc.weight", "backbone.") == (8, 9)
+
+
+def test_no_weight_decay(mini):
+    backbone = mini()
+    exempt = backbone.no_weight_decay()
+    for name, module in backbone.named_modules():
+        for parameter, _ in module.named_parameters(recurse=False):
+            full = f"{name}.{parameter}".lstrip(".")
+            decays = parameter == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
+            assert (full not in exempt) == decays, full
+    assert {"stages.3.cls_token", "stages.0.pos_embed"} <= exempt
+
+
+def test_copies_and_modes(mini):
+    """As EMA hooks do: a copy is independent, and keeps what goes beside the state dict."""
+    backbone = mini(img_size=(64, 128), frozen_stages=1).train()
+    clone = copy.deepcopy(backbone)
+    assert clone.state_dict()._metadata == backbone.state_dict()._metadata
+    assert clone.state_dict()._metadata["stages.0"]["pos_grid"] == (16, 32)
+    assert clone.stages[1].training
+    assert not clone.stages[0].training
+    clone.load_state_dict(backbone.state_dict())
+    assert not clone.eval().stages[1].training
+
+
+def test_readable_repr(variant):
+    with torch.device("meta"):
+        text = repr(variant("huge", drop_path_rate=0.1))
+    assert len(text.splitlines()) < 160  # equal blocks are shown once
+    assert max(map(len, text.splitlines())) < 140
+    for part in ("(0-48): 49 x SOFTBlock", "drop_path_rate=0.1", "pos_embed=(1, 196, 352)"):
+        assert part in text
