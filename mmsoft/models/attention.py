@@ -2,24 +2,10 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmsoft.ops import softmax_free_attention
-
-
-def landmark_grid(height: int, width: int, max_landmarks: int | None) -> tuple[int, int]:
-    """The grid of at most ``max_landmarks`` cells nearest to the aspect of ``height x width``."""
-    if max_landmarks is None or height * width <= max_landmarks:
-        return height, width
-    rows = max(1, min(int(math.sqrt(max_landmarks * height / width)), height, max_landmarks))
-    return rows, min(width, max_landmarks // rows)
-
-
-def _spread(size: int, kept: int, device: torch.device) -> Tensor:
-    """``kept`` of ``size`` indices at the centres of as many equal intervals."""
-    return (2 * torch.arange(kept, device=device) + 1) * size // (2 * kept)
+from mmsoft.ops import landmark_grid, landmark_patches, softmax_free_attention
 
 
 def _inverse_gelu(y: float) -> float:
@@ -130,25 +116,15 @@ class SoftmaxFreeAttention(nn.Module):
 
     def sample_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Landmarks of the queries ``[B, H*W, C]``: ``[B, heads, m, d]``."""
-        (height, width), r = hw_shape, self.landmark_stride
-        q = q.view(-1, height, width, q.shape[-1])
-        if height < r or width < r:  # at least one landmark
-            q = F.pad(q, (0, 0, 0, max(r - width, 0), 0, max(r - height, 0)))
-        rows, cols = max(height // r, 1), max(width // r, 1)
-        # A convolution whose stride is its kernel is a product with patches; the heads stay where
-        # they are, with no folding into the batch. As in a convolution, a remainder is cut off.
-        patches = q[:, : rows * r, : cols * r].unflatten(2, (cols, r)).unflatten(1, (rows, r))
-        kept_rows, kept_cols = landmark_grid(rows, cols, self.max_landmarks)
-        if (kept_rows, kept_cols) != (rows, cols):
-            patches = patches[:, _spread(rows, kept_rows, q.device)]
-            patches = patches[:, :, :, _spread(cols, kept_cols, q.device)]
-        patches = patches.unflatten(5, (self.num_heads, self.head_dims))
+        patches = landmark_patches(
+            q, hw_shape, self.num_heads, self.landmark_stride, self.max_landmarks
+        )
         if self.landmark_conv is None:
-            landmarks = patches.mean((2, 4))  # [B, rows, cols, heads, d]
+            landmarks = patches.mean(3)
         else:
             weight = self.landmark_conv.weight.permute(0, 2, 3, 1).flatten(1)
-            landmarks = F.linear(patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4), weight)
-        return F.gelu(self.landmark_norm(landmarks)).flatten(1, 2).transpose(1, 2)
+            landmarks = F.linear(patches.flatten(3), weight)
+        return F.gelu(self.landmark_norm(landmarks)).transpose(1, 2)
 
     def convolve_values(self, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The depthwise convolution of ``v [B, H*W, C]``, one filter for all channels of a head."""
@@ -193,9 +169,10 @@ class SoftmaxFreeAttention(nn.Module):
             solver=self.solver,
             steps=self.newton_steps,
         )
-        # The term goes like N / m, constant at a fixed stride: a budget must not change that.
-        rows, cols = (max(size // self.landmark_stride, 1) for size in hw_shape)
-        if landmarks.shape[2] != rows * cols:
+        if self.max_landmarks is not None:
+            # The term goes like N / m, constant at a fixed stride: a budget must not change that.
+            # The factor is exactly 1 where the budget is not reached.
+            rows, cols = landmark_grid(*hw_shape, self.landmark_stride)
             out = out * (landmarks.shape[2] / (rows * cols))
         return out.transpose(1, 2).flatten(2)
 

@@ -1,12 +1,16 @@
 """Pure functions on tensors, built on torch alone."""
 
 from .attention import softmax_free_attention
-from .gaussian import gaussian_kernel, gaussian_kernel_product
+from .gaussian import gaussian_gram, gaussian_kernel, gaussian_kernel_product
 from .inverse import newton_raphson_pinv, step_size, tikhonov_pinv_product
+from .landmarks import landmark_grid, landmark_patches
 
 __all__ = [
+    "gaussian_gram",
     "gaussian_kernel",
     "gaussian_kernel_product",
+    "landmark_grid",
+    "landmark_patches",
     "newton_raphson_pinv",
     "softmax_free_attention",
     "step_size",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .gaussian import compute_dtype, gaussian_kernel, gaussian_kernel_product
+from .gaussian import compute_dtype, gaussian_gram, gaussian_kernel_product
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
 
 SOLVERS = ("newton", "direct")
@@ -89,7 +89,7 @@ def softmax_free_attention(
     _check(q, v, landmarks, solver, steps)
     with torch.autocast(q.device.type, enabled=False):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
-        a = gaussian_kernel(landmarks, landmarks)
+        a = gaussian_gram(landmarks)
         s = gaussian_kernel_product(landmarks, q, v)  # K^T v: [B, heads, m, d_v]
         scale = a.sum(-1, keepdim=True).rsqrt() if normalize else None
         if scale is not None:

@@ -56,6 +56,16 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     return torch.exp((x @ y.mT - 0.5 * squared).clamp(max=0))
 
 
+def gaussian_gram(x: Tensor) -> Tensor:
+    """The kernel matrix of ``x [..., m, d]`` with itself, ``[..., m, m]``: its diagonal exactly 1.
+
+    Rounding leaves the distance of a large point from itself positive, and without a diagonal a row
+    may sum to 0.
+    """
+    eye = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    return gaussian_kernel(x, x).masked_fill(eye, 1)
+
+
 class _Stream:
     """Blocks of the kernel of a long side ``[B, h, n, d]`` and a short one ``[B, h, m, d]``."""
 

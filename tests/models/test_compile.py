@@ -1,0 +1,85 @@
+"""torch.compile and torch.export of the operator and the backbones."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.export import Dim, export
+
+from mmsoft.models import SOFTPlusPlus
+from mmsoft.ops import softmax_free_attention
+
+ARCH = dict(depths=[1, 1, 1, 1], embed_dims=[32, 64, 96, 128], num_heads=[1, 2, 3, 4])
+SIZES = [(224, 192), (160, 256), (333, 221), (250, 251), (401, 97), (98, 512), (70, 90)]
+OPTIONS = [
+    dict(solver="newton"),
+    dict(solver="direct"),
+    dict(solver="newton", max_landmarks=16),
+    dict(solver="direct", max_landmarks=16),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
+def test_few_graphs_serve_every_size(options):
+    model = SOFTPlusPlus(ARCH, **options).eval()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for size in SIZES:
+            image = torch.randn(1, 3, *size)
+            for ours, expected in zip(compiled(image), model(image)):
+                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    # Not 1: torch's own convolution takes other kernels for inputs below 20480 elements.
+    assert counter.frame_count <= 3
+
+
+def test_compiled_training_step():
+    """Forward and backward, traced once, at two sizes."""
+    model = SOFTPlusPlus(ARCH, max_landmarks=16, norm_eval=True).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((160, 256), (250, 251)):
+        image = torch.randn(2, 3, *size)
+        gradients = []
+        for function in (model, compiled):
+            model.zero_grad()
+            sum(out.square().mean() for out in function(image)).backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        for expected, ours in zip(*gradients):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
+def test_export_with_dynamic_height_and_width(options):
+    model = SOFTPlusPlus(ARCH, **options).eval()
+    sizes = {2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
+    program = export(model, (torch.randn(1, 3, 224, 320),), dynamic_shapes={"x": sizes})
+    for size in SIZES:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            for ours, expected in zip(program.module()(image), model(image)):
+                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_operator_compiles_through_the_code_generator(solver):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(q, v, landmarks):
+        return softmax_free_attention(q, v, landmarks, solver=solver)
+
+    for n, m in ((300, 20), (431, 33), (77, 100)):
+        tensors = [torch.randn(2, 2, k, 32, requires_grad=True) for k in (n, n, m)]
+        results = []
+        for function in (softmax_free_attention, compiled):
+            kwargs = dict(solver=solver) if function is softmax_free_attention else {}
+            out = function(*tensors, **kwargs)
+            results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        for expected, ours in zip(*results):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 1
