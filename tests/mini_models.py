@@ -1,0 +1,60 @@
+"""The smallest model of each library around the golden backbone."""
+
+from released import ARCH
+
+
+def mini_detector(**backbone):
+    return dict(
+        type="mmdet.RetinaNet",
+        data_preprocessor=dict(type="mmdet.DetDataPreprocessor"),
+        backbone=dict(type="mmsoft.SOFTPlusPlus", arch=ARCH, **backbone),
+        neck=dict(type="mmdet.FPN", in_channels=[32, 64, 96, 128], out_channels=16, num_outs=5),
+        bbox_head=dict(
+            type="mmdet.RetinaHead",
+            num_classes=2,
+            in_channels=16,
+            feat_channels=16,
+            stacked_convs=1,
+            anchor_generator=dict(
+                type="mmdet.AnchorGenerator", scales=[8], ratios=[1.0], strides=[4, 8, 16, 32, 64]
+            ),
+            bbox_coder=dict(type="mmdet.DeltaXYWHBBoxCoder"),
+            loss_cls=dict(type="mmdet.FocalLoss"),
+            loss_bbox=dict(type="mmdet.L1Loss"),
+        ),
+        test_cfg=dict(nms_pre=10, score_thr=0.05, nms=dict(type="nms"), max_per_img=10),
+    )
+
+
+def mini_segmentor(**backbone):
+    return dict(
+        type="mmseg.EncoderDecoder",
+        data_preprocessor=dict(type="mmseg.SegDataPreProcessor"),
+        backbone=dict(type="mmsoft.SOFTPlusPlus", arch=ARCH, **backbone),
+        decode_head=dict(
+            type="mmseg.FCNHead",
+            in_channels=128,
+            in_index=3,
+            channels=16,
+            num_convs=1,
+            num_classes=2,
+        ),
+        test_cfg=dict(mode="whole"),
+    )
+
+
+def mini_classifier(**backbone):
+    return dict(
+        type="mmpretrain.ImageClassifier",
+        backbone=dict(
+            type="mmsoft.SOFTPlusPlus",
+            arch=ARCH,
+            out_indices=(3,),
+            out_type="cls_token",
+            **backbone,
+        ),
+        head=dict(type="mmpretrain.LinearClsHead", num_classes=3, in_channels=128),
+    )
+
+
+LIBRARIES = {"mmdet": mini_detector, "mmseg": mini_segmentor, "mmpretrain": mini_classifier}

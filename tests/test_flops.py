@@ -1,0 +1,195 @@
+"""Multiply-adds: of our operators, of the backbones, and through the tools of every library."""
+
+import json
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mini_models import LIBRARIES
+from mmengine.analysis import FlopAnalyzer
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmsoft import ops
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
+
+PUBLISHED = dict(tiny=1.9, small=3.3, medium=7.2, large=11.0, huge=16.3)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """MMEngine warns once for each operator that it does not count."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("ERROR")
+    yield
+    logger.setLevel(level)
+    init_default_scope("mmengine")
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def macs(function, *shapes):
+    analysis = FlopAnalyzer(Call(function), tuple(torch.rand(shape) for shape in shapes))
+    return dict(analysis.by_operator())
+
+
+def test_gaussian_kernel_product():
+    """2 samples, 3 heads: 5x4 exponents of 6 channels, times 7 columns; either side the longer."""
+    long = macs(ops.gaussian_kernel_product, (2, 3, 5, 6), (2, 3, 4, 6), (2, 3, 4, 7))
+    short = macs(ops.gaussian_kernel_product, (2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 7))
+    assert long == short == dict(gaussian_kernel_product=2 * 3 * 5 * 4 * (6 + 7))
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_newton_raphson(steps):
+    def invert(a, alpha):
+        return ops.newton_raphson_pinv(a, alpha, alpha, steps)
+
+    products = 2 * steps + 2
+    expected = dict(newton_raphson_pinv=2 * 3 * products * 4**3)
+    assert macs(invert, (2, 3, 4, 4), (2, 3, 1, 1)) == expected
+
+
+def test_direct_solve():
+    found = macs(ops.tikhonov_pinv_product, (2, 3, 6, 6), (2, 3, 6, 5))
+    assert found.pop("matmul") == 2 * 3 * 6 * 6 * 5  # A b
+    assert found == dict(tikhonov_solve=2 * 3 * (6**3 + 6**3 // 6 + 6 * 6 * 5))
+
+
+def test_softmax_attention():
+    analysis = FlopAnalyzer(SoftmaxAttention(64, 2), torch.rand(3, 10, 64))
+    assert analysis.by_operator() == dict(
+        linear=3 * 10 * 64 * (64 + 128 + 64),
+        scaled_dot_product_attention=3 * 2 * 10 * 10 * (32 + 32),
+    )
+
+
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_attention_layer(solver):
+    """Every product of the layer, by hand: 16x24 tokens, 64 channels in 2 heads, 4x6 landmarks."""
+    layer = SoftmaxFreeAttention(64, 2, 4, 5, normalize=True, solver=solver)
+    n, m, heads, d = 16 * 24, 4 * 6, 2, 32
+    analysis = FlopAnalyzer(layer, (torch.rand(1, n, 64), torch.tensor([16, 24])))
+    layer_forward = layer.forward
+    layer.forward = lambda x, hw: layer_forward(x, (16, 24))
+    found = dict(analysis.by_operator())
+    assert found.pop("linear") == 3 * n * 64 * 64 + heads * m * (4 * 4 * d) * d
+    assert found.pop("conv") == n * 64 * 5 * 5
+    assert found.pop("gaussian_kernel_product") == 2 * heads * n * m * (d + d)
+    assert found.pop("layer_norm") == 5 * heads * m * d
+    gram, rows = heads * m * m * d, heads * m * m  # A; the guard's A (A 1)
+    if solver == "newton":
+        assert found.pop("newton_raphson_pinv") == heads * 42 * m**3
+        assert found.pop("matmul") == gram + rows + heads * m * m * d  # and A+ s
+    else:
+        assert found.pop("tikhonov_solve") == heads * (m**3 + m**3 // 6 + m * m * d)
+        assert found.pop("matmul") == gram + heads * m * m * d  # and A s
+    assert found == {}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_flops(name):
+    """The published figures hold for all but the iteration, which their authors left out."""
+    backbone = (SOFT if name == "tiny" else SOFTPlusPlus)(name).eval()
+    heads = sum(b.attn.num_heads for stage in backbone.stages[:3] for b in stage.blocks)
+    analysis = FlopAnalyzer(backbone, torch.rand(1, 3, 224, 224))
+    iteration = analysis.by_operator()["newton_raphson_pinv"]
+    assert iteration == heads * 42 * 49**3
+    assert (analysis.total() - iteration) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.05)
+
+
+@pytest.fixture
+def get_flops(root):
+    return runpy.run_path(str(root / "tools" / "analysis_tools" / "get_flops.py"))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_our_tool(library, get_flops, tmp_path, monkeypatch, capsys):
+    pytest.importorskip(f"{library}.models", exc_type=(ImportError, RuntimeError))
+    config = tmp_path / "config.py"
+    Config(dict(default_scope=library, model=LIBRARIES[library]())).dump(config)
+    monkeypatch.setattr("sys.argv", ["get_flops.py", str(config), "--shape", "224", "160"])
+    get_flops["main"]()
+    table = dict(re.findall(r"^ *(\w+) +([\d.]+)", capsys.readouterr().out, re.MULTILINE))
+    kwargs = LIBRARIES[library]()["backbone"]
+    backbone = SOFTPlusPlus(kwargs["arch"], out_indices=kwargs.get("out_indices", (0, 1, 2, 3)))
+    alone = FlopAnalyzer(backbone.eval(), torch.rand(1, 3, 224, 160)).total()
+    assert float(table["backbone"]) == pytest.approx(alone / 1e9, abs=6e-4)
+    assert float(table["newton_raphson_pinv"]) > 0
+    assert float(table["model"]) >= float(table["backbone"])
+    monkeypatch.setattr("sys.argv", ["get_flops.py", str(config), "--shape", "1", "2", "3"])
+    with pytest.raises(SystemExit):
+        get_flops["main"]()
+    assert "--shape takes one or two positive numbers, got [1, 2, 3]" in capsys.readouterr().err
+
+
+def detection_data(folder: Path) -> dict:
+    """A validation loader of one image, 96 high and 128 wide."""
+    cv2.imwrite(str(folder / "0.png"), np.zeros((96, 128, 3), np.uint8))
+    image = dict(id=0, file_name="0.png", height=96, width=128)
+    box = dict(id=0, image_id=0, category_id=1, bbox=[8, 8, 32, 32], area=1024, iscrowd=0)
+    names = ("a", "b")
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
+    content = dict(images=[image], annotations=[box], categories=categories)
+    (folder / "coco.json").write_text(json.dumps(content))
+    return dict(
+        batch_size=1,
+        num_workers=0,
+        sampler=dict(type="DefaultSampler", shuffle=False),
+        dataset=dict(
+            type="CocoDataset",
+            data_root=str(folder),
+            ann_file="coco.json",
+            data_prefix=dict(img=""),
+            metainfo=dict(classes=names),
+            test_mode=True,
+            pipeline=[
+                dict(type="LoadImageFromFile"),
+                dict(type="LoadAnnotations", with_bbox=True),
+                dict(type="PackDetInputs", meta_keys=("img_id", "img_shape", "ori_shape")),
+            ],
+        ),
+    )
+
+
+@pytest.mark.parametrize("library", ["mmdet", "mmpretrain"])
+def test_upstream_tools(library, tmp_path, root, run_outside):
+    """`mim run LIBRARY get_flops CONFIG` counts what we count, with no word about us."""
+    pytest.importorskip(f"{library}.models", exc_type=(ImportError, RuntimeError))
+    mim = Path(sys.executable).with_name("mim")
+    config = dict(default_scope=library, model=LIBRARIES[library]())
+    if library == "mmdet":
+        config.update(val_dataloader=detection_data(tmp_path))
+        arguments, shape = (), (96, 128)
+    else:
+        arguments, shape = ("--shape", 96, 128), (96, 128)
+    Config(config).dump(tmp_path / "config.py")
+    done = run_outside(
+        mim,
+        *("run", library, "get_flops", tmp_path / "config.py", *arguments),
+        PYTHONPATH=str(root),
+        PATH=f"{mim.parent}{os.pathsep}{os.environ['PATH']}",
+    )
+    assert done.returncode == 0, done.stderr
+    (flops, unit) = re.search(r"Flops: ([\d.]+)([GM])", done.stdout + done.stderr).groups()
+    build = runpy.run_path(str(root / "tools" / "analysis_tools" / "get_flops.py"))["build"]
+    analysis = FlopAnalyzer(build(Config(config), shape), torch.rand(1, 3, *shape))
+    ours = analysis.total() if library == "mmdet" else analysis.total("backbone")
+    assert float(flops) * dict(G=1e9, M=1e6)[unit] == pytest.approx(ours, rel=2e-3)
