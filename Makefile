@@ -20,12 +20,15 @@ setup:  ## Build or refresh .venv (about 10 minutes the first time)
 demo: setup  ## Train, test and paint a small detector and segmenter on generated data
 	$(VENV)/python tools/demo.py
 
-# pytest comes last, so that its summary ends the output.
+# pytest comes last, so that its summary ends the output. One thread per worker: with more, the
+# workers' threads wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest --numprocesses auto --maxprocesses 4
+
 test: lint typecheck  ## Lint, check types, run the tests
-	$(VENV)/python -m pytest tests
+	$(PYTEST) tests
 
 test-long: setup  ## Run the tests marked `long`, which take minutes
-	$(VENV)/python -m pytest tests -m long
+	$(PYTEST) tests -m long
 
 lint: setup  ## Check style and formatting
 	$(VENV)/ruff check .

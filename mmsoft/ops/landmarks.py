@@ -55,7 +55,7 @@ def _select(
 def _patches(
     q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
 ) -> Tensor:
-    image = q.reshape(q.shape[0], height, width, heads, -1)
+    image = q.reshape(q.shape[0], height, width, heads, q.shape[2] // heads)
     if height < stride or width < stride:
         down, right = max(stride - height, 0), max(stride - width, 0)
         image = F.pad(image, (0, 0, 0, 0, 0, right, 0, down))

@@ -1,0 +1,63 @@
+"""At initialisation the attention is alive, and the same at every resolution."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmsoft.models import SOFT, SOFTPlusPlus
+
+TOOL = Path(__file__).parents[2] / "tools" / "analysis_tools" / "attention_scale.py"
+spec = importlib.util.spec_from_file_location("attention_scale", TOOL)
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+CASES = [(SOFTPlusPlus, None), (SOFTPlusPlus, 256), (SOFTPlusPlus, 49), (SOFT, 49)]
+
+
+def check(variant, arch, max_landmarks, solver="direct", train=False, sizes=tool.SIZES):
+    columns = tool.scales_by_size(
+        variant, sizes, train, arch=arch, max_landmarks=max_landmarks, solver=solver
+    )
+    for block, row in enumerate(zip(*columns)):
+        attention, ratios = [a for a, _ in row], [a / c for a, c in row]
+        assert min(ratios) > 0.1, (block, ratios)
+        assert max(ratios) < 3, (block, ratios)
+        assert max(attention) < 1.5 * min(attention), (block, attention)
+
+
+@pytest.mark.parametrize(("variant", "max_landmarks"), CASES)
+def test_tiny(variant, max_landmarks):
+    check(variant, "tiny", max_landmarks)
+
+
+def test_newton_and_batch_statistics():
+    check(SOFTPlusPlus, "tiny", 49, solver="newton")
+    check(SOFTPlusPlus, "tiny", 49, train=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ["small", "medium", "large", "huge"])
+@pytest.mark.parametrize(("variant", "max_landmarks"), CASES)
+def test_every_arch(variant, max_landmarks, arch):
+    check(variant, arch, max_landmarks)
+
+
+def test_without_normalization_nor_budget_the_attention_grows():
+    """What the symmetric normalization is for: SOFT's term goes like the number of tokens."""
+    columns = tool.scales_by_size(SOFT, tool.SIZES[:2], arch="tiny")
+    assert all(b / a > 3 for (a, _), (b, _) in zip(*columns))
+
+
+def test_released_initialisation_is_nearly_silent_and_leaves_loaded_weights_alone():
+    balanced, released = (SOFTPlusPlus(attn_init=init) for init in ("balanced", "released"))
+    norm = released.stages[0].blocks[0].attn.landmark_norm
+    assert (norm.weight == 1).all()
+    assert (norm.bias == 0).all()
+    (columns,) = tool.scales_by_size(SOFTPlusPlus, tool.SIZES[:1], attn_init="released")
+    assert min(a / c for a, c in columns) < 0.05
+    balanced.load_state_dict(released.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    for a, b in zip(balanced.eval()(image), released.eval()(image)):
+        assert torch.equal(a, b)

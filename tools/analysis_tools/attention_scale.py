@@ -1,0 +1,95 @@
+"""How large the attention term is at initialisation, beside the convolution of the values.
+
+    python tools/analysis_tools/attention_scale.py --arch tiny --max-landmarks 256
+
+Prints, for every softmax-free block and image size, the standard deviation of both terms and their
+ratio. All sizes show the same smooth random image. With `--attn-init balanced` the ratio should be
+of order 1 and the same at every size; `released` shows what the authors' initialisation gives.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxFreeAttention
+
+SIZES = ((224, 224), (512, 512), (800, 1344))
+
+
+def smooth_image(size: int = 224, seed: int = 0) -> Tensor:
+    """Octaves of noise `[1, 3, size, size]` with the amplitudes of natural images."""
+    g = torch.Generator().manual_seed(seed)
+    octaves = (
+        F.interpolate(torch.randn(1, 3, n, n, generator=g), (size, size), mode="bicubic") / n**0.5
+        for n in (4, 8, 16, 32, 64)
+    )
+    image = sum(octaves)
+    return (image - image.mean()) / image.std()
+
+
+@torch.no_grad()
+def attention_scale(model: SOFT, image: Tensor) -> list[tuple[float, float]]:
+    """Standard deviations of the attention term and of the values' convolution, block by block."""
+    scales: list[tuple[float, float]] = []
+    layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
+
+    def record(layer: SoftmaxFreeAttention) -> None:
+        attend, convolve = layer.attend, layer.convolve_values
+        seen = {}
+
+        def attend_and_note(*args):
+            seen["attention"] = attend(*args)
+            return seen["attention"]
+
+        def convolve_and_note(*args):
+            out = convolve(*args)
+            scales.append((seen["attention"].std().item(), out.std().item()))
+            return out
+
+        layer.attend, layer.convolve_values = attend_and_note, convolve_and_note
+
+    for layer in layers:
+        record(layer)
+    try:
+        model(image)
+    finally:
+        for layer in layers:
+            del layer.attend, layer.convolve_values
+    return scales
+
+
+def scales_by_size(
+    variant: type[SOFT], sizes: Sequence[tuple[int, int]] = SIZES, train: bool = False, **kwargs
+) -> list[list[tuple[float, float]]]:
+    """`attention_scale` of a freshly initialised backbone, for every size."""
+    torch.manual_seed(0)
+    model = variant(**kwargs).train(train)
+    image = smooth_image()
+    return [attention_scale(model, F.interpolate(image, size, mode="bilinear")) for size in sizes]
+
+
+def main() -> None:
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", choices=("SOFT", "SOFTPlusPlus"), default="SOFTPlusPlus")
+    parser.add_argument("--arch", default="tiny")
+    parser.add_argument("--solver", choices=("newton", "direct"), default="direct")
+    parser.add_argument("--max-landmarks", type=int)
+    parser.add_argument("--attn-init", choices=("balanced", "released"), default="balanced")
+    parser.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
+    args = vars(parser.parse_args())
+    variant = {"SOFT": SOFT, "SOFTPlusPlus": SOFTPlusPlus}[args.pop("variant")]
+    columns = scales_by_size(variant, **args)
+    print("attention / values' convolution = ratio")
+    print("block" + "".join(f"{f'{h}x{w}':>26}" for h, w in SIZES))
+    for block, row in enumerate(zip(*columns, strict=True)):
+        cells = "".join(f"{a:10.3f} /{c:6.3f} ={a / c:6.2f}" for a, c in row)
+        print(f"{block:5d}{cells}")
+
+
+if __name__ == "__main__":
+    main()
