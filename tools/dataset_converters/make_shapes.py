@@ -32,7 +32,7 @@ import numpy as np
 from mmengine.utils import ProgressBar
 
 VERSION = 1  # raise it when the same parameters no longer give the same pictures
-CLASSES = ("disc", "bar", "triangle", "star", "cross")
+CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
 SUPERSAMPLE = 4  # outlines are drawn this much finer than the picture
 MIN_SIZE = 64
 SPLITS = {"train": ("train2017", "training"), "val": ("val2017", "validation")}
@@ -59,7 +59,7 @@ def plane(size: int, angle: float) -> np.ndarray:
     return x * math.cos(angle) + y * math.sin(angle)
 
 
-def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+def texture(rng: np.random.Generator, size: int, strength: float = 1) -> np.ndarray:
     """Two colours mixed by noise, marbled stripes or noise with hard steps."""
     first = np.float32(rng.uniform(0.15, 0.85) + rng.normal(0, 0.13, 3))
     change = np.float32(rng.normal(0, 0.17) + rng.normal(0, 0.08, 3))
@@ -72,24 +72,37 @@ def texture(rng: np.random.Generator, size: int) -> np.ndarray:
         steps = rng.integers(2, 5)
         mix = np.floor(mix * steps) / np.float32(steps)
     grain = noise(rng, size, size / 4, 2)[..., None] - 0.5
-    return first + change * mix[..., None] + np.float32(0.12) * grain
+    return first + strength * change * (mix[..., None] - 0.5) + np.float32(0.12) * grain
+
+
+def distinct_texture(
+    rng: np.random.Generator, picture: np.ndarray, alpha: np.ndarray
+) -> np.ndarray:
+    """A soft texture that differs in mean colour from what it will cover."""
+    size = len(picture)
+    covered = (picture * alpha[..., None]).sum((0, 1)) / alpha.sum()
+    while True:
+        surface = texture(rng, size, 0.3)
+        mean = (surface * alpha[..., None]).sum((0, 1)) / alpha.sum()
+        if np.linalg.norm(mean - covered) > 0.5:
+            return surface
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
     """A few textured regions with soft or hard borders, and clutter that is no class's shape."""
-    picture = texture(rng, size)
-    for _ in range(rng.integers(1, 4)):
-        border = noise(rng, size, rng.uniform(2, 5), 3) - rng.uniform(0.4, 0.7)
-        region = np.clip(border * 10 ** rng.uniform(0.5, 2) + 0.5, 0, 1)[..., None]
-        picture += region * (texture(rng, size) - picture)
-    for _ in range(rng.integers(0, 5)):  # curved strokes: twigs, cables, cracks
+    picture = texture(rng, size, 0.5)
+    for _ in range(rng.integers(0, 3)):
+        border = noise(rng, size, rng.uniform(2, 4), 3) - rng.uniform(0.4, 0.7)
+        region = np.clip(border * 10 ** rng.uniform(0.3, 1.3) + 0.5, 0, 1)[..., None]
+        picture += region * 0.7 * (texture(rng, size, 0.5) - picture)
+    for _ in range(rng.integers(0, 3)):  # curved strokes: twigs, cables, cracks
         ends = rng.uniform(-0.1, 1.1, (3, 1, 2)) * size
         t = np.linspace(0, 1, 24)[:, None]
         curve = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * ends[1] + t**2 * ends[2]
-        stroke = np.zeros((size, size), np.float32)
+        stroke = np.zeros((size, size), np.uint8)
         width = max(1, round(size * rng.uniform(0.005, 0.03)))
-        cv2.polylines(stroke, [curve.round().astype(np.int32)], False, 1.0, width, cv2.LINE_AA)
-        picture += stroke[..., None] * (texture(rng, size) - picture)
+        cv2.polylines(stroke, [curve.round().astype(np.int32)], False, 255, width, cv2.LINE_AA)
+        picture += stroke[..., None] / np.float32(255) * (texture(rng, size) - picture)
     return picture
 
 
@@ -101,26 +114,35 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
 def outline(rng: np.random.Generator, name: str) -> np.ndarray:
     """The polygon [points, 2] of a random shape of class `name`, about within the unit circle."""
     if name == "disc":
-        angles = np.linspace(0, math.tau, 64, endpoint=False)
-        points = np.stack([np.cos(angles), np.sin(angles)], 1)
+        points = arc(0, math.tau)
     elif name == "bar":
-        half = rng.uniform(0.45, 0.85)
-        points = np.array([[-1, -half], [1, -half], [1, half], [-1, half]]) * 0.85
+        half = rng.uniform(0.25, 0.5)
+        points = np.array([[-1, -half], [1, -half], [1, half], [-1, half]]) * 0.95
     elif name == "triangle":
         angles = math.tau / 3 * np.arange(3) + rng.uniform(-0.25, 0.25, 3)
         points = np.stack([np.cos(angles), np.sin(angles)], 1)
-    elif name == "star":
-        angles = math.tau / 10 * np.arange(10)
-        radius = np.where(np.arange(10) % 2, rng.uniform(0.38, 0.5), 1)
-        points = np.stack([np.cos(angles), np.sin(angles)], 1) * radius[:, None]
+    elif name == "crescent":
+        # From horn to horn along the unit circle, and back along a circle through the same horns.
+        horn, depth = rng.uniform(1.8, 2.2), rng.uniform(0.0, 0.3)
+        x, y = math.cos(horn), math.sin(horn)
+        middle = (x**2 + y**2 - depth**2) / (2 * (x - depth))
+        inner = math.atan2(y, x - middle)
+        back = arc(inner, -inner) * (depth - middle) + [middle, 0]
+        points = np.concatenate([arc(-horn, horn), back])
     else:
-        arm = rng.uniform(0.22, 0.38)
+        arm = rng.uniform(0.2, 0.33)
         corner = np.array([[1, -arm], [1, arm], [arm, arm]])
         points = np.concatenate(
             [corner @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
         )
-    squash = np.diag([1, rng.uniform(0.7, 1)])  # seen at a slant
+    squash = np.diag([1, rng.uniform(0.75, 1)])  # seen at a slant
     return points @ rotation(rng) @ squash @ rotation(rng)
+
+
+def arc(start: float, end: float) -> np.ndarray:
+    """Points [64, 2] along the unit circle."""
+    angles = np.linspace(start, end, 64)
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
 def rotation(rng: np.random.Generator) -> np.ndarray:
@@ -145,17 +167,17 @@ def place(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndarray]]:
     side = size * SUPERSAMPLE
     shapes: list[tuple[int, np.ndarray]] = []
     visible: list[np.ndarray] = []
-    for _ in range(rng.integers(3, 10)):
+    for _ in range(rng.integers(4, 10)):
         label = int(rng.integers(len(CLASSES)))
-        radius = side * math.exp(rng.uniform(math.log(0.075), math.log(0.3)))
+        radius = side * math.exp(rng.uniform(math.log(0.09), math.log(0.26)))
         points = outline(rng, CLASSES[label]) * radius + rng.uniform(0.02, 0.98, 2) * side
         mask = fill(points, side)
         whole = cv2.contourArea(points.astype(np.float32))
         kept = [seen & ~mask for seen in visible]
         hidden = any(
-            seen.sum() < 0.5 * full.sum() for seen, (_, full) in zip(kept, shapes, strict=True)
+            seen.sum() < 0.65 * full.sum() for seen, (_, full) in zip(kept, shapes, strict=True)
         )
-        if mask.sum() >= 0.6 * whole and not hidden:
+        if mask.sum() >= 0.7 * whole and not hidden:
             shapes.append((label, mask))
             visible = [*kept, mask]
     return shapes
@@ -198,8 +220,8 @@ def photograph(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     light = 1 + rng.uniform(0, 0.35) * plane(size, rng.uniform(0, math.tau))
     vignette = 1 - rng.uniform(0, 0.25) * (plane(size, 0) ** 2 + plane(size, math.pi / 2) ** 2)
     picture = picture * (light * vignette)[..., None] * rng.uniform(0.85, 1.15, 3)
-    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.9))
-    picture = picture + rng.normal(0, rng.uniform(0.01, 0.04), picture.shape)
+    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.7))
+    picture = picture + rng.normal(0, rng.uniform(0.005, 0.02), picture.shape)
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -219,7 +241,8 @@ def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list
         shift = np.float32([[1, 0, reach * math.cos(sun)], [0, 1, reach * math.sin(sun)]])
         shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (size, size)), (0, 0), reach + 0.5)
         picture *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
-        surface = texture(rng, size) * (1 - rng.uniform(0, 0.4) * plane(size, sun))[..., None]
+        surface = distinct_texture(rng, picture, alpha)
+        surface *= (1 - rng.uniform(0, 0.25) * plane(size, sun))[..., None]
         picture += alpha[..., None] * (surface - picture)
 
     annotations = []

@@ -1,0 +1,11 @@
+_base_ = "./retinanet_softpp-mini_fpn_shapes.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="PyramidVisionTransformer",
+        num_layers=[2, 2, 2, 2],
+        init_cfg=None,
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

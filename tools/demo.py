@@ -1,0 +1,341 @@
+"""Train, test and paint a small detector and a small segmenter on generated data.
+
+    python tools/demo.py                                    # the demo: minutes on two cores
+    python tools/demo.py --variant softpp-mini-no-attention # the same without the attention term
+    python tools/demo.py --variant pvt-t                    # the same with PVT-Tiny as backbone
+
+Each step is a plain `mim` command, printed before it runs. Everything goes to work_dirs/demo (a
+variant's to work_dirs/demo-VARIANT), made anew by every call: `summary.json`, `loss_curves.png`,
+`predictions/` with painted validation images, and under `detection/` and `segmentation/` the logs
+and checkpoints. The data, data/shapes, are kept from call to call.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from mmengine import Config, load
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = "data/shapes"
+VARIANTS = ("softpp-mini", "softpp-mini-no-attention", "pvt-t")
+NEEDED_BYTES = 500e6  # data, checkpoints and pictures take less
+PAINTED = 12  # validation images painted one by one
+OVERVIEW = 4  # of these, painted in one picture too
+SCORE = 0.4  # detections below this score are not painted
+PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
+NOISE = re.compile(r"\b(lr|time|data_time|grad_norm|memory|base_lr|loss_\w+|decode\.\S+): \S+\s*")
+
+
+class DemoError(Exception):
+    """Something the user can mend; the message is one line."""
+
+
+@dataclass
+class Task:
+    """One model to train and test."""
+
+    name: str
+    package: str
+    config: str
+    metric: str  # mmengine's name of the figure to report
+    label: str  # the figure's name for people
+    scale: float  # from mmengine's unit to 0..1
+    out: str  # what `mim test --out` writes
+
+    def folder(self, work_dir: Path) -> Path:
+        """Where the logs, checkpoint and predictions go."""
+        return work_dir / self.name
+
+
+def tasks(variant: str) -> list[Task]:
+    """The two models of a variant."""
+    det, seg = f"retinanet_{variant}_fpn_shapes.py", f"upernet_{variant}_shapes.py"
+    return [
+        Task(
+            "detection", "mmdet", f"configs/demo/{det}", "coco/bbox_mAP", "box AP", 1, "results.pkl"
+        ),
+        Task("segmentation", "mmseg", f"configs/demo/{seg}", "mIoU", "mIoU", 0.01, "results"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------
+
+
+def make_data() -> None:
+    """Write the data set, or find it complete."""
+    command = ["tools/dataset_converters/make_shapes.py", DATA]
+    print(f"\n== data\n   $ python {shlex.join(command)}", flush=True)
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        raise DemoError("no data, no demo: see the line above")
+
+
+def mim(title: str, arguments: list[str], log: Path) -> None:
+    """Run a `mim` command from the repository's root: its output to `log`, its progress here."""
+    print(f"\n== {title}\n   $ mim {shlex.join(arguments)}", flush=True)
+    command = [sys.executable, "-u", "-m", "mim", *arguments]
+    last_error = ""
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        for line in process.stdout:
+            file.write(line)
+            if match := PROGRESS.search(line):
+                phase, rest = match.groups()
+                print(f"   {phase:5} {re.sub(r' {2,}', '  ', NOISE.sub('', rest))}", flush=True)
+            elif re.match(r"\S*Error\b", line) and "CalledProcessError" not in line:
+                last_error = f": {line.strip()}"
+    if process.returncode:
+        raise DemoError(f"`mim {shlex.join(arguments[:3])} ...` failed{last_error} (see {log})")
+
+
+def train_and_test(task: Task, work_dir: Path) -> float:
+    """Run `mim train` and `mim test`; give the metric, 0 to 1."""
+    folder = task.folder(work_dir)
+    folder.mkdir(parents=True)
+    gpus = ["--gpus", "1" if torch.cuda.is_available() else "0"]
+    where = folder.relative_to(ROOT)
+    common = [task.package, task.config, *gpus, "--work-dir", str(where)]
+    mim(f"{task.name}: training", ["train", *common], folder / "train.log")
+    checkpoint = Path((folder / "last_checkpoint").read_text()).relative_to(ROOT)
+    extra = ["--checkpoint", str(checkpoint), "--out", str(where / task.out)]
+    mim(f"{task.name}: testing", ["test", *common, *extra], folder / "test.log")
+    metrics = json.loads(newest(folder, "*/*.json").read_text())
+    return round(metrics[task.metric] * task.scale, 4)
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    """The file of the latest run: mmengine names its folders by the time."""
+    return max(folder.glob(pattern))
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+
+def read_scalars(folder: Path) -> list[dict]:
+    """What a training run logged, one dict per entry."""
+    text = min(folder.glob("*/vis_data/scalars.json")).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def paint_curves(all_tasks: list[Task], work_dir: Path) -> None:
+    """One panel of training losses and one of validation metrics per task."""
+    figure, axes = plt.subplots(2, len(all_tasks), figsize=(11, 7), layout="constrained")
+    for task, (top, bottom) in zip(all_tasks, axes.T, strict=True):
+        entries = read_scalars(task.folder(work_dir))
+        losses = [entry for entry in entries if "loss" in entry]
+        names = [name for name in losses[0] if "loss" in name]
+        for name in names if len(names) > 2 else ["loss"]:
+            values = [entry[name] for entry in losses]
+            top.plot([entry.get("iter", entry["step"]) for entry in losses], values, label=name)
+        top.set(title=f"{task.name}: training", xlabel="iteration", ylabel="loss", ylim=(0, None))
+        top.legend()
+        scores = [entry for entry in entries if task.metric in entry]
+        values = [entry[task.metric] * task.scale for entry in scores]
+        bottom.plot([entry["step"] for entry in scores], values, "o-")
+        unit = "epoch" if task.package == "mmdet" else "iteration"
+        bottom.set(title=f"{task.name}: validation", xlabel=unit, ylabel=task.label, ylim=(0, 1))
+        bottom.set_xlim(0, None)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.savefig(work_dir / "loss_curves.png", dpi=110)
+    plt.close(figure)
+
+
+def paint(rows: list[list], titles: list[str], legend: list, path: Path) -> None:
+    """Save rows of panels; each panel is a function that draws on the axes it is given."""
+    columns = len(titles)
+    size = (3.6 * columns, 3.6 * len(rows) + 0.85)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=15)
+    for line, panels in zip(axes, rows, strict=True):
+        for axis, panel in zip(line, panels, strict=True):
+            panel(axis)
+            axis.set_axis_off()
+    inch = 1 / size[1]
+    figure.subplots_adjust(0.01, 0.45 * inch, 0.99, 1 - 0.4 * inch, wspace=0.02, hspace=0.02)
+    figure.legend(handles=legend, loc="lower center", ncol=len(legend), frameon=False, fontsize=14)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show_boxes(picture, colours, boxes=(), labels=(), scores=None):
+    """A panel: the picture with boxes and, if given, their scores."""
+
+    def panel(axis) -> None:
+        axis.imshow(picture, interpolation="bicubic")
+        for i, (x1, y1, x2, y2) in enumerate(boxes):
+            colour, corner = colours[labels[i]], (x1, y1)
+            axis.add_patch(plt.Rectangle(corner, x2 - x1, y2 - y1, fill=False, ec=colour, lw=2.2))
+            if scores is not None:
+                style = dict(fc=colour, ec="none", pad=0.8)
+                text = f"{scores[i]:.2f}"
+                axis.text(*corner, text, color="white", fontsize=10, bbox=style, clip_on=True)
+
+    return panel
+
+
+def show_classes(picture, index, palette):
+    """A panel: the picture under the transparent colours of an index map (0 is background)."""
+
+    def panel(axis) -> None:
+        axis.imshow(picture, interpolation="bicubic")
+        coloured = np.dstack([palette[index], np.where(index > 0, 0.65, 0.0)])
+        axis.imshow(coloured, interpolation="nearest")
+
+    return panel
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """An image file as RGB."""
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+
+
+def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
+    """Paint validation images: ground truth beside prediction, one by one and an overview."""
+    folder = work_dir / "predictions"
+    folder.mkdir()
+    detection, segmentation = all_tasks
+    meta = Config.fromfile(ROOT / segmentation.config).val_dataloader.dataset.metainfo
+    palette = np.array(meta.palette) / 255
+    colours = palette[1:]  # of the shapes
+    legend = [
+        plt.Rectangle((0, 0), 1, 1, color=colour, label=name)
+        for name, colour in zip(meta.classes[1:], colours, strict=True)
+    ]
+
+    truth = json.loads((ROOT / DATA / "coco/annotations/instances_val2017.json").read_text())
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    rows = {"detection": [], "segmentation": []}
+    results = load(detection.folder(work_dir) / detection.out)
+    for result in sorted(results, key=lambda result: result["img_id"])[:PAINTED]:
+        ident = result["img_id"]
+        picture = read_picture(ROOT / DATA / "coco/val2017" / files[ident])
+        own = [a for a in truth["annotations"] if a["image_id"] == ident]
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in own)]
+        found = {key: value.numpy() for key, value in result["pred_instances"].items()}
+        keep = found["scores"] >= SCORE
+        boxes, labels, scores = (found[key][keep] for key in ("bboxes", "labels", "scores"))
+        truth_labels = [a["category_id"] - 1 for a in own]
+        rows["detection"].append(
+            [
+                show_boxes(picture, colours),
+                show_boxes(picture, colours, corners, truth_labels),
+                show_boxes(picture, colours, boxes, labels, scores),
+            ]
+        )
+    for path in sorted((ROOT / DATA / "ade/annotations/validation").iterdir())[:PAINTED]:
+        picture = read_picture(ROOT / DATA / "ade/images/validation" / f"{path.stem}.jpg")
+        maps = (path, segmentation.folder(work_dir) / segmentation.out / path.name)
+        # Both files count from 1: 0 is "unlabelled" in ADE20K.
+        pair = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) - 1 for file in maps]
+        rows["segmentation"].append(
+            [show_boxes(picture, colours), *(show_classes(picture, m, palette) for m in pair)]
+        )
+
+    titles = ["image", "ground truth", "prediction"]
+    for name, panels in rows.items():
+        for number, row in enumerate(panels, 1):
+            paint([row], titles, legend, folder / f"{name}_{number:02d}.png")
+        paint(panels[:OVERVIEW], titles, legend, folder / f"{name}_overview.png")
+
+
+# ---------------------------------------------------------------------------------------------
+# The job
+# ---------------------------------------------------------------------------------------------
+
+
+def print_table() -> None:
+    """Print every variant that has a summary."""
+    print(f"\n{'backbone':26} {'box AP':>7} {'mask AP':>8} {'mIoU':>7} {'minutes':>8}")
+    for variant in VARIANTS:
+        path = place(variant) / "summary.json"
+        if path.is_file():
+            summary = json.loads(path.read_text())
+            mask_ap = "-" if summary["mask_ap"] is None else f"{summary['mask_ap']:.3f}"
+            print(
+                f"{variant:26} {summary['box_ap']:7.3f} {mask_ap:>8} {summary['miou']:7.3f} "
+                f"{summary['seconds'] / 60:8.1f}"
+            )
+
+
+def place(variant: str) -> Path:
+    """The folder of a variant's results."""
+    return ROOT / "work_dirs" / ("demo" if variant == VARIANTS[0] else f"demo-{variant}")
+
+
+def demo(variant: str) -> None:
+    """Run everything."""
+    start = time.time()
+    work_dir = place(variant)
+    if work_dir.exists():
+        shutil.rmtree(work_dir)
+    work_dir.mkdir(parents=True)
+    free = shutil.disk_usage(work_dir).free
+    if free < NEEDED_BYTES:
+        raise DemoError(
+            f"{work_dir} has {free / 1e6:.0f} MB of disk left and the demo needs "
+            f"{NEEDED_BYTES / 1e6:.0f} MB; free some and call again"
+        )
+    make_data()
+    detection, segmentation = tasks(variant)
+    summary = {
+        "box_ap": train_and_test(detection, work_dir),
+        "mask_ap": None,  # RetinaNet predicts no masks
+        "miou": train_and_test(segmentation, work_dir),
+    }
+    print("\n== painting", flush=True)
+    paint_curves([detection, segmentation], work_dir)
+    paint_predictions([detection, segmentation], work_dir)
+    summary["seconds"] = round(time.time() - start, 1)
+    (work_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_table()
+    print(f"\nLook at {work_dir.relative_to(ROOT)}/predictions and loss_curves.png beside it.")
+
+
+def main() -> None:
+    """Read the command line and run the demo."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", choices=VARIANTS, default=VARIANTS[0], help="the backbone")
+    args = parser.parse_args()
+    try:
+        demo(args.variant)
+    except DemoError as error:
+        sys.exit(f"\nerror: {error}")
+    except OSError as error:  # a full disk, most of all
+        sys.exit(f"\nerror: {error}; mend that and call again")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command starts the training again")
+
+
+if __name__ == "__main__":
+    main()
