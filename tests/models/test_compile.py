@@ -11,10 +11,12 @@ from mmsoft.ops import softmax_free_attention
 ARCH = dict(depths=[1, 1, 1, 1], embed_dims=[32, 64, 96, 128], num_heads=[1, 2, 3, 4])
 SIZES = [(224, 192), (160, 256), (333, 221), (250, 251), (401, 97), (98, 512), (70, 90)]
 OPTIONS = [
-    dict(solver="newton"),
-    dict(solver="direct"),
-    dict(solver="newton", max_landmarks=16),
-    dict(solver="direct", max_landmarks=16),
+    pytest.param(dict(solver="newton", max_landmarks=16), id="newton, budget"),
+    pytest.param(dict(solver="newton"), id="newton", marks=pytest.mark.long),
+    pytest.param(dict(solver="direct"), id="direct", marks=pytest.mark.long),
+    pytest.param(
+        dict(solver="direct", max_landmarks=16), id="direct, budget", marks=pytest.mark.long
+    ),
 ]
 
 
@@ -24,7 +26,7 @@ def fresh_compiler():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_few_graphs_serve_every_size(options):
     model = SOFTPlusPlus(ARCH, **options).eval()
     counter = torch._dynamo.testing.CompileCounter()
@@ -53,7 +55,7 @@ def test_compiled_training_step():
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_export_with_dynamic_height_and_width(options):
     model = SOFTPlusPlus(ARCH, **options).eval()
     sizes = {2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
@@ -65,7 +67,7 @@ def test_export_with_dynamic_height_and_width(options):
                 torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["newton", "direct"])
+@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=pytest.mark.long)])
 def test_operator_compiles_through_the_code_generator(solver):
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
