@@ -38,7 +38,9 @@ PAINTED = 12  # validation images painted one by one
 OVERVIEW = 4  # of these, painted in one picture too
 SCORE = 0.4  # detections below this score are not painted
 PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
-NOISE = re.compile(r"\b(lr|time|data_time|grad_norm|memory|base_lr|loss_\w+|decode\.\S+): \S+\s*")
+NOISE = re.compile(
+    r"\b(lr|time|data_time|grad_norm|memory|base_lr|loss_\w+|(?:decode|aux)\.\w+): \S+\s*"
+)
 
 
 class DemoError(Exception):
@@ -124,13 +126,9 @@ def train_and_test(task: Task, work_dir: Path) -> float:
     checkpoint = Path((folder / "last_checkpoint").read_text()).relative_to(ROOT)
     extra = ["--checkpoint", str(checkpoint), "--out", str(where / task.out)]
     mim(f"{task.name}: testing", ["test", *common, *extra], folder / "test.log")
-    metrics = json.loads(newest(folder, "*/*.json").read_text())
+    # MMEngine names the folder of a run by the time: the last one is the test's.
+    metrics = json.loads(max(folder.glob("*/*.json")).read_text())
     return round(metrics[task.metric] * task.scale, 4)
-
-
-def newest(folder: Path, pattern: str) -> Path:
-    """The file of the latest run: mmengine names its folders by the time."""
-    return max(folder.glob(pattern))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ model = dict(
         feat_channels=96,
         stacked_convs=2,
         norm_cfg=dict(type="GN", num_groups=16),
-        anchor_generator=dict(strides=[8, 16, 32]),
+        anchor_generator=dict(strides=[8, 16, 32]),  # anchors of 32 to 200 pixels
         reg_decoded_bbox=True,
-        loss_cls=dict(alpha=0.5),
+        loss_cls=dict(gamma=1.0, alpha=0.5),
         loss_bbox=dict(type="GIoULoss", loss_weight=1.0),
     ),
 )
@@ -45,7 +45,7 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         data_root=data_root,
@@ -64,13 +64,13 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
 # Schedule
-train_cfg = dict(max_epochs=12, val_interval=12)
+train_cfg = dict(max_epochs=6, val_interval=2)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=0, begin=0, end=12, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type="CosineAnnealingLR", eta_min=0, begin=0, end=6, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=4, max_keep_ckpts=1))
+default_hooks = dict(checkpoint=dict(interval=2, max_keep_ckpts=1))

@@ -11,7 +11,7 @@ model = dict(
         arch=dict(embed_dims=[32, 64, 96, 128], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4]),
     ),
     decode_head=dict(in_channels=[32, 64, 96, 128], channels=64, num_classes=6, norm_cfg=norm_cfg),
-    auxiliary_head=None,
+    auxiliary_head=dict(in_channels=96, channels=64, num_classes=6, norm_cfg=norm_cfg),
 )
 
 # Data: 160 x 160 pixels, as generated.
@@ -19,7 +19,6 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="RandomFlip", prob=[0.25] * 3, direction=["horizontal", "vertical", "diagonal"]),
-    dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [

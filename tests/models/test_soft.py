@@ -512,3 +512,11 @@ def test_readable_repr(variant):
     assert max(map(len, text.splitlines())) < 140
     for part in ("(0-48): 49 x SOFTBlock", "drop_path_rate=0.1", "pos_embed=(1, 196, 352)"):
         assert part in text
+
+
+def test_layer_refuses_a_wrong_number_of_tokens():
+    layer = SOFTBlock(
+        32, 1, 0.0, 0.0, landmark_stride=2, value_kernel=3, normalize=True, solver="direct"
+    )
+    with pytest.raises(ValueError, match=r"x must have H\*W = 4\*5 tokens, got 21"):
+        layer(torch.zeros(1, 21, 32), (4, 5))

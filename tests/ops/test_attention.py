@@ -57,6 +57,16 @@ def test_float64_is_exact(shape, normalize, solver):
         torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-9 * float(truth.abs().max()))
 
 
+@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=pytest.mark.long)])
+def test_as_many_landmarks_as_the_release_has_for_detection(solver):
+    """m = 1050: the strided grid of an 800x1344 image."""
+    tensors = arguments((1, 1, 1300, 1050, 32))
+    for ours, truth in zip(
+        run(softmax_free_attention, tensors, solver=solver), run(reference, tensors, solver=solver)
+    ):
+        assert error(ours, truth) < 1e-7
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
 @pytest.mark.parametrize("shape", [*SHAPES[:2], SHAPES[5]], ids=str)

@@ -1,6 +1,6 @@
 """Write a small instance data set of textured shapes, in COCO and in ADE20K layout.
 
-    python tools/dataset_converters/make_shapes.py data/shapes --train 600 --val 120
+    python tools/dataset_converters/make_shapes.py data/shapes --train 1000 --val 120
 
 Every scene is drawn from the seed: several overlapping shapes of five classes, at varied scale,
 slant and rotation, on a cluttered background with uneven light, shadows, blur, sensor noise and
@@ -251,13 +251,16 @@ def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list
         seen = mask & ~front
         front |= mask
         covers[label + 1] += coverage(seen, size)
-        x, y, width, height = cv2.boundingRect(seen.astype(np.uint8))
+        outline = polygons(seen)
+        # The box is that of the outline: a sliver too thin for a polygon does not stretch it.
+        points = np.concatenate([np.reshape(ring, (-1, 2)) for ring in outline])
+        low, high = points.min(0), points.max(0)
         annotations.append(
             {
                 "category_id": label + 1,
-                "segmentation": polygons(seen),
+                "segmentation": outline,
                 "area": float(seen.sum()) / SUPERSAMPLE**2,
-                "bbox": [v / SUPERSAMPLE for v in (x, y, width, height)],
+                "bbox": np.concatenate([low, high - low]).round(3).tolist(),
                 "iscrowd": 0,
             }
         )
@@ -365,7 +368,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--train", type=at_least(1), default=600, help="training images (600)")
+    parser.add_argument("--train", type=at_least(1), default=1000, help="training images (1000)")
     parser.add_argument("--val", type=at_least(1), default=120, help="validation images (120)")
     parser.add_argument(
         "--size",

@@ -1,0 +1,121 @@
+"""The demo: its configs, its pictures, its failures. The job itself is `make demo`."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def demo(root):
+    spec = importlib.util.spec_from_file_location("demo", root / "tools/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workplace(demo, root, tmp_path, monkeypatch):
+    """A root with data and configs of its own, so that nothing is written to the repository."""
+    script = root / "tools/dataset_converters/make_shapes.py"
+    sizes = ["--train", "1", "--val", "3", "--size", "64"]
+    subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=tmp_path, check=True)
+    (tmp_path / "configs").symlink_to(root / "configs")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    return tmp_path
+
+
+BUILD = """
+import sys
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+for path in sys.argv[1:]:
+    config = Config.fromfile(path)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    print(type(model.backbone).__name__)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_configs_build_in_a_fresh_process(demo, root, run_outside, index):
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    configs = [root / demo.tasks(variant)[index].config for variant in demo.VARIANTS]
+    done = run_outside("-W", "ignore", "-c", BUILD, *configs)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = done.stdout.split()[-3:]
+    assert names == ["SOFTPlusPlus", "SOFTPlusPlusNoAttention", "PyramidVisionTransformer"]
+
+
+def test_no_attention_is_the_value_convolution_alone(root, monkeypatch):
+    monkeypatch.syspath_prepend(root / "tools/analysis_tools")
+    from no_attention import SOFTPlusPlusNoAttention
+
+    from mmsoft.models.attention import SoftmaxFreeAttention
+
+    arch = dict(embed_dims=[32] * 4, depths=[1] * 4, num_heads=[1] * 4)
+    model = SOFTPlusPlusNoAttention(arch)
+    layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
+    assert len(layers) == 3
+    x = torch.randn(1, 64, 32)
+    expected = layers[0].proj(layers[0].convolve_values(layers[0].value(x), (8, 8)))
+    torch.testing.assert_close(layers[0](x, (8, 8)), expected)
+
+
+def test_pictures(demo, workplace):
+    mmengine = pytest.importorskip("mmengine")
+    pytest.importorskip("mmseg")
+    work_dir = workplace / "work_dirs/demo"
+    detection, segmentation = demo.tasks(demo.VARIANTS[0])
+    for task, unit in ((detection, "epoch"), (segmentation, "iter")):
+        folder = task.folder(work_dir) / "20260101_000000/vis_data"
+        folder.mkdir(parents=True)
+        entries = [{"loss": 2 / i, "loss_cls": 1 / i, "iter": i, "step": i} for i in range(1, 5)]
+        entries.append({task.metric: 0.5 / task.scale, unit: 4, "step": 4})
+        (folder / "scalars.json").write_text("\n".join(map(json.dumps, entries)))
+    instances = dict(
+        bboxes=torch.tensor([[5.0, 5, 20, 30], [30, 10, 50, 60]]),
+        labels=torch.tensor([0, 4]),
+        scores=torch.tensor([0.9, 0.1]),
+    )
+    results = [dict(img_id=i, pred_instances=instances) for i in (1, 2, 3)]
+    mmengine.dump(results, detection.folder(work_dir) / detection.out)
+    maps = segmentation.folder(work_dir) / segmentation.out
+    maps.mkdir()
+    for path in (workplace / "data/shapes/ade/annotations/validation").iterdir():
+        cv2.imwrite(str(maps / path.name), np.full((64, 64), 3, np.uint8))
+
+    demo.paint_curves([detection, segmentation], work_dir)
+    demo.paint_predictions([detection, segmentation], work_dir)
+    pictures = {p.name: cv2.imread(str(p)) for p in (work_dir / "predictions").iterdir()}
+    pictures["curves"] = cv2.imread(str(work_dir / "loss_curves.png"))
+    assert len(pictures) == 2 * (3 + 1) + 1
+    for picture in pictures.values():
+        assert min(picture.shape[:2]) >= 400
+        assert picture.std() > 10
+
+
+def test_a_failing_command_is_one_line_that_names_the_log(demo, workplace):
+    log = workplace / "train.log"
+    with pytest.raises(demo.DemoError) as caught:
+        demo.mim("title", ["train", "mmdet", "no_such_config.py", "--gpus", "0"], log)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "mim train mmdet no_such_config.py" in message
+    assert "no_such_config.py doesn't exist" in message
+    assert str(log) in message
+
+
+def test_too_little_disk_is_said_before_anything_runs(demo, workplace, monkeypatch):
+    monkeypatch.setattr(demo, "NEEDED_BYTES", 1e18)
+    with pytest.raises(demo.DemoError, match=r"the demo needs \d+ MB; free some"):
+        demo.demo(demo.VARIANTS[0])
