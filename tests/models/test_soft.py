@@ -520,3 +520,19 @@ def test_layer_refuses_a_wrong_number_of_tokens():
     )
     with pytest.raises(ValueError, match=r"x must have H\*W = 4\*5 tokens, got 21"):
         layer(torch.zeros(1, 21, 32), (4, 5))
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (0, 2), (3,)], ids=str)
+def test_trains_under_ddp_without_looking_for_unused_parameters(out_indices, tmp_path):
+    """DDP refuses the second iteration if a parameter had no gradient in the first."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = SOFTPlusPlus(ARCH, out_indices=out_indices, with_cp=True, max_landmarks=4).train()
+        model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+        for _ in range(3):
+            sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 96))).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
