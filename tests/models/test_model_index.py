@@ -13,7 +13,9 @@ NAMES = ["soft-tiny_8xb128_in1k", "softpp-tiny_8xb128_in1k"]
 @pytest.fixture(scope="module", autouse=True)
 def model_index():
     from mmpretrain.apis import ModelHub
+    from mmpretrain.utils import register_all_modules
 
+    register_all_modules()  # other tests leave the scopes of other libraries behind
     ModelHub._register_mmpretrain_models()
     ModelHub.register_model_index(ROOT / "model-index.yml", config_prefix=ROOT)
     yield
