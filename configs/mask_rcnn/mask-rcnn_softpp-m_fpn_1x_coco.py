@@ -1,0 +1,6 @@
+_base_ = "./mask-rcnn_softpp-t_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(arch="medium", drop_path_rate=0.3),
+    neck=dict(in_channels=[64, 128, 288, 512]),
+)

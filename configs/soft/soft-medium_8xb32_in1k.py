@@ -1,0 +1,4 @@
+# SOFT Medium on ImageNet-1k by the authors' released recipe.
+_base_ = "softpp-medium_8xb32_in1k.py"
+
+model = dict(backbone=dict(type="mmsoft.SOFT"))
