@@ -8,4 +8,5 @@ model = dict(
         init_cfg=None,
     ),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
+    auxiliary_head=dict(in_channels=320),
 )

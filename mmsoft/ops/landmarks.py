@@ -59,11 +59,13 @@ def _patches(
     if height < stride or width < stride:
         down, right = max(stride - height, 0), max(stride - width, 0)
         image = F.pad(image, (0, 0, 0, 0, 0, right, 0, down))
-    patches, index, _ = _select(image, stride, max_landmarks)
+    patches, index, (rows, cols) = _select(image, stride, max_landmarks)
     if index is not None:
         patches = patches[:, index[0]][:, :, :, index[1]]
-    out = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)
-    return out.clone(memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape[0], rows * cols, heads, stride * stride, image.shape[-1])
+    blocks = out.view(q.shape[0], rows, cols, heads, stride, stride, image.shape[-1])
+    blocks.copy_(patches.permute(0, 1, 3, 5, 2, 4, 6))
+    return out
 
 
 @_patches.register_fake

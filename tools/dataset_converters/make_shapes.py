@@ -4,8 +4,9 @@
 
 Every scene is drawn from the seed: several overlapping shapes of five classes, at varied scale,
 slant and rotation, on a cluttered background with uneven light, shadows, blur, sensor noise and
-JPEG artefacts. The shapes' textures come from the same distribution as the background's, so that
-neither colour nor texture gives a class away. Both layouts hold the same scenes:
+JPEG artefacts. As among things in photographs, form and material tell the class: a shape is vivid
+where the background is dull, of any colour, and each class has a pattern of its own at random
+scale, direction and contrast. Both layouts hold the same scenes:
 
     OUT/coco/{train2017,val2017}/*.jpg        OUT/coco/annotations/instances_{train,val}2017.json
     OUT/ade/images/{training,validation}/*.jpg     OUT/ade/annotations/{training,validation}/*.png
@@ -31,7 +32,7 @@ import cv2
 import numpy as np
 from mmengine.utils import ProgressBar
 
-VERSION = 1  # raise it when the same parameters no longer give the same pictures
+VERSION = 2  # raise it when the same parameters no longer give the same pictures
 CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
 SUPERSAMPLE = 4  # outlines are drawn this much finer than the picture
 MIN_SIZE = 64
@@ -59,10 +60,11 @@ def plane(size: int, angle: float) -> np.ndarray:
     return x * math.cos(angle) + y * math.sin(angle)
 
 
-def texture(rng: np.random.Generator, size: int, strength: float = 1) -> np.ndarray:
-    """Two colours mixed by noise, marbled stripes or noise with hard steps."""
-    first = np.float32(rng.uniform(0.15, 0.85) + rng.normal(0, 0.13, 3))
-    change = np.float32(rng.normal(0, 0.17) + rng.normal(0, 0.08, 3))
+def texture(
+    rng: np.random.Generator, size: int, colour: np.ndarray, strength: float = 1
+) -> np.ndarray:
+    """A colour [3] varied by noise, marbled stripes or noise with hard steps."""
+    change = np.float32(rng.normal(0, 0.17) + rng.normal(0, 0.03, 3))
     mix = noise(rng, size, rng.uniform(2, 10))
     kind = rng.integers(3)
     if kind == 1:
@@ -72,29 +74,56 @@ def texture(rng: np.random.Generator, size: int, strength: float = 1) -> np.ndar
         steps = rng.integers(2, 5)
         mix = np.floor(mix * steps) / np.float32(steps)
     grain = noise(rng, size, size / 4, 2)[..., None] - 0.5
-    return first + strength * change * (mix[..., None] - 0.5) + np.float32(0.12) * grain
+    return colour + strength * change * (mix[..., None] - 0.5) + np.float32(0.12) * grain
 
 
-def distinct_texture(
-    rng: np.random.Generator, picture: np.ndarray, alpha: np.ndarray
+def dull(rng: np.random.Generator) -> np.ndarray:
+    """A colour [3] near grey: earth, stone, bark, sky."""
+    return np.float32(rng.uniform(0.15, 0.85) + rng.normal(0, 0.04, 3))
+
+
+def vivid(rng: np.random.Generator) -> np.ndarray:
+    """A saturated colour [3] of any hue."""
+    colour = rng.permutation([0.0, rng.uniform(0, 1), 1.0])
+    return np.float32(rng.uniform(0.05, 0.2) + rng.uniform(0.5, 0.75) * colour)
+
+
+def pattern(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
+    """The material of class `name` as lightness [size, size], about -1 to 1."""
+    angle = rng.uniform(0, math.tau)
+    frequency = size / rng.uniform(7, 11) * math.pi  # periods of 7 to 11 pixels
+    if name == "disc":  # smooth
+        return plane(size, angle)
+    stripes = np.sin(plane(size, angle) * frequency)
+    if name == "bar":
+        return stripes
+    if name == "triangle":  # checks
+        return stripes * np.sin(plane(size, angle + math.pi / 2) * frequency)
+    patches = noise(rng, size, size / rng.uniform(8, 14), 1)
+    if name == "crescent":  # soft patches
+        return 2 * patches - 1
+    return np.where(patches > 0.65, 1.0, -0.3)  # cross: spots
+
+
+def surface(
+    rng: np.random.Generator, picture: np.ndarray, alpha: np.ndarray, name: str
 ) -> np.ndarray:
-    """A soft texture that differs in mean colour from what it will cover."""
-    size = len(picture)
+    """A vivid surface of class `name` that differs in mean colour from what it will cover."""
     covered = (picture * alpha[..., None]).sum((0, 1)) / alpha.sum()
-    while True:
-        surface = texture(rng, size, 0.3)
-        mean = (surface * alpha[..., None]).sum((0, 1)) / alpha.sum()
-        if np.linalg.norm(mean - covered) > 0.5:
-            return surface
+    colour = vivid(rng)
+    while np.linalg.norm(colour - covered) < 0.5:
+        colour = vivid(rng)
+    contrast = np.float32(rng.uniform(0.25, 0.4))
+    return colour * (1 + contrast * pattern(rng, len(picture), name)[..., None])
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
     """A few textured regions with soft or hard borders, and clutter that is no class's shape."""
-    picture = texture(rng, size, 0.5)
+    picture = texture(rng, size, dull(rng), 0.5)
     for _ in range(rng.integers(0, 3)):
         border = noise(rng, size, rng.uniform(2, 4), 3) - rng.uniform(0.4, 0.7)
         region = np.clip(border * 10 ** rng.uniform(0.3, 1.3) + 0.5, 0, 1)[..., None]
-        picture += region * 0.7 * (texture(rng, size, 0.5) - picture)
+        picture += region * 0.7 * (texture(rng, size, dull(rng), 0.5) - picture)
     for _ in range(rng.integers(0, 3)):  # curved strokes: twigs, cables, cracks
         ends = rng.uniform(-0.1, 1.1, (3, 1, 2)) * size
         t = np.linspace(0, 1, 24)[:, None]
@@ -102,7 +131,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
         stroke = np.zeros((size, size), np.uint8)
         width = max(1, round(size * rng.uniform(0.005, 0.03)))
         cv2.polylines(stroke, [curve.round().astype(np.int32)], False, 255, width, cv2.LINE_AA)
-        picture += stroke[..., None] / np.float32(255) * (texture(rng, size) - picture)
+        picture += stroke[..., None] / np.float32(255) * (texture(rng, size, dull(rng)) - picture)
     return picture
 
 
@@ -136,7 +165,7 @@ def outline(rng: np.random.Generator, name: str) -> np.ndarray:
             [corner @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
         )
     squash = np.diag([1, rng.uniform(0.75, 1)])  # seen at a slant
-    return points @ rotation(rng) @ squash @ rotation(rng)
+    return points @ squash @ rotation(rng.normal(0, 0.25))
 
 
 def arc(start: float, end: float) -> np.ndarray:
@@ -145,9 +174,8 @@ def arc(start: float, end: float) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-def rotation(rng: np.random.Generator) -> np.ndarray:
-    """A random 2x2 rotation."""
-    angle = rng.uniform(0, math.tau)
+def rotation(angle: float) -> np.ndarray:
+    """The 2x2 rotation by `angle`."""
     return np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
 
 
@@ -235,15 +263,15 @@ def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list
     picture = background(rng, size)
     covers = np.zeros((len(CLASSES) + 1, size, size), np.float32)
     sun = rng.uniform(0, math.tau)
-    for _, mask in shapes:
+    for label, mask in shapes:
         alpha = coverage(mask, size)
         reach = size * rng.uniform(0.005, 0.03)
         shift = np.float32([[1, 0, reach * math.cos(sun)], [0, 1, reach * math.sin(sun)]])
         shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (size, size)), (0, 0), reach + 0.5)
         picture *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
-        surface = distinct_texture(rng, picture, alpha)
-        surface *= (1 - rng.uniform(0, 0.25) * plane(size, sun))[..., None]
-        picture += alpha[..., None] * (surface - picture)
+        coat = surface(rng, picture, alpha, CLASSES[label])
+        coat *= (1 - rng.uniform(0, 0.25) * plane(size, sun))[..., None]
+        picture += alpha[..., None] * (coat - picture)
 
     annotations = []
     front = np.zeros(shapes[0][1].shape, bool)
