@@ -201,10 +201,10 @@ def show_boxes(picture, colours, boxes=(), labels=(), scores=None):
 
 
 def show_classes(picture, index, palette):
-    """A panel: the picture under the transparent colours of an index map (0 is background)."""
+    """A panel: the picture in grey under the colours of an index map (0 is background)."""
 
     def panel(axis) -> None:
-        axis.imshow(picture, interpolation="bicubic")
+        axis.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
         coloured = np.dstack([palette[index], np.where(index > 0, 0.65, 0.0)])
         axis.imshow(coloured, interpolation="nearest")
 

@@ -72,13 +72,13 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
 # Schedule
-train_cfg = dict(max_epochs=4, val_interval=2)
+train_cfg = dict(max_epochs=3, val_interval=3)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=1),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
-    dict(type="CosineAnnealingLR", eta_min=0, begin=0, end=4, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=0, begin=0, end=3, convert_to_iter_based=True),
 ]
-default_hooks = dict(checkpoint=dict(interval=2, max_keep_ckpts=1))
+default_hooks = dict(checkpoint=dict(interval=3, max_keep_ckpts=1))

@@ -62,13 +62,13 @@ val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(pipeline=test_pi
 test_dataloader = val_dataloader
 
 # Schedule
-train_cfg = dict(max_iters=1300, val_interval=650)
+train_cfg = dict(max_iters=1200, val_interval=1200)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(_delete_=True, max_norm=1),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=1300),
+    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=1200),
 ]
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=650, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=600, max_keep_ckpts=1))
