@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -178,24 +179,56 @@ class SoftmaxFreeAttention(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """Ordinary multi-head self-attention, ``[B, N, C] -> [B, N, C]``."""
+    """Ordinary multi-head self-attention over a class token and a grid of tokens (stage 4).
 
-    def __init__(self, embed_dims: int, num_heads: int, drop_rate: float = 0.0):
+    Args:
+        embed_dims: channels ``C``.
+        num_heads: heads.
+        drop_rate: dropout after the projection.
+        max_keys: limit of the number of keys, which makes the cost linear: a grid of tokens that
+            exceeds ``isqrt(max_keys)`` rows or columns is averaged down to them for keys and
+            values. ``None`` for no limit.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        drop_rate: float = 0.0,
+        max_keys: int | None = None,
+    ):
         super().__init__()
         self.num_heads = num_heads
+        self.max_keys = max_keys
         self.query = nn.Linear(embed_dims, embed_dims)
         self.key_value = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}"
+        return f"num_heads={self.num_heads}, max_keys={self.max_keys}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over all tokens of ``x``."""
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Attend from all tokens of ``x [B, 1 + H*W, C]``, class token first."""
+        keys, bias = self._keys(x, hw_shape)
         q, k, v = (
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for t in (self.query(x), *self.key_value(x).chunk(2, -1))
+            for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
         )
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def _keys(self, x: Tensor, hw_shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """The tokens that keys are made from, and what their number adds to the logits."""
+        height, width = hw_shape
+        side = height + width if self.max_keys is None else math.isqrt(self.max_keys)
+        if height <= side and width <= side:
+            return x, None
+        rows, cols = min(height, side), min(width, side)
+        image = x[:, 1:].transpose(1, 2).unflatten(2, hw_shape)
+        image = F.adaptive_avg_pool2d(image, (rows, cols))
+        keys = torch.cat((x[:, :1], image.flatten(2).transpose(1, 2)), 1)
+        # A mean stands for several tokens: so many times its exponential enters the softmax.
+        tokens = x.new_full((1, 1, 1, keys.shape[1]), height * width / (rows * cols))
+        tokens[..., 0] = 1
+        return keys, tokens.log()

@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import SoftmaxAttention, SoftmaxFreeAttention
 
@@ -21,6 +22,22 @@ class ConvNormAct(nn.Sequential):
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
         self.norm = build_norm_layer(norm_cfg, out_channels)[1]
         self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]``."""
+        norm = self.norm
+        if not isinstance(norm, _BatchNorm) or norm.training or not norm.affine:
+            return super().forward(x)
+        mean, var = norm.running_mean, norm.running_var
+        if mean is None or var is None:
+            return super().forward(x)
+        # A frozen norm is part of the convolution: one pass over the image less.
+        scale = norm.weight * (var + norm.eps).rsqrt()
+        weight = self.conv.weight * scale[:, None, None, None]
+        bias = norm.bias - mean * scale
+        if self.conv.bias is not None:
+            bias = bias + self.conv.bias * scale
+        return self.act(F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding))
 
 
 def patch_embedding(in_channels: int, embed_dims: int, norm_cfg: dict) -> nn.Sequential:
@@ -47,6 +64,8 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], target: tuple[int
 class Mlp(nn.Sequential):
     """Linear, GELU, linear, with ``4 * embed_dims`` hidden channels."""
 
+    block_elements = 1 << 20  # hidden activations at once, in evaluation on a CPU
+
     def __init__(self, embed_dims: int, approximate: str, drop_rate: float):
         super().__init__(
             nn.Linear(embed_dims, 4 * embed_dims),
@@ -55,6 +74,18 @@ class Mlp(nn.Sequential):
             nn.Linear(4 * embed_dims, embed_dims),
             nn.Dropout(drop_rate),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, C] -> [B, N, C]``."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return super().forward(x)
+        # Without a backward pass nobody needs all hidden activations at once. In parts that fit the
+        # caches of a CPU they are faster too, and take no memory to speak of.
+        out = x.new_empty(x.shape)
+        rows = max(1, self.block_elements // (4 * x.shape[-1]))
+        for part, result in zip(x.flatten(0, 1).split(rows), out.flatten(0, 1).split(rows)):
+            result.copy_(super().forward(part))
+        return out
 
 
 class SOFTBlock(nn.Module):
@@ -79,17 +110,24 @@ class SOFTBlock(nn.Module):
 class SoftmaxBlock(nn.Module):
     """Pre-norm block of stage 4, with ordinary attention."""
 
-    def __init__(self, embed_dims: int, num_heads: int, drop_path: float, drop_rate: float):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        drop_path: float,
+        drop_rate: float,
+        max_keys: int | None = None,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = SoftmaxAttention(embed_dims, num_heads, drop_rate)
+        self.attn = SoftmaxAttention(embed_dims, num_heads, drop_rate, max_keys)
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.mlp = Mlp(embed_dims, approximate="none", drop_rate=drop_rate)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """``[B, 1 + H*W, C] -> [B, 1 + H*W, C]``, class token first."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x), hw_shape))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -24,18 +24,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _centred(x: Tensor, centre: Tensor) -> Tensor:
-    x = x.to(centre.dtype, memory_format=torch.contiguous_format)
-    return x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX).sub_(centre)
-
-
-def _augmented(x: Tensor, first: bool) -> Tensor:
-    """Append ``[-|x|^2/2, 1]`` (first) or ``[1, -|x|^2/2]``: one product gives the exponent."""
-    half = x.square().sum(-1, keepdim=True).mul_(-0.5)
-    one = torch.ones_like(half)
-    return torch.cat((x, half, one) if first else (x, one, half), -1)
-
-
 def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     """The kernel matrix itself, for a short ``x`` and ``y``.
 
@@ -67,29 +55,43 @@ def gaussian_gram(x: Tensor) -> Tensor:
 
 
 class _Stream:
-    """Blocks of the kernel of a long side ``[B, h, n, d]`` and a short one ``[B, h, m, d]``."""
+    """Blocks of the kernel of a long side ``[B, h, n, d]`` and a short one ``[B, h, m, d]``.
+
+    The exponent is one product of ``[x, 1, -|x|^2/2]`` and ``[y, -|y|^2/2, 1]``.
+    """
 
     def __init__(self, long: Tensor, short: Tensor, dtype: torch.dtype):
-        self.long, self.short = long, short.to(dtype)
-        self.centre = self.short.clamp(-_COORDINATE_MAX, _COORDINATE_MAX).mean(-2, keepdim=True)
-        self.short = _centred(self.short, self.centre)
-        self.short_augmented = _augmented(self.short, first=False).mT
-        self.with_ones = torch.cat((self.short, torch.ones_like(self.short[..., :1])), -1)
+        self.long = long
+        short = short.to(dtype).clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
+        self.centre = short.mean(-2, keepdim=True)
+        self.short = short - self.centre
+        one = torch.ones_like(short[..., :1])
+        half = self.short.square().sum(-1, keepdim=True).mul_(-0.5)
+        self.short_augmented = torch.cat((self.short, half, one), -1).mT
+        self.short_with_one = torch.cat((self.short, one), -1)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Yield batch slice, token slice, centred tokens, their kernel ``[b, h, n', m]``."""
-        batch, heads, n, _ = self.long.shape
+        """Yield batch slice, token slice, ``[x, 1]`` of centred tokens, kernel ``[b, h, n', m]``.
+
+        The tokens are overwritten by the next block.
+        """
+        batch, heads, n, d = self.long.shape
         m = self.short.shape[-2]
         budget = _BLOCK_ELEMENTS.get(self.long.device.type, _BLOCK_ELEMENTS_DEVICE)
         samples = max(1, min(batch, budget // max(1, heads * m * min(n, 256))))
-        rows = max(32, budget // max(1, samples * heads * m))
+        rows = min(n, max(32, budget // max(1, samples * heads * m)))
+        buffer = self.centre.new_ones((samples, heads, rows, d + 2))
         for b in range(0, batch, samples):
             bs = slice(b, b + samples)
             for start in range(0, n, rows):
                 ns = slice(start, start + rows)
-                tokens = _centred(self.long[bs, :, ns], self.centre[bs])
-                exponent = _augmented(tokens, first=True) @ self.short_augmented[bs]
-                yield bs, ns, tokens, exponent.clamp_(max=0).exp_()
+                long = self.long[bs, :, ns]
+                augmented = buffer[: long.shape[0], :, : long.shape[2]]
+                tokens = augmented[..., :d].copy_(long)
+                tokens.clamp_(-_COORDINATE_MAX, _COORDINATE_MAX).sub_(self.centre[bs])
+                torch.mul(tokens.square().sum(-1), -0.5, out=augmented[..., d + 1])
+                exponent = augmented @ self.short_augmented[bs]
+                yield bs, ns, augmented[..., : d + 1], exponent.clamp_(max=0).exp_()
 
 
 def _empty_like_tokens(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -149,7 +151,7 @@ def _stream_backward(
     dtype = stream.short.dtype
     d = stream.short.shape[-1]
     short_w = short_w.to(dtype)
-    pulled = torch.zeros_like(stream.with_ones)  # W^T [tokens, 1]
+    pulled = torch.zeros_like(stream.short_with_one)  # W^T [x, 1]
     if d_short_w is not None:
         d_short_w.zero_()
     for bs, ns, tokens, kernel in stream:
@@ -159,9 +161,9 @@ def _stream_backward(
         if d_short_w is not None:
             d_short_w[bs] += kernel.mT @ block_w
         weight = (block_w @ short_w[bs].mT).mul_(kernel)
-        push = weight @ stream.with_ones[bs]
-        d_long[bs, :, ns] = torch.addcmul(push[..., :d], push[..., d:], tokens, value=-1)
-        pulled[bs] += weight.mT @ torch.cat((tokens, torch.ones_like(tokens[..., :1])), -1)
+        push = weight @ stream.short_with_one[bs]
+        d_long[bs, :, ns] = torch.addcmul(push[..., :d], push[..., d:], tokens[..., :d], value=-1)
+        pulled[bs] += weight.mT @ tokens
     d_short.copy_(torch.addcmul(pulled[..., :d], pulled[..., d:], stream.short, value=-1))
 
 

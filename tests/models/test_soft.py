@@ -11,7 +11,7 @@ from released import ARCH, images
 from torch import nn
 
 from mmsoft.models import SOFT, SOFTPlusPlus
-from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.backbones.soft import ARCHS, resolve_arch
 from mmsoft.models.layers import SOFTBlock, SoftmaxBlock, Stage, resize_pos_embed
 
@@ -275,13 +275,58 @@ def test_drop_path_drops_whole_samples():
     nn.init.zeros_(block.mlp[3].weight)  # leaves the attention branch alone
     nn.init.zeros_(block.mlp[3].bias)
     x = torch.randn(64, 5, 16)
-    branch = block.attn(block.norm1(x))
+    branch = block.attn(block.norm1(x), (2, 2))
     factor = ((block(x, (2, 2)) - x) / branch).detach()
     kept = factor.mean((1, 2)).round()
     assert set(kept.tolist()) == {0.0, 2.0}
     assert torch.allclose(factor, kept[:, None, None].expand_as(factor), atol=1e-2)
     block.eval()
     assert torch.allclose(block(x, (2, 2)) - x, branch, atol=1e-5)
+
+
+def test_max_keys_where_it_is_exact():
+    """Four equal tokens and their mean, counted four times, are the same in a softmax."""
+    torch.manual_seed(0)
+    full, limited = SoftmaxAttention(16, 2), SoftmaxAttention(16, 2, max_keys=13)
+    for parameter in full.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    limited.load_state_dict(full.state_dict())
+    grid = torch.randn(2, 3, 3, 16).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    x = torch.cat((torch.randn(2, 1, 16), grid.flatten(1, 2)), 1)
+    difference = limited(x, (6, 6)) - full(x, (6, 6))
+    assert difference.abs().max() < 1e-5 * full(x, (6, 6)).abs().max()
+    small = torch.cat((x[:, :1], grid[:, ::2, ::2].flatten(1, 2)), 1)
+    assert torch.equal(limited(small, (3, 3)), full(small, (3, 3)))
+
+
+def test_max_keys_of_the_backbone(mini):
+    backbone, x = mini(max_keys=4).eval(), image(96, 160)
+    stages = [module.max_keys for module in modules(backbone, SoftmaxAttention)]
+    assert set(stages) == {4}
+    full = mini().eval()
+    full.load_state_dict(backbone.state_dict())
+    assert same(backbone(x)[:3], full(x)[:3])
+    assert not same(backbone(x), full(x))
+    assert same(backbone(x[..., :64, :64]), full(x[..., :64, :64]))  # 2 x 2 tokens
+    backbone.train()(x)[3].sum().backward()
+    assert all(p.grad is not None for p in backbone.stages[3].parameters())
+
+
+def test_frozen_norm_is_folded(mini):
+    """In evaluation a BatchNorm with statistics of its own is applied, whichever way."""
+    backbone, x = mini().double(), image().double()
+    for module in modules(backbone, _BatchNorm):
+        for tensor in (module.weight, module.running_var):
+            nn.init.uniform_(tensor, 0.5, 2)
+        nn.init.normal_(module.running_mean)
+        nn.init.normal_(module.bias)
+    for block in backbone.eval().stages:
+        for layer in block.patch_embed:
+            image_in = torch.randn(2, layer.conv.in_channels, 9, 13).double()
+            plain = nn.Sequential.forward(layer, image_in)
+            assert torch.allclose(layer(image_in), plain, atol=1e-12)
+    backbone(x)[-1].sum().backward()
+    assert all(m.weight.grad.abs().sum() > 0 for m in modules(backbone, _BatchNorm))
 
 
 def test_drop_rate(mini):

@@ -90,6 +90,9 @@ class SOFT(BaseModule):
             ``'cls_token'`` for the class token ``[B, C]`` (``out_indices`` must be ``(3,)``).
         max_landmarks: keep at most this many landmarks, evenly spread; ``None`` lets them grow
             with the image, as released (the cost of the inverse then grows with their cube).
+        max_keys: limit of the number of keys in stage 4, whose attention is otherwise quadratic; a
+            larger grid is averaged for keys and values. 4096 leaves images up to 2048x2048 alone.
+            ``None`` for no limit, as released.
         solver: ``'newton'`` or ``'direct'``, see :func:`mmsoft.ops.softmax_free_attention`.
         newton_steps: Newton-Raphson steps, part of the model; 20 in the release.
         landmark_sampling: ``'conv'`` or ``'avg'``.
@@ -121,6 +124,7 @@ class SOFT(BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         out_type: str = "featmap",
         max_landmarks: int | None = None,
+        max_keys: int | None = None,
         solver: str = "newton",
         newton_steps: int = 20,
         landmark_sampling: str = "conv",
@@ -146,8 +150,9 @@ class SOFT(BaseModule):
         _check_int("in_channels", in_channels, 1)
         _check_int("newton_steps", newton_steps, 1)
         _check_int("frozen_stages", frozen_stages, -1, _STAGES)
-        if max_landmarks is not None:
-            _check_int("max_landmarks", max_landmarks, 1)
+        for name, budget in (("max_landmarks", max_landmarks), ("max_keys", max_keys)):
+            if budget is not None:
+                _check_int(name, budget, 1)
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
@@ -172,7 +177,9 @@ class SOFT(BaseModule):
             is_last = i == _STAGES - 1
             blocks: list[nn.Module]
             if is_last:
-                blocks = [SoftmaxBlock(drop_path=rate, **common) for rate in rates]
+                blocks = [
+                    SoftmaxBlock(drop_path=rate, max_keys=max_keys, **common) for rate in rates
+                ]
             else:
                 blocks = [
                     SOFTBlock(
