@@ -106,7 +106,8 @@ def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[Bloc
     states: dict[BlockId, BlockState] = {}
     blocks = attention_blocks(model)
     if only is not None:
-        blocks = {only: blocks[choose_block(model, *only)]}
+        block = choose_block(model, *only)
+        blocks = {block: blocks[block]}
 
     def note(block: BlockId, layer: SoftmaxFreeAttention, args: tuple) -> None:
         x, hw_shape = args
