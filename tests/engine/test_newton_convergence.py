@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,13 +112,12 @@ def test_no_warning_while_it_converges(tmp_path, caplog):
 
 
 def test_nothing_to_watch_is_said_before_training(tmp_path):
-    with pytest.raises(
-        ValueError, match="solver='direct', which does not iterate: remove the hook"
-    ):
-        runner_of(tmp_path, solver="direct").train()
+    runner = runner_of(tmp_path, solver="direct")
+    with pytest.raises(ValueError, match="which does not iterate: remove the hook"):
+        runner.train()
+    other = SimpleNamespace(model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="has no softmax-free attention"):
-        hook = NewtonConvergenceHook()
-        hook.before_train(type("R", (), dict(model=torch.nn.Linear(1, 1))))
+        NewtonConvergenceHook().before_train(other)
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ def test_blocks_of_whole_models(library):
 
 def test_what_there_is_not():
     model = SOFTPlusPlus(ARCH)
-    with pytest.raises(ValueError, match="stage 3 has no softmax-free attention.*one of 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"stage 3 has no softmax-free attention.*one of 0, 1, 2"):
         choose_block(model, 3, 0)
     with pytest.raises(ValueError, match=r"stage 1 has 2 block\(s\).*got block 2"):
         choose_block(model, 1, 2)
-    with pytest.raises(ValueError, match="Linear has no softmax-free attention.*mmsoft.SOFT"):
+    with pytest.raises(ValueError, match=r"Linear has no softmax-free attention.*mmsoft.SOFT"):
         attention_blocks(torch.nn.Linear(1, 1))
