@@ -95,7 +95,7 @@ def draw_attention(
     """
     aspect = picture.shape[0] / picture.shape[1]
     columns = len(maps) + 1
-    figure = _new_figure(2.1 * columns + 0.8, (2.1 * aspect + 0.35) * len(queries) + 0.9)
+    figure = _new_figure(2.1 * columns + 0.8, (1.95 * aspect + 0.42) * len(queries) + 0.8)
     axes = figure.subplots(len(queries), columns, sharex=True, sharey=True, squeeze=False)
     background = 0.35 + 0.65 * _grey(picture)
     painted = None
@@ -349,20 +349,14 @@ def draw_tradeoff(
             x = [member[key] for member in members]
             y = [accuracies[member["backbone"]] for member in members]
             ax.plot(x, y, color=COLOURS[i % 7], marker=MARKERS[i % 7], label=family)
+            # Families take turns on either side of their line, because neighbours lie close.
+            side = dict(xytext=(-6, 7), ha="right") if i % 2 else dict(xytext=(7, -13), ha="left")
             for member, a, b in zip(members, x, y):
                 name = member["backbone"].rpartition("-")[2]
-                below = i % 2
-                ax.annotate(
-                    name,
-                    (a, b),
-                    xytext=(0, -13 if below else 6),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                    color=COLOURS[i % 7],
-                )
+                where = dict(textcoords="offset points", **side)
+                ax.annotate(name, (a, b), fontsize=8, color=COLOURS[i % 7], **where)
         ax.set_xlabel(label)
-        ax.margins(0.12)
+        ax.margins(0.15)
         ax.grid(alpha=0.3)
     axes[0].set_xscale("log")
     axes[0].xaxis.set_major_formatter("{x:g}")

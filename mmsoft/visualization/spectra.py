@@ -76,9 +76,8 @@ def newton_residuals(
         exact = a.double()
         scale = _norm(exact, "2")
         iterates = islice(newton_iterates(a, alpha, cubic), steps + 1)
-        return torch.stack([_norm(exact @ v.double() @ exact - exact, norm) for v in iterates]) / (
-            scale
-        )
+        errors = torch.stack([_norm(exact @ v.double() @ exact - exact, norm) for v in iterates])
+    return (errors / scale).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def test_attention(run, root, image, folder):
     )
     assert (status, out) == (0, "sheet.png\n")
     # 2 queries; image, 2 heads, mean, softmax and the colour bar
-    assert read(folder / "sheet.png").shape[1] == 100 * (2.1 * 5 + 0.8)
+    assert read(folder / "sheet.png").shape[1] == 1130
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,7 @@ def test_convergence(run, root, folder):
         assert 0.5 < curve[0] <= 1
         assert curve[-1] < 0.02
         for row in rows:
-            assert float(row["q10"]) <= float(row["mean"]) * 1.5
-            assert float(row["q90"]) <= float(row["max"])
+            assert float(row["q10"]) <= float(row["q90"]) <= float(row["max"])
 
 
 def benchmark(**changes):
@@ -212,6 +211,6 @@ def test_segmentors_and_classifiers_have_pictures_too(run, root, image, folder):
         options = ["--query", "30,30", "--stage", "2", "--head", "0", "1", "--out", "other.png"]
         status, out, errors = run("visualize_attention", root / config, image, *options)
         assert (status, out.splitlines()[-1:]) == (0, ["other.png"]), errors
-        assert read(folder / "other.png").shape[1] == 100 * (2.1 * 4 + 0.8)
+        assert read(folder / "other.png").shape[1] == 920
         (folder / "other.png").unlink()
     assert np.all(np.array(cv2.imread(str(image)).shape[:2]) == SIZE)

@@ -1,11 +1,9 @@
 """Rows of the attention matrices against the whole matrices, at small sizes."""
 
-import math
 import sys
 
 import pytest
 import torch
-from torch import nn
 
 from mmsoft.ops import reference
 from mmsoft.visualization import attention_rows, nystromformer_rows, performer_rows, softmax_rows
@@ -29,7 +27,7 @@ def test_rows_are_those_of_the_reference(q, landmarks, normalize, solver):
     rows = attention_rows(q, landmarks, QUERIES, normalize=normalize, solver=solver, steps=13)
     matrix = reference.attention_matrix(q, landmarks, normalize=normalize, solver=solver, steps=13)
     assert rows.dtype == torch.float64
-    torch.testing.assert_close(rows, matrix[:, :, QUERIES], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(rows, matrix[:, :, QUERIES], rtol=1e-7, atol=1e-10)
 
 
 def test_arguments_of_the_model_dtype_are_taken_to_float64(q, landmarks):
@@ -66,33 +64,46 @@ def test_performer_rows(q):
     assert not torch.allclose(rows, performer_rows(q, QUERIES, seed=4))
 
 
-@pytest.mark.parametrize("num_landmarks", [7, 8])  # 35 = 5 * 7, and one that needs padding
+@pytest.mark.parametrize("num_landmarks", [5, 7])
 def test_nystromformer_rows(q, num_landmarks):
+    """By definition: three softmax matrices, with means over consecutive tokens as landmarks."""
     package = pytest.importorskip(
         "nystrom_attention", reason="needs nystrom-attention (mmsoft[peers])"
     )
     rows = nystromformer_rows(q, QUERIES, num_landmarks)
-    assert rows.shape == (2, 3, 4, 35)
-    # By definition: three softmax matrices, with means over consecutive tokens as landmarks.
-    length = math.ceil(35 / num_landmarks)
-    pad = length * num_landmarks - 35 if 35 % num_landmarks else 0
-    padded = nn.functional.pad(q, (0, 0, pad, 0))
-    counts = torch.tensor([max(length - max(pad - i * length, 0), 0) for i in range(num_landmarks)])
-    points = padded.unflatten(2, (num_landmarks, length)).sum(3) / counts.clamp(min=1)[:, None]
-    points = points[:, :, counts > 0]
-    first, middle, last = (
-        (a @ b.mT).softmax(-1) for a, b in ((q, points), (points,) * 2, (points, q))
-    )
+    points = q.unflatten(2, (num_landmarks, -1)).mean(3)
+    pairs = ((q, points), (points, points), (points, q))
+    first, middle, last = ((a @ b.mT).softmax(-1) for a, b in pairs)
     pinv = package.nystrom_attention.moore_penrose_iter_pinv(middle, 6)
     torch.testing.assert_close(rows, (first @ pinv @ last)[:, :, QUERIES], rtol=1e-6, atol=1e-8)
+
+
+def test_nystromformer_rows_where_tokens_are_padded(q, monkeypatch):
+    """35 tokens and 8 landmarks: against the whole matrix that the layer itself returns."""
+    package = pytest.importorskip(
+        "nystrom_attention", reason="needs nystrom-attention (mmsoft[peers])"
+    )
+    seen = []
+
+    class Spy(package.NystromAttention):
+        def forward(self, x, mask, **kwargs):
+            if not seen:
+                seen.append(super().forward(x, mask=mask, return_attn=True)[1])
+            return super().forward(x, mask=mask, **kwargs)
+
+    monkeypatch.setattr(package, "NystromAttention", Spy)
+    rows = nystromformer_rows(q, QUERIES, 8)
+    assert seen[0].shape[-2:] == (40, 40)
+    assert (seen[0][..., :5] == 0).all()  # nothing goes to the padding
+    torch.testing.assert_close(rows, seen[0][:, :, 5:, 5:][:, :, QUERIES])
 
 
 def test_nystromformer_with_every_token_as_landmark_is_softmax(q):
     pytest.importorskip("nystrom_attention", reason="needs nystrom-attention (mmsoft[peers])")
     # Attention this sharp has a well-conditioned matrix, which 6 steps invert.
-    q = q * 4
+    q = q * 2
     torch.testing.assert_close(
-        nystromformer_rows(q, QUERIES, 35), softmax_rows(q, QUERIES), rtol=0.05, atol=0.02
+        nystromformer_rows(q, QUERIES, 35), softmax_rows(q, QUERIES), rtol=0.05, atol=0.01
     )
 
 

