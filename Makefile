@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv/bin
 
-.PHONY: help setup demo test test-long lint format typecheck wheel clean distclean
+.PHONY: help setup demo test test-long lint format typecheck docs wheel clean distclean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,14 +41,25 @@ format: setup  ## Mend what ruff can mend
 typecheck: setup  ## Check the types of mmsoft/
 	$(VENV)/mypy
 
+# The site generator has an environment of its own, which the set-up program knows nothing of. The
+# marker file comes last, so that an interrupted installation is done again.
+docs: .venv-docs/installed  ## Build the documentation into site/
+	.venv-docs/bin/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
+.venv-docs/installed: requirements/docs/packages.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 wheel: setup  ## Build the wheel and the source distribution into dist/
 	$(VENV)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(VENV)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" >/dev/null
 	@ls dist
 
 clean:  ## Remove caches and build outputs
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## Also remove .venv, data and results
-	rm -rf .venv data work_dirs
+	rm -rf .venv .venv-docs data work_dirs

@@ -1,5 +1,6 @@
-"""Training: optimizer settings by parameter."""
+"""Training: optimizer settings by parameter, and what to watch."""
 
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .newton_convergence import NewtonConvergenceHook
 
-__all__ = ["LayerDecayOptimWrapperConstructor"]
+__all__ = ["LayerDecayOptimWrapperConstructor", "NewtonConvergenceHook"]

@@ -115,6 +115,13 @@ class SoftmaxFreeAttention(nn.Module):
                 self.landmark_norm.bias, _inverse_gelu(distance / math.sqrt(self.head_dims))
             )
 
+    def queries_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled queries, which are the keys too, and values of ``x``; all ``[B, H*W, C]``."""
+        # The weight is scaled, not the activation: it is the smaller of the two.
+        scale = self.head_dims**-0.25
+        q = F.linear(x, self.query.weight * scale, self.query.bias * scale)
+        return q, self.value(x)
+
     def sample_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Landmarks of the queries ``[B, H*W, C]``: ``[B, heads, m, d]``."""
         patches = landmark_patches(
@@ -151,12 +158,18 @@ class SoftmaxFreeAttention(nn.Module):
             raise ValueError(
                 f"x must have H*W = {hw_shape[0]}*{hw_shape[1]} tokens, got {x.shape[1]}"
             )
-        # The weight is scaled, not the activation: it is the smaller of the two.
-        scale = self.head_dims**-0.25
-        q = F.linear(x, self.query.weight * scale, self.query.bias * scale)
-        v = self.value(x)
+        q, v = self.queries_and_values(x)
         out = self.attend(q, v, hw_shape) + self.convolve_values(v, hw_shape)
         return self.drop(self.proj(out))
+
+    def landmark_share(self, landmarks: Tensor, hw_shape: tuple[int, int]) -> float:
+        """The share of the possible landmarks that a budget left, by which attention is scaled.
+
+        The term goes like N / m, constant at a fixed stride: a budget must not change that. Exactly
+        1 where the budget is not reached.
+        """
+        rows, cols = landmark_grid(*hw_shape, self.landmark_stride)
+        return landmarks.shape[2] / (rows * cols)
 
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
@@ -171,10 +184,7 @@ class SoftmaxFreeAttention(nn.Module):
             steps=self.newton_steps,
         )
         if self.max_landmarks is not None:
-            # The term goes like N / m, constant at a fixed stride: a budget must not change that.
-            # The factor is exactly 1 where the budget is not reached.
-            rows, cols = landmark_grid(*hw_shape, self.landmark_stride)
-            out = out * (landmarks.shape[2] / (rows * cols))
+            out = out * self.landmark_share(landmarks, hw_shape)
         return out.transpose(1, 2).flatten(2)
 
 

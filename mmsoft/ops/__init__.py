@@ -2,15 +2,17 @@
 
 from .attention import softmax_free_attention
 from .gaussian import gaussian_gram, gaussian_kernel, gaussian_kernel_product
-from .inverse import newton_raphson_pinv, step_size, tikhonov_pinv_product
-from .landmarks import landmark_grid, landmark_patches
+from .inverse import newton_iterates, newton_raphson_pinv, step_size, tikhonov_pinv_product
+from .landmarks import landmark_centres, landmark_grid, landmark_patches
 
 __all__ = [
     "gaussian_gram",
     "gaussian_kernel",
     "gaussian_kernel_product",
+    "landmark_centres",
     "landmark_grid",
     "landmark_patches",
+    "newton_iterates",
     "newton_raphson_pinv",
     "softmax_free_attention",
     "step_size",

@@ -10,6 +10,8 @@ about where the guarded Newton-Raphson starts to damp, and bounds the condition 
 factorised by ``1 + TIKHONOV^-2`` = 1e4 whatever ``A`` is.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,15 +64,26 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
     return alpha[..., None], cubic[..., None]
 
 
+def newton_iterates(a: Tensor, alpha: Tensor, cubic: Tensor) -> Iterator[Tensor]:
+    """The start and every further iterate of :func:`newton_raphson_pinv`, without end or gradient.
+
+    Args:
+        a: symmetric matrices ``[..., m, m]``.
+        alpha: broadcastable to ``a``.
+        cubic: likewise.
+    """
+    shape = a.shape
+    v = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
+    a = a.flatten(0, -3)
+    while True:
+        yield v.view(shape)
+        v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
+
+
 @torch.library.custom_op("mmsoft::newton_raphson_pinv", mutates_args=())
 def _newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
-        shape = a.shape
-        v = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
-        a = a.flatten(0, -3)
-        for _ in range(steps):
-            v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
-    return v.view(shape)
+        return next(islice(newton_iterates(a, alpha, cubic), steps, None))
 
 
 @_newton.register_fake

@@ -36,6 +36,22 @@ def _spread(size: int, kept: int, device: torch.device) -> Tensor:
     return (2 * torch.arange(kept, device=device) + 1) * size // (2 * kept)
 
 
+def landmark_centres(
+    height: int, width: int, stride: int, max_landmarks: int | None = None
+) -> Tensor:
+    """Where landmarks lie on a grid of tokens; the arguments are those of :func:`landmark_grid`.
+
+    Returns:
+        ``[m, 2]``: row and column of the centre of each landmark's patch, where token (i, j) has
+        its centre at (i, j). Float64.
+    """
+    grid = landmark_grid(height, width, stride)
+    kept = landmark_grid(height, width, stride, max_landmarks)
+    device = torch.device("cpu")
+    rows, cols = (_spread(n, k, device) * stride + (stride - 1) / 2 for n, k in zip(grid, kept))
+    return torch.cartesian_prod(rows.double(), cols.double()).view(-1, 2)
+
+
 def _select(
     image: Tensor, stride: int, max_landmarks: int | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, int]]:

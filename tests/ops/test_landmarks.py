@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from mmsoft.ops import landmark_grid, landmark_patches
+from mmsoft.ops import landmark_centres, landmark_grid, landmark_patches
 
 
 def convolve(q, hw, heads, weight):
@@ -95,3 +95,12 @@ def test_custom_operators_pass_opcheck(hw, stride, budget):
     opcheck(torch.ops.mmsoft.landmark_patches.default, (q, *hw, 2, stride, budget))
     grad = torch.randn_like(landmark_patches(q, hw, 2, stride, budget)).requires_grad_()
     opcheck(torch.ops.mmsoft.landmark_patches_backward.default, (grad, *hw, stride, budget))
+
+
+@pytest.mark.parametrize(("size", "budget"), [((16, 24), None), ((17, 30), None), ((16, 24), 4)])
+def test_centres_are_the_means_of_the_patches(size, budget):
+    height, width = size
+    grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
+    patches = landmark_patches(grid[None], size, 1, 4, budget)
+    centres = landmark_centres(height, width, 4, budget)
+    torch.testing.assert_close(centres, patches.mean(3)[0, :, 0])

@@ -1,0 +1,117 @@
+"""A hook that watches the Newton-Raphson inverse while a model trains."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from mmsoft.registry import HOOKS
+from mmsoft.visualization.capture import BlockState, attention_blocks, capture
+from mmsoft.visualization.spectra import newton_residuals
+
+
+@HOOKS.register_module()
+class NewtonConvergenceHook(Hook):
+    """Log ``||A A_T A - A||_2 / ||A||_2`` of the layers' inverse, and warn once if it is large.
+
+    The residual of the last Newton-Raphson step (SOFT, figure 5) goes to the visualizer, so to
+    every backend it has (TensorBoard, WandB, the JSON file), as ``newton_residual/stage0`` (mean
+    over blocks, heads and images) and ``newton_residual/stage0_max`` and so on. Only the main
+    process computes and logs. Every ``interval`` iterations this costs about as much as one
+    inversion, and one eigendecomposition, of each layer's landmark matrices. Without effect on a
+    model that ``torch.compile`` has compiled, which the log then says. In a config::
+
+        custom_hooks = [dict(type='mmsoft.NewtonConvergenceHook', interval=100)]
+
+    Args:
+        interval: iterations between two measurements.
+        threshold: residual of any one matrix above which to warn. Converged iterations stay below
+            0.01: what is damped for its small eigenvalue counts no more than that.
+
+    Raises:
+        ValueError: an option is off; or, when training starts, the model has no softmax-free
+            attention, or only such as does not iterate (``solver='direct'``).
+    """
+
+    priority = "LOW"
+
+    def __init__(self, interval: int = 100, threshold: float = 0.05):
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"interval must be a positive integer, got {interval!r}")
+        if not threshold > 0:
+            raise ValueError(f"threshold must be positive, got {threshold!r}")
+        self.interval = interval
+        self.threshold = threshold
+        self._warned = False
+        self._watching = ExitStack()
+        self._states: dict[tuple[int, int], BlockState] | None = None
+
+    @staticmethod
+    def _model(runner: Runner) -> Any:
+        return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+    def before_train(self, runner: Runner) -> None:
+        """Refuse a model that has nothing to watch."""
+        layers = attention_blocks(self._model(runner)).values()
+        if all(layer.solver != "newton" for layer in layers):
+            raise ValueError(
+                "NewtonConvergenceHook needs a backbone with solver='newton'; this one has "
+                "solver='direct', which does not iterate: remove the hook"
+            )
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Start watching the layers if this iteration's turn has come."""
+        self._watching.close()  # a forward pass that failed may have left it open
+        if is_main_process() and self.every_n_train_iters(runner, self.interval):
+            self._states = self._watching.enter_context(capture(self._model(runner)))
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Compute, log, and warn the first time."""
+        states, self._states = self._states, None
+        self._watching.close()
+        if states is None:
+            return
+        if not states:
+            self._warn(runner, "saw no attention layer run: the model is compiled, or skips them")
+            return
+        stages: dict[int, list[torch.Tensor]] = {}
+        for (stage, _), state in states.items():
+            if state.layer.solver == "newton":
+                residual = newton_residuals(
+                    state.landmarks,
+                    normalize=state.layer.normalize,
+                    steps=state.layer.newton_steps,
+                )[-1]
+                stages.setdefault(stage, []).append(residual.flatten())
+        scalars = {}
+        for stage, residuals in sorted(stages.items()):
+            every = torch.cat(residuals)
+            scalars[f"newton_residual/stage{stage}"] = every.mean().item()
+            scalars[f"newton_residual/stage{stage}_max"] = every.max().item()
+            if not every.max() <= self.threshold:
+                state = states[stage, 0]
+                self._warn(runner, self._advice(stage, every.max().item(), state))
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+    def _advice(self, stage: int, residual: float, state: BlockState) -> str:
+        advice = "take solver='direct'"
+        if state.layer.max_landmarks is None:
+            advice += ", or a landmark budget such as max_landmarks=256"
+        return (
+            f"the inverse of stage {stage} does not converge: after {state.layer.newton_steps} "
+            f"Newton-Raphson steps the residual is {residual:.2g}, above {self.threshold:g} "
+            f"({state.landmarks.shape[2]} landmarks). If it stays there, {advice}, or more "
+            "newton_steps. This is said once; newton_residual/* in the log goes on"
+        )
+
+    def _warn(self, runner: Runner, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            print_log(f"NewtonConvergenceHook: {message}", logger=runner.logger, level=30)

@@ -1,0 +1,133 @@
+"""Read the queries, values and landmarks of softmax-free attention layers while a model runs."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmsoft.models.attention import SoftmaxFreeAttention
+
+from .rows import attention_rows
+
+BlockId = tuple[int, int]
+_NAME = re.compile(r"(?:^|\.)stages\.(\d+)\.blocks\.(\d+)\.attn$")
+
+
+@dataclass
+class BlockState:
+    """What one softmax-free attention layer saw in its last forward pass.
+
+    ``q`` and ``v`` are ``[B, heads, N, d]``, ``landmarks`` ``[B, heads, m, d]``, tokens row by row
+    of the grid ``hw_shape``; all detached. ``q`` is scaled by ``d^(-1/4)``.
+    """
+
+    layer: SoftmaxFreeAttention
+    hw_shape: tuple[int, int]
+    q: Tensor
+    v: Tensor
+    landmarks: Tensor
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The layer's ``normalize``, ``solver`` and ``steps``."""
+        layer = self.layer
+        return dict(normalize=layer.normalize, solver=layer.solver, steps=layer.newton_steps)
+
+    def attention_rows(self, queries: Sequence[int]) -> Tensor:
+        """Rows of the matrix by which the layer multiplies its values: ``[B, heads, n, N]``.
+
+        Those of :func:`mmsoft.visualization.attention_rows`, times the share of landmarks left by a
+        budget.
+        """
+        rows = attention_rows(self.q, self.landmarks, queries, **self.options)
+        if self.layer.max_landmarks is None:
+            return rows
+        return rows * self.layer.landmark_share(self.landmarks, self.hw_shape)
+
+
+def attention_blocks(model: nn.Module) -> dict[BlockId, SoftmaxFreeAttention]:
+    """The softmax-free attention layers of a model by (stage, block), both counted from 0.
+
+    Raises:
+        ValueError: there are none.
+    """
+    blocks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SoftmaxFreeAttention) and (match := _NAME.search(name)):
+            blocks[int(match[1]), int(match[2])] = module
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no softmax-free attention; its backbone must be "
+            "mmsoft.SOFT or mmsoft.SOFTPlusPlus"
+        )
+    return blocks
+
+
+def choose_block(model: nn.Module, stage: int, block: int) -> BlockId:
+    """Check that a model has softmax-free attention in a block; ``block`` may be -1 for the last.
+
+    Raises:
+        ValueError: it has not; the message lists what there is.
+    """
+    known = attention_blocks(model)
+    stages = sorted({s for s, _ in known})
+    if stage not in stages:
+        raise ValueError(
+            f"stage {stage} has no softmax-free attention; choose one of "
+            + ", ".join(map(str, stages))
+        )
+    count = sum(s == stage for s, _ in known)
+    if not -count <= block < count:
+        raise ValueError(f"stage {stage} has {count} block(s), numbered from 0; got block {block}")
+    return stage, block % count
+
+
+@contextmanager
+def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[BlockId, BlockState]]:
+    """Note what goes into every softmax-free attention layer while the ``with`` block lasts.
+
+    The layers' queries, values and landmarks are computed a second time, without gradient. Not for
+    models that ``torch.compile`` has already compiled: it leaves hooks out.
+
+    Args:
+        model: holds a SOFT or SOFT++ backbone.
+        only: one (stage, block), to save memory.
+
+    Yields:
+        A dict that forward passes fill; a later pass replaces an earlier one.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    states: dict[BlockId, BlockState] = {}
+    blocks = attention_blocks(model)
+    if only is not None:
+        block = choose_block(model, *only)
+        blocks = {block: blocks[block]}
+
+    def note(block: BlockId, layer: SoftmaxFreeAttention, args: tuple) -> None:
+        x, hw_shape = args
+        split = (layer.num_heads, layer.head_dims)
+        with torch.no_grad():
+            q, v = layer.queries_and_values(x)
+            states[block] = BlockState(
+                layer,
+                hw_shape,
+                q.unflatten(2, split).transpose(1, 2),
+                v.unflatten(2, split).transpose(1, 2),
+                layer.sample_landmarks(q, hw_shape),
+            )
+
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, args, block=block: note(block, layer, args))
+        for block, layer in blocks.items()
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,149 @@
+"""Rows of attention matrices, without the matrices: SOFT, softmax, Performer, Nystromformer.
+
+Every function takes queries ``q [B, heads, N, d]`` that already carry the scale ``d^(-1/4)``, so
+that ``q_i . q_j`` is the usual scaled dot product; keys equal queries, as in SOFT. All results are
+float64 ``[B, heads, n, N]`` for ``n`` query tokens.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mmsoft.ops import softmax_free_attention
+
+
+def import_peer(module: str, package: str) -> ModuleType:
+    """Import a package of the optional extra ``peers``.
+
+    Raises:
+        ImportError: one line that says what to install.
+    """
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{package} cannot be imported ({error}); install it with: "
+            f'pip install {package}, or pip install "mmsoft[peers]"'
+        ) from error
+
+
+def _check_queries(q: Tensor, queries: Sequence[int]) -> list[int]:
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, heads, N, d], got shape {tuple(q.shape)}")
+    queries = [int(i) for i in queries]
+    for i in queries:
+        if not 0 <= i < q.shape[2]:
+            raise ValueError(f"queries must be token numbers in [0, {q.shape[2]}), got {i}")
+    if not queries:
+        raise ValueError("queries must name at least one token")
+    return queries
+
+
+@torch.no_grad()
+def attention_rows(
+    q: Tensor,
+    landmarks: Tensor,
+    queries: Sequence[int],
+    *,
+    normalize: bool = True,
+    solver: str = "newton",
+    steps: int = 20,
+) -> Tensor:
+    """Rows of ``K1 D^-1/2 A^+ D^-1/2 K1^T`` (SOFT++; SOFT leaves out ``D``), in float64.
+
+    The matrix is symmetric, so its row ``i`` is the operator applied to the ``i``-th unit vector:
+    ``[N, m]`` is streamed and nothing of size ``[N, N]`` appears. Entries may be negative and rows
+    do not sum to 1.
+
+    Args:
+        q: ``[B, heads, N, d]``.
+        landmarks: ``[B, heads, m, d]``.
+        queries: token numbers, row by row of the grid.
+        normalize: see :func:`mmsoft.ops.softmax_free_attention`.
+        solver: likewise.
+        steps: likewise.
+
+    Raises:
+        ValueError: a query is no token, or the shapes do not go together.
+    """
+    queries = _check_queries(q, queries)
+    unit = torch.zeros(q.shape[2], len(queries), dtype=torch.float64, device=q.device)
+    unit[queries, range(len(queries))] = 1
+    columns = softmax_free_attention(
+        q.double(),
+        unit.expand(*q.shape[:2], -1, -1),
+        landmarks.double(),
+        normalize=normalize,
+        solver=solver,
+        steps=steps,
+    )
+    return columns.mT
+
+
+@torch.no_grad()
+def softmax_rows(q: Tensor, queries: Sequence[int]) -> Tensor:
+    """Rows of ``softmax(q q^T)``: ordinary attention on the same queries."""
+    queries = _check_queries(q, queries)
+    q = q.double()
+    return (q[:, :, queries] @ q.mT).softmax(-1)
+
+
+@torch.no_grad()
+def performer_rows(q: Tensor, queries: Sequence[int], seed: int = 0) -> Tensor:
+    """Rows of Performer's attention matrix (FAVOR+, arXiv 2009.14794), by ``performer-pytorch``.
+
+    Args:
+        q: ``[B, heads, N, d]``.
+        queries: token numbers.
+        seed: of the random features, of which the package draws ``d ln d``.
+
+    Raises:
+        ImportError: the package is missing.
+        ValueError: a query is no token.
+    """
+    queries = _check_queries(q, queries)
+    import_peer("performer_pytorch", "performer-pytorch")
+    from performer_pytorch.performer_pytorch import FastAttention, softmax_kernel
+
+    q = q.double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projection = FastAttention(dim_heads=q.shape[-1]).projection_matrix.to(q)
+    options = dict(projection_matrix=projection, normalize_data=False)  # q is scaled already
+    rows = softmax_kernel(q[:, :, queries], is_query=True, **options)
+    keys = softmax_kernel(q, is_query=False, **options)
+    rows = rows @ keys.mT
+    return rows / rows.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def nystromformer_rows(q: Tensor, queries: Sequence[int], num_landmarks: int) -> Tensor:
+    """Rows of Nystromformer's attention matrix (arXiv 2102.03902), by ``nystrom-attention``.
+
+    Args:
+        q: ``[B, heads, N, d]``.
+        queries: token numbers.
+        num_landmarks: landmarks, means over consecutive tokens.
+
+    Raises:
+        ImportError: the package is missing.
+        ValueError: a query is no token, or there are more landmarks than tokens.
+    """
+    queries = _check_queries(q, queries)
+    batch, heads, n, d = q.shape
+    if not 1 <= num_landmarks <= n:
+        raise ValueError(f"num_landmarks must be in [1, {n}], got {num_landmarks}")
+    package = import_peer("nystrom_attention", "nystrom-attention")
+    layer = package.NystromAttention(
+        heads * d, dim_head=d, heads=heads, num_landmarks=num_landmarks, residual=False
+    ).to(q.device, torch.float64)
+    eye = torch.eye(heads * d, dtype=torch.float64, device=q.device)
+    layer.to_qkv.weight.copy_(torch.cat((eye, eye, eye)))  # queries = keys = values = its input
+    # The layer divides its queries by sqrt(d); ours carry the scale on both sides.
+    x = q.double().transpose(1, 2).flatten(2) * d**0.25
+    mask = torch.ones(batch, n, dtype=torch.bool, device=q.device)
+    _, (first, inverse, last) = layer(x, mask=mask, return_attn_matrices=True)
+    # It pads at the front to a multiple of the number of landmarks.
+    return first[:, :, -n:][:, :, queries] @ inverse @ last[..., -n:]

@@ -1,0 +1,56 @@
+"""The documentation: its pictures, links and commands. `make docs` builds the site itself."""
+
+import ast
+import re
+
+import cv2
+import pytest
+
+KB, MB = 1000, 1000**2
+
+
+@pytest.fixture(scope="module")
+def pages(root):
+    pages = {path: path.read_text() for path in (root / "docs").rglob("*.md")}
+    assert pages
+    return pages
+
+
+def test_pictures_exist_are_small_and_have_a_description(root, pages):
+    shown = set()
+    for path, text in pages.items():
+        for description, target in re.findall(r"!\[(.*?)\]\((.*?)\)", text):
+            picture = path.parent / target
+            assert description, target
+            assert picture.stat().st_size < 150 * KB, target
+            assert cv2.imread(str(picture)).shape[1] >= 600, target
+            shown.add(picture.resolve())
+    there = {path.resolve() for path in (root / "docs").rglob("*.png")}
+    assert there == shown
+    assert sum(path.stat().st_size for path in there) < 1.5 * MB
+
+
+def test_every_page_is_in_the_navigation_and_links_lead_somewhere(root, pages):
+    navigation = set(re.findall(r"^  - .*: (\S+\.md)$", (root / "mkdocs.yml").read_text(), re.M))
+    assert navigation == {path.relative_to(root / "docs").as_posix() for path in pages}
+    for path, text in pages.items():
+        for target in re.findall(r"(?<!!)\[.*?\]\(([^)#]+)", text):
+            assert target.startswith("https://") or (path.parent / target).is_file(), target
+
+
+def test_commands_name_tools_and_options_that_exist(root, pages):
+    found = 0
+    for text in pages.values():
+        for command in re.findall(r"^python (tools/(?:.*\\\n)*.*)$", text, re.M):
+            words = command.replace("\\\n", " ").split()
+            source = (root / words[0]).read_text()
+            for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+                assert f'"{option}"' in source, f"{words[0]} {option}"
+            found += 1
+    assert found >= 4
+
+
+def test_python_blocks_are_python(pages):
+    for text in pages.values():
+        for block in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S):
+            ast.parse(block)

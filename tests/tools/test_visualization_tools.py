@@ -1,0 +1,221 @@
+"""The tools that draw a model's attention, landmarks and convergence, on generated images."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+for package in ("matplotlib", "mmdet"):
+    pytest.importorskip(package)
+
+CONFIG = "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def folder(root, tmp_path_factory):
+    """Data where the configs look for them, and a checkpoint of an untrained model."""
+    from mmengine.config import Config
+
+    from mmsoft.visualization import load_model
+
+    folder = tmp_path_factory.mktemp("look")
+    script = root / "tools/dataset_converters/make_shapes.py"
+    sizes = ["--train", "1", "--val", "3", "--size", str(SIZE)]
+    subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=folder, check=True)
+    torch.manual_seed(0)
+    model = load_model(Config.fromfile(root / CONFIG))
+    torch.save(dict(state_dict=model.state_dict()), folder / "model.pth")
+    return folder
+
+
+@pytest.fixture
+def run(root, folder, monkeypatch, capsys):
+    """Run a tool in this process, in that folder; returns status, output and errors."""
+    import importlib
+
+    def run(tool, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(root / "tools/analysis_tools")
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        capsys.readouterr()
+        status = importlib.import_module(tool).main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def image(folder):
+    return next((folder / "data/shapes/coco/val2017").glob("*.jpg"))
+
+
+def read(path):
+    picture = cv2.imread(str(path))
+    assert picture is not None
+    assert picture.std() > 10
+    return picture
+
+
+def test_attention(run, root, image, folder):
+    options = ["--query", "20,30", "--query", "63,63", "--stage", "1", "--compare", "softmax"]
+    status, out, _ = run(
+        "visualize_attention", root / CONFIG, image, "model.pth", *options, "--out", "sheet.png"
+    )
+    assert (status, out) == (0, "sheet.png\n")
+    # 2 queries; image, 2 heads, mean, softmax and the colour bar
+    assert read(folder / "sheet.png").shape[1] == 1130
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--query", "64,3"],
+            r"query 64,3 is outside the image: x must be in 0..63 and y in 0..63",
+        ),
+        (["--query", "3,3", "--stage", "3"], "stage 3 has no softmax-free attention; choose one"),
+        (["--query", "3,3", "--block", "1"], "stage 0 has 1 block(s), numbered from 0; got block"),
+        (["--query", "3,3", "--head", "1"], "stage 0 has 1 head(s), from 0; got head 1"),
+    ],
+)
+def test_bad_input_is_one_line(run, root, image, options, message):
+    status, out, errors = run("visualize_attention", root / CONFIG, image, "model.pth", *options)
+    assert (status, out) == (1, "")
+    assert errors.startswith(f"visualize_attention: {message}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["performer", "nystromformer"])
+def test_a_missing_peer_is_one_line(run, root, image, folder, monkeypatch, method):
+    import mmsoft.visualization.rows as rows
+
+    def missing(module, package):
+        raise ImportError(f"{package} cannot be imported; install it with: pip install {package}")
+
+    monkeypatch.setattr(rows, "import_peer", missing)
+    options = ["--query", "3,3", "--compare", method, "--out", "none.png"]
+    status, _, errors = run("visualize_attention", root / CONFIG, image, "model.pth", *options)
+    assert status == 1
+    assert "pip install" in errors
+    assert errors.count("\n") == 1
+    assert not (folder / "none.png").exists()
+
+
+def test_landmarks(run, root, image, folder):
+    status, out, _ = run("visualize_landmarks", root / CONFIG, image, "model.pth", "--stage", "2")
+    assert (status, out) == (0, "landmarks.png\nspectrum.png\n")
+    assert read(folder / "landmarks.png").shape[1] == 1120
+    assert read(folder / "spectrum.png").shape == (520, 640, 3)
+
+
+def test_convergence(run, root, folder):
+    status, out, errors = run(
+        "newton_convergence",
+        root / CONFIG,
+        "model.pth",
+        "--images=2",
+        "--out=curve.png",
+        "--cfg-options",
+        "test_dataloader.num_workers=0",
+        "test_dataloader.persistent_workers=False",
+    )
+    assert (status, out.splitlines()[-2:]) == (0, ["curve.png", "curve.csv"])
+    assert "2/2" in errors  # progress
+    read(folder / "curve.png")
+    with (folder / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 21  # stages, rules, steps from 0 to 20
+    assert {row["images"] for row in rows} == {"2"}
+    counts = {row["stage"]: int(row["values"]) for row in rows}
+    assert counts == {"0": 2 * 1, "1": 2 * 2, "2": 2 * 2 * 3}  # images, blocks, heads
+    for stage in "012":
+        curve = [float(r["mean"]) for r in rows if (r["stage"], r["rule"]) == (stage, "mmsoft")]
+        assert 0.5 < curve[0] <= 1
+        assert curve[-1] < 0.02
+        for row in rows:
+            assert float(row["q10"]) <= float(row["q90"]) <= float(row["max"])
+
+
+def benchmark(**changes):
+    passes = [
+        dict(
+            backbone=backbone,
+            size=[224, 224],
+            batch=1,
+            mode=mode,
+            device="cpu",
+            dtype="float32",
+            images_per_second=speed,
+            params_m=13.0,
+        )
+        for backbone, speed in (("soft-tiny", 9.0), ("softpp-tiny", 8.0), ("other", 7.0))
+        for mode in ("forward", "train")
+    ]
+    operator = [dict(name="SOFT", tokens=n, median_ms=1.0, peak_mib=n / 100) for n in (256, 512)]
+    return {"device": "a CPU", "date": "2026-01-01", "results": passes, "operator": operator} | (
+        changes
+    )
+
+
+def test_benchmark_figures(run, folder):
+    (folder / "b.json").write_text(json.dumps(benchmark()))
+    status, out, errors = run("plot_benchmark", "b.json", "--out-dir", "figures")
+    assert (status, out.split()) == (0, ["figures/memory.png", "figures/tradeoff.png"])
+    assert errors == "not drawn, no published accuracy known: other\n"
+    assert read(folder / "figures/memory.png").shape == (440, 600, 3)
+    assert read(folder / "figures/tradeoff.png").shape == (420, 960, 3)
+
+
+def test_published_accuracies_are_those_of_the_model_index(root, monkeypatch):
+    monkeypatch.syspath_prepend(root / "tools/analysis_tools")
+    from mmengine import load
+    from plot_benchmark import PUBLISHED
+
+    metric, found = "Top 1 Accuracy (published by the authors)", 0
+    for model in load(root / "configs/soft/metafile.yml")["Models"]:
+        for result in model.get("Results", []):
+            if metric in result["Metrics"]:
+                assert PUBLISHED[model["Name"].partition("_")[0]] == result["Metrics"][metric]
+                found += 1
+    assert found >= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not the benchmark tool's JSON"),
+        ("[]", "is not the benchmark tool's JSON"),
+        (json.dumps(benchmark(operator=[{"name": "SOFT"}])), "'operator' lacks ['tokens', 'peak"),
+        (json.dumps(benchmark(operator=[], results=[])), "has neither operator measurements nor"),
+    ],
+)
+def test_what_is_no_benchmark(run, folder, text, message):
+    (folder / "bad.json").write_text(text)
+    status, _, errors = run("plot_benchmark", "bad.json")
+    assert status == 1
+    assert message in errors
+    assert errors.count("\n") == 1
+    status, _, errors = run("plot_benchmark", "missing.json")
+    assert status == 1
+    assert errors.count("\n") == 1
+
+
+def test_segmentors_and_classifiers_have_pictures_too(run, root, image, folder):
+    pytest.importorskip("mmseg")
+    pytest.importorskip("mmpretrain")
+    for config in (
+        "configs/demo/upernet_softpp-mini_shapes.py",
+        "configs/soft/softpp-tiny_8xb128_in1k.py",
+    ):
+        options = ["--query", "30,30", "--stage", "2", "--head", "0", "1", "--out", "other.png"]
+        status, out, errors = run("visualize_attention", root / config, image, *options)
+        assert (status, out.splitlines()[-1:]) == (0, ["other.png"]), errors
+        assert read(folder / "other.png").shape[1] == 920
+        (folder / "other.png").unlink()
+    assert np.all(np.array(cv2.imread(str(image)).shape[:2]) == SIZE)

@@ -1,0 +1,71 @@
+"""What is captured is what the layers use."""
+
+import pytest
+import torch
+from mini_models import LIBRARIES
+from mmengine.registry import MODELS, init_default_scope
+from released import ARCH
+
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.visualization import attention_blocks, capture, choose_block
+
+IMAGE = (1, 3, 96, 128)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        (SOFTPlusPlus, {}),
+        (SOFT, dict(solver="direct", landmark_sampling="avg")),
+        (SOFTPlusPlus, dict(max_landmarks=6, newton_steps=9)),
+    ],
+)
+def test_rows_reproduce_the_layers_attention(variant, options):
+    model = variant(ARCH, **options).eval().double()
+    image = torch.randn(IMAGE).double()
+    with torch.no_grad(), capture(model) as states:
+        model(image)
+    assert list(states) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    for (stage, block), state in states.items():
+        layer = model.stages[stage].blocks[block].attn
+        assert state.layer is layer
+        n = state.hw_shape[0] * state.hw_shape[1]
+        assert state.q.shape == (1, layer.num_heads, n, layer.head_dims)
+        if "max_landmarks" in options:
+            assert state.landmarks.shape[2] <= 6
+        queries = [0, n // 2, n - 1]
+        out = state.attention_rows(queries) @ state.v
+        flat = [t.transpose(1, 2).flatten(2) for t in (state.q, state.v)]
+        with torch.no_grad():
+            expected = layer.attend(*flat, state.hw_shape)[:, queries]
+        expected = expected.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
+        assert (out - expected).norm() / expected.norm() < 1e-7
+
+
+def test_only_one_block_and_no_hooks_left():
+    model = SOFTPlusPlus(ARCH)
+    with capture(model, only=(1, -1)) as states:
+        model(torch.randn(IMAGE))
+    assert list(states) == [(1, 1)]
+    states.clear()
+    model(torch.randn(IMAGE))
+    assert not states
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_blocks_of_whole_models(library):
+    pytest.importorskip(library)
+    init_default_scope(library)
+    model = MODELS.build(LIBRARIES[library]())
+    assert list(attention_blocks(model)) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert choose_block(model, 1, -1) == (1, 1)
+
+
+def test_what_there_is_not():
+    model = SOFTPlusPlus(ARCH)
+    with pytest.raises(ValueError, match=r"stage 3 has no softmax-free attention.*one of 0, 1, 2"):
+        choose_block(model, 3, 0)
+    with pytest.raises(ValueError, match=r"stage 1 has 2 block\(s\).*got block 2"):
+        choose_block(model, 1, 2)
+    with pytest.raises(ValueError, match=r"Linear has no softmax-free attention.*mmsoft.SOFT"):
+        attention_blocks(torch.nn.Linear(1, 1))

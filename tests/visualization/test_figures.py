@@ -1,0 +1,149 @@
+"""Figures hold the numbers they were given, and files are pictures of the promised size."""
+
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from mmsoft.visualization import (
+    draw_attention,
+    draw_convergence,
+    draw_landmarks,
+    draw_memory,
+    draw_spectrum,
+    draw_tradeoff,
+    save_figure,
+)
+from mmsoft.visualization.figures import DPI
+
+pytest.importorskip("matplotlib")
+
+PICTURE = np.zeros((60, 80, 3), np.uint8)
+EXTENT = (-0.5, 79.5, 59.5, -0.5)
+RNG = np.random.default_rng(0)
+OPERATORS = [
+    dict(name=name, tokens=tokens, peak_mib=tokens * scale)
+    for name, scale in (("SOFT", 0.01), ("softmax", 0.1))
+    for tokens in (1024, 256, 4096)
+] + [dict(name="softmax", tokens=65536, peak_mib=None)]  # out of memory
+RESULTS = [
+    dict(backbone=f"{family}-{size}", images_per_second=100 / n, params_m=13.0 * n)
+    for family in ("soft", "softpp")
+    for n, size in enumerate(("tiny", "small", "large"), 1)
+]
+ACCURACIES = {"soft-tiny": 79.3, "soft-small": 82.2, "softpp-tiny": 79.4}
+
+
+def attention():
+    maps = {"head 0": RNG.random((2, 6, 8)), "mean": RNG.random((2, 6, 8)) - 0.5}
+    return draw_attention(PICTURE, [(10, 20), (70, 50)], maps, EXTENT, "title")
+
+
+def convergence():
+    values = {"ours": RNG.random((21, 9)), "released": RNG.random((21, 9))}
+    values["ours"][-1, 0] = np.inf
+    return draw_convergence({"stage 0": values, "stage 1": values})
+
+
+def landmarks():
+    regions = RNG.integers(0, 5, (6, 8))
+    return draw_landmarks(PICTURE, regions, RNG.random((6, 8)), RNG.random((7, 2)) * 6, EXTENT)
+
+
+def spectrum():
+    x = np.geomspace(1e-6, 10, 50)
+    return draw_spectrum(RNG.random((2, 9)), x, np.stack([x / (x**2 + 1e-4)] * 2))
+
+
+def memory():
+    return draw_memory(OPERATORS)
+
+
+def tradeoff():
+    return draw_tradeoff(RESULTS, ACCURACIES)
+
+
+FIGURES = (attention, convergence, landmarks, spectrum, memory, tradeoff)
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_files_are_pictures_of_the_promised_size(draw, tmp_path):
+    figure = draw()
+    path = save_figure(figure, tmp_path / "new" / "figure.png")
+    picture = cv2.imread(str(path))
+    width, height = figure.get_size_inches() * DPI
+    assert picture.shape == (int(height), int(width), 3)
+    assert picture.std() > 10
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+    for axes in figure.axes:
+        if axes.get_label() == "<colorbar>":
+            assert axes.get_ylabel()
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_outer_axes_are_labelled(draw):
+    figure = draw()
+    grid = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert any(axes.get_ylabel() for axes in grid)
+    assert any(axes.get_xlabel() for axes in grid)
+
+
+def test_attention_sheet_has_a_row_for_each_query_and_shows_shares_of_the_largest():
+    figure = attention()
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert len(panels) == 2 * 3
+    images = [ax.images[-1].get_array() for ax in panels if len(ax.images) == 2]
+    assert len(images) == 4
+    for image in images:
+        assert image.min() >= 0
+        assert image.max() == 1
+
+
+def test_convergence_draws_mean_and_band():
+    values = RNG.random((6, 50))
+    (ax,) = draw_convergence({"stage 0": {"ours": values}}).axes
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), values.mean(1))
+    (band,) = ax.collections
+    y = band.get_paths()[0].vertices[:, 1]
+    assert y.min() == pytest.approx(np.quantile(values, 0.1, axis=1).min())
+    assert y.max() == pytest.approx(np.quantile(values, 0.9, axis=1).max())
+
+
+def test_memory_and_tradeoff_draw_what_was_measured():
+    (ax,) = memory().axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert lines["SOFT"] == [[256, 2.56], [1024, 10.24], [4096, 40.96]]
+    assert len(lines["softmax"]) == 3
+    left, right = tradeoff().axes
+    assert "published" in left.get_ylabel()
+    assert left.lines[0].get_xydata().tolist() == [[50, 82.2], [100, 79.3]]
+    assert right.lines[1].get_xydata().tolist() == [[13.0, 79.4]]
+
+
+def test_nothing_to_draw():
+    with pytest.raises(ValueError, match="no entry under 'operator' has a peak_mib"):
+        draw_memory(OPERATORS[-1:])
+    with pytest.raises(ValueError, match="no backbone under 'results' has a published accuracy"):
+        draw_tradeoff(RESULTS, {})
+
+
+def test_a_bad_suffix_or_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    figure = memory()
+    with pytest.raises(ValueError, match=r"figure\.gif2 must end in one of .*png"):
+        save_figure(figure, tmp_path / "figure.gif2")
+
+    def fail(path, **_):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_figure(figure, tmp_path / "figure.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        memory()

@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Convergence of the Newton-Raphson inverse over the images of a data set (SOFT, figure 5).
+
+    python tools/analysis_tools/newton_convergence.py CONFIG CHECKPOINT --images 100
+
+For each stage, `||A A_k A - A||_p / ||A||_2` against the step k: mean, and band from the 10 % to
+the 90 % quantile, over images, blocks and heads. Two step rules: ours, sample by sample, and the
+released one, whose maximum runs over the test batch. As PNG and as CSV.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+from mmengine.utils import ProgressBar
+
+from mmsoft.visualization import (
+    attention_blocks,
+    capture,
+    draw_convergence,
+    load_model,
+    newton_residuals,
+    save_figure,
+)
+from mmsoft.visualization.figures import BAND
+from mmsoft.visualization.spectra import NORMS, STEP_RULES
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="config whose test_dataloader gives the images")
+    parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
+    parser.add_argument("--images", type=int, default=100, help="how many (default: 100)")
+    parser.add_argument("--norm", choices=NORMS, default="2", help="p of the residual's norm")
+    parser.add_argument("--out", default="convergence.png", help="the CSV goes beside it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
+    args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f"--images must be at least 1, got {args.images}")
+    return args
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> tuple[dict[int, dict[str, np.ndarray]], int]:
+    """Residuals `[steps + 1, n]` by stage and step rule, and the number of images behind them."""
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    model = load_model(config, args.checkpoint, args.device)
+    blocks = attention_blocks(model)
+    loader = Runner.build_dataloader(config.test_dataloader)
+    found: dict[int, dict[str, list[torch.Tensor]]] = {
+        stage: {rule: [] for rule in STEP_RULES} for stage, _ in blocks
+    }
+    wanted = min(args.images, len(loader.dataset))
+    seen, bar = 0, ProgressBar(wanted, file=sys.stderr)
+    for batch in loader:
+        inputs = model.data_preprocessor(batch, False)["inputs"][: wanted - seen]
+        with capture(model) as states:
+            model.backbone(inputs)
+        for (stage, _), state in states.items():
+            for rule in STEP_RULES:
+                residuals = newton_residuals(
+                    state.landmarks,
+                    normalize=state.layer.normalize,
+                    steps=state.layer.newton_steps,
+                    rule=rule,
+                    norm=args.norm,
+                )
+                found[stage][rule].append(residuals.flatten(1).cpu())
+        seen += len(inputs)
+        bar.update(len(inputs))
+        if seen >= wanted:
+            break
+    print(file=sys.stderr)
+    joined = {
+        stage: {rule: torch.cat(parts, 1).numpy() for rule, parts in rules.items()}
+        for stage, rules in sorted(found.items())
+    }
+    return joined, seen
+
+
+def write_csv(path: Path, residuals: dict[int, dict[str, np.ndarray]], images: int) -> None:
+    """One line for each stage, rule and step; whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["stage", "rule", "k", "mean", "q10", "q90", "max", "values", "images"])
+            for stage, rules in residuals.items():
+                for rule, values in rules.items():
+                    low, high = np.quantile(values, BAND, axis=1)
+                    columns = values.mean(1), low, high, values.max(1)
+                    for k, row in enumerate(zip(*columns)):
+                        numbers = [f"{number:.6g}" for number in row]
+                        writer.writerow([stage, rule, k, *numbers, values.shape[1], images])
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Run the command line; one line for what the user can mend."""
+    args = parse_args()
+    try:
+        residuals, images = measure(args)
+        named = {
+            f"stage {stage}": {"ours" if rule == "mmsoft" else rule: v for rule, v in rules.items()}
+            for stage, rules in residuals.items()
+        }
+        figure = draw_convergence(named, args.norm, title=f"{images} images: mean, 10 % to 90 %")
+        picture = save_figure(figure, args.out)
+        write_csv(picture.with_suffix(".csv"), residuals, images)
+        print(picture, picture.with_suffix(".csv"), sep="\n")
+    except (ImportError, OSError, ValueError) as error:
+        print(f"newton_convergence: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

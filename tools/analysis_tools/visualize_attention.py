@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Paint what chosen patches of an image attend to, head by head (SOFT, figure 4).
+
+    python tools/analysis_tools/visualize_attention.py CONFIG IMAGE CHECKPOINT \
+        --query 40,60 --query 110,30 --stage 1 --compare softmax performer nystromformer
+
+Each row of the contact sheet is a query, each column a head, then the mean over heads: the query's
+row of the normalized attention matrix `K1 D^-1/2 A^+ D^-1/2 K1^T`. With `--compare`, further
+columns show what other attention methods make of the same queries, averaged over the same heads;
+Performer and Nystromformer come from the optional extra `peers`.
+"""
+
+import argparse
+import sys
+
+import torch
+from mmengine.config import Config, DictAction
+
+from mmsoft.visualization import (
+    capture,
+    choose_block,
+    draw_attention,
+    load_image,
+    load_model,
+    nystromformer_rows,
+    performer_rows,
+    save_figure,
+    softmax_rows,
+)
+
+PEERS = ("softmax", "performer", "nystromformer")
+
+
+def pixel(text: str) -> tuple[float, float]:
+    """Read `x,y`."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not x,y, such as 40,60") from error
+    return x, y
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="config of a classifier, detector or segmentor")
+    parser.add_argument("image", help="image file")
+    parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
+    parser.add_argument(
+        "--query",
+        type=pixel,
+        action="append",
+        required=True,
+        metavar="X,Y",
+        help="pixel of the image file whose patch attends; may be given several times",
+    )
+    parser.add_argument("--stage", type=int, default=0, help="0 to 2, as in out_indices")
+    parser.add_argument("--block", type=int, default=-1, help="from 0; -1 for the last (default)")
+    parser.add_argument("--head", type=int, nargs="+", help="from 0; default: all heads")
+    parser.add_argument("--compare", nargs="+", choices=PEERS, default=[], metavar="METHOD")
+    parser.add_argument("--out", default="attention.png", help="default: attention.png")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
+    return parser.parse_args()
+
+
+def paint(args: argparse.Namespace) -> None:
+    """Compute the rows and write the sheet."""
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    model = load_model(config, args.checkpoint, args.device)
+    block = choose_block(model, args.stage, args.block)
+    image = load_image(config, model, args.image)
+    with torch.no_grad(), capture(model, block) as states:
+        model.backbone(image.inputs)
+    state = states[block]
+    count = state.layer.num_heads
+    heads = range(count) if args.head is None else args.head
+    for head in heads:
+        if not 0 <= head < count:
+            raise ValueError(f"stage {block[0]} has {count} head(s), from 0; got head {head}")
+    queries = [image.token_at(x, y, state.hw_shape) for x, y in args.query]
+
+    def grid(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(-1, state.hw_shape).cpu()
+
+    rows = state.attention_rows(queries)[0]
+    name = "SOFT++" if state.layer.normalize else "SOFT"
+    maps = {f"{name}, head {head}": grid(rows[head]).numpy() for head in heads}
+    if len(heads) > 1:
+        maps[f"{name}, mean"] = grid(rows[list(heads)].mean(0)).numpy()
+    q = state.q[:, list(heads)]
+    peers = dict(
+        softmax=lambda: softmax_rows(q, queries),
+        performer=lambda: performer_rows(q, queries),
+        nystromformer=lambda: nystromformer_rows(q, queries, state.landmarks.shape[2]),
+    )
+    for method in args.compare:
+        maps[method] = grid(peers[method]()[0].mean(0)).numpy()
+    title = f"stage {block[0]}, block {block[1]}: {state.landmarks.shape[2]} landmarks"
+    figure = draw_attention(
+        image.picture, args.query, maps, image.extent(state.hw_shape), title=title
+    )
+    print(save_figure(figure, args.out))
+
+
+def main() -> int:
+    """Run the command line; one line for what the user can mend."""
+    try:
+        paint(parse_args())
+    except (ImportError, OSError, ValueError) as error:
+        print(f"visualize_attention: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Paint which landmark explains which region, and the spectrum of their Gram matrix.
+
+    python tools/analysis_tools/visualize_landmarks.py CONFIG IMAGE CHECKPOINT --stage 1
+
+Writes two pictures: the regions, each token with the landmark of largest `K1`; and the eigenvalues
+of the landmarks' Gram matrix `A` with the filter by which its inverse treats them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+
+from mmsoft.ops import landmark_centres
+from mmsoft.visualization import (
+    capture,
+    choose_block,
+    draw_landmarks,
+    draw_spectrum,
+    inverse_filter,
+    landmark_regions,
+    load_image,
+    load_model,
+    save_figure,
+    spectrum,
+)
+
+SMALLEST = 1e-6  # smallest eigenvalue drawn, relative to the largest
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="config of a classifier, detector or segmentor")
+    parser.add_argument("image", help="image file")
+    parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
+    parser.add_argument("--stage", type=int, default=0, help="0 to 2, as in out_indices")
+    parser.add_argument("--block", type=int, default=-1, help="from 0; -1 for the last (default)")
+    parser.add_argument("--head", type=int, default=0, help="head whose regions are painted")
+    parser.add_argument("--out", default="landmarks.png", help="default: landmarks.png")
+    parser.add_argument("--spectrum-out", default="spectrum.png", help="default: spectrum.png")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
+    return parser.parse_args()
+
+
+def paint(args: argparse.Namespace) -> list[Path]:
+    """Run the model and write both pictures."""
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    model = load_model(config, args.checkpoint, args.device)
+    block = choose_block(model, args.stage, args.block)
+    image = load_image(config, model, args.image)
+    with torch.no_grad(), capture(model, block) as states:
+        model.backbone(image.inputs)
+    state, layer = states[block], states[block].layer
+    if not 0 <= args.head < layer.num_heads:
+        raise ValueError(
+            f"stage {block[0]} has {layer.num_heads} head(s), from 0; got head {args.head}"
+        )
+    where = f"stage {block[0]}, block {block[1]}"
+
+    regions, strength = landmark_regions(state.q, state.landmarks)
+    regions, strength = (
+        t[0, args.head].unflatten(0, state.hw_shape).cpu().numpy() for t in (regions, strength)
+    )
+    centres = landmark_centres(*state.hw_shape, layer.landmark_stride, layer.max_landmarks)
+    figure = draw_landmarks(
+        image.picture,
+        regions,
+        strength,
+        centres.numpy(),
+        image.extent(state.hw_shape),
+        title=f"{where}, head {args.head}",
+    )
+    regions_path = save_figure(figure, args.out)
+
+    eigenvalues = spectrum(state.landmarks)[0].cpu()
+    largest = float(eigenvalues.max())
+    x = torch.logspace(0, 1, 400, base=SMALLEST, dtype=torch.float64).flip(0) * largest * 1.05
+    filters = inverse_filter(state.landmarks, x, **state.options)[0].cpu()
+    solver = "direct solve" if layer.solver == "direct" else f"{layer.newton_steps} Newton steps"
+    figure = draw_spectrum(
+        eigenvalues.numpy(),
+        x.numpy(),
+        filters.numpy(),
+        title=f"{where}: A of {state.landmarks.shape[2]} landmarks, {solver}",
+    )
+    return [regions_path, save_figure(figure, args.spectrum_out)]
+
+
+def main() -> int:
+    """Run the command line; one line for what the user can mend."""
+    try:
+        print(*paint(parse_args()), sep="\n")
+    except (ImportError, OSError, ValueError) as error:
+        print(f"visualize_landmarks: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
