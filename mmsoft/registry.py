@@ -6,10 +6,12 @@ an ImportError raised here and reports only that ``X`` is not registered: keep t
 anything that can fail.
 """
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
+HOOKS = Registry("hook", scope="mmsoft", parent=MMENGINE_HOOKS, locations=["mmsoft.engine"])
 MODELS = Registry("model", scope="mmsoft", parent=MMENGINE_MODELS, locations=["mmsoft.models"])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
@@ -18,4 +20,4 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=["mmsoft.engine"],
 )
 
-__all__ = ["MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]
+__all__ = ["HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]

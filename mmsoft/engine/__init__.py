@@ -1,5 +1,13 @@
-"""Training: optimizer settings by parameter."""
+"""Training: optimizer settings by parameter, and hooks for runs that survive faults."""
 
+from .checkpoint_hook import CheckpointHook
+from .finite_gradient_hook import FiniteGradientHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .random_state_hook import RandomStateHook
 
-__all__ = ["LayerDecayOptimWrapperConstructor"]
+__all__ = [
+    "CheckpointHook",
+    "FiniteGradientHook",
+    "LayerDecayOptimWrapperConstructor",
+    "RandomStateHook",
+]
