@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 from mmengine.config import Config
-from mmengine.config.config import get_installed_path
 from mmengine.runner import Runner
+from mmengine.utils import get_installed_path
 from released import ARCH
 
 CONFIGS = {
@@ -93,12 +93,13 @@ def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterati
     if library == "mmdet":
         annotations = str(folder / config.val_evaluator.ann_file)
         config.val_evaluator.ann_file = config.test_evaluator.ann_file = annotations
-    config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=10**6)
+    config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_begin=10**6)
     config.train_dataloader.sampler = dict(type="InfiniteSampler", shuffle=False)
     config.train_dataloader.pop("batch_sampler", None)
     config.param_scheduler = None
     config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, save_last=False)
     config.default_hooks.logger.interval = 1
+    config.log_processor.by_epoch = False
     config.work_dir = str(work_dir)
     config.randomness = dict(seed=0)
     config.log_level = "WARNING"

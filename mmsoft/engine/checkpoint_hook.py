@@ -83,7 +83,7 @@ class CheckpointHook(_CheckpointHook):
                 f"{pointer} named {name or 'nothing'}; resuming from the newest complete "
                 f"checkpoint, {newest}"
             )
-        elif files and not (name and zipfile.is_zipfile(name)):
+        elif files and not (name and (zipfile.is_zipfile(name) or Path(name).is_dir())):
             raise ValueError(
                 f"cannot resume: {', '.join(sorted(map(str, files)))} truncated, and no complete "
                 "checkpoint beside; start without --resume, or with load_from=... to name one"

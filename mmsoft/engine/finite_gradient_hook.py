@@ -40,8 +40,14 @@ class FiniteGradientHook(Hook):
             wrapper.optimizer.register_step_pre_hook(self._check_gradients)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Remember the samples."""
+        """Remember the samples, and look at their pixels where these can be NaN at all.
+
+        Raises:
+            FloatingPointError: one is NaN or infinite; it would spoil running statistics at once.
+        """
         self.batches.append(data_batch)
+        if any(_spoilt(image) for image in data_batch["inputs"]):
+            self._stop("the images are not finite")
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -69,7 +75,7 @@ class FiniteGradientHook(Hook):
             for i, sample in enumerate(batch["data_samples"]):
                 name = str(sample.metainfo.get("img_path", sample.metainfo.get("img_id")))
                 names.append(name)
-                if not _is_finite(batch["inputs"][i]):
+                if _spoilt(batch["inputs"][i]):
                     guilty.append(name)
         where = f"the samples are {', '.join(names)}"
         if guilty:
@@ -82,3 +88,7 @@ class FiniteGradientHook(Hook):
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
+
+
+def _spoilt(image: Tensor) -> bool:
+    return image.is_floating_point() and not _is_finite(image)

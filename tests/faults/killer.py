@@ -44,6 +44,9 @@ class Killer(Hook):
         def is_weights(*args):
             return ".pth" in str(args[-1])
 
+        def is_pointer(*args, **kwargs):
+            return "last_checkpoint" in str(args[:1]) and "w" in str(args[1:2])
+
         def half(original, backend, data, path):
             with builtins.open(path, "wb") as file:
                 file.write(data[: int(len(data) * self.numbers[1])])
@@ -58,15 +61,7 @@ class Killer(Hook):
         elif where == "remove":
             on_call(LocalBackend, "remove", number, is_weights, lambda *args: None)
         elif where == "pointer":
-            on_call(
-                builtins,
-                "open",
-                number,
-                lambda path, mode="r", *args, **kwargs: (
-                    "last_checkpoint" in str(path) and "w" in mode
-                ),
-                truncate,
-            )
+            on_call(builtins, "open", number, is_pointer, truncate)
 
     def _reached(self, where):
         if self.where == where:
