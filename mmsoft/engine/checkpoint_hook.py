@@ -37,9 +37,10 @@ class CheckpointHook(_CheckpointHook):
 
     MMEngine 0.10.7 writes a checkpoint under its final name, removes the old one before the new one
     exists, and rewrites ``last_checkpoint`` in place. A kill, a crash or a full disk in between
-    leaves a truncated file and, with ``max_keep_ckpts=1``, nothing to resume from. Here a
-    checkpoint gets its name when all of it is on the disk, only then does the old one go, and
-    ``--resume`` takes the newest complete checkpoint whatever ``last_checkpoint`` says.
+    leaves a truncated file (open-mmlab/mmdetection issue 4835) and, with ``max_keep_ckpts=1``,
+    nothing to resume from. Here a checkpoint gets its name when all of it is on the disk, only then
+    does the old one go, and ``--resume`` takes the newest complete checkpoint whatever
+    ``last_checkpoint`` says.
 
     Registered under MMEngine's own name once the models of this package are imported, so that every
     config gets it. Runs with ``FlexibleRunner``, and checkpoints that do not go to a local folder,
@@ -60,16 +61,17 @@ class CheckpointHook(_CheckpointHook):
 
     @master_only
     def _mend_last_checkpoint(self, runner: Any) -> None:
-        folder, pointer = Path(runner.work_dir), Path(runner.work_dir, "last_checkpoint")
+        work_dir, pointer = Path(runner.work_dir), Path(runner.work_dir, "last_checkpoint")
         name = pointer.read_text().strip() if pointer.exists() else ""
-        if name:
-            folder = Path(name).parent
-        elif self.out_dir is not None and Path(self.out_dir) != folder:
-            folder = Path(self.out_dir, folder.name)  # as before_train, which comes later, has it
+        folders = {work_dir, Path(name).parent} if name else {work_dir}
+        if self.out_dir is not None and Path(self.out_dir) != work_dir:
+            folders.add(Path(self.out_dir, work_dir.name))  # as before_train will have it
         pattern = re.escape(self.filename_tmpl).replace(r"\{\}", r"\d+")
         files = [
             path
-            for path in (folder.iterdir() if folder.is_dir() else ())
+            for folder in folders
+            if folder.is_dir()
+            for path in folder.iterdir()
             if re.fullmatch(pattern, path.name) and path.is_file()
         ]
         # The end of a zip file is its table of contents: what was cut short has none.

@@ -19,7 +19,8 @@ class RandomStateHook(Hook):
     """Make a resumed run draw the random numbers of an uninterrupted one.
 
     MMEngine keeps the seed in its checkpoints but not the state of the generators, so that dropout,
-    stochastic depth, random sampling and augmentations go on differently after ``--resume``. With
+    stochastic depth, random sampling and augmentations go on differently after ``--resume`` (as in
+    open-mmlab/mmdetection issue 7508). With
     this hook every iteration starts from a state that follows from seed, rank and iteration, and so
     do the data loader's workers at the start of every epoch. A resumed run then repeats the
     uninterrupted one bit for bit, as far as its kernels are deterministic::
