@@ -229,8 +229,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     """Read a checkpoint without running anything that it might contain.
 
     Args:
-        path: a local file, or a URL or other scheme that MMEngine knows (whose loader is safe from
-            torch 2.6 on).
+        path: a local file, or a URL or other scheme that MMEngine knows.
         map_location: as in :func:`torch.load`.
 
     Raises:
