@@ -80,6 +80,7 @@ def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterati
         backbone["type"], dims = f"{library}.SwinTransformer", [32, 64, 128, 256]
     config.model.backbone = backbone
     if library == "mmseg":
+        config.model.data_preprocessor.size = (64, 64)
         config.model.decode_head.update(in_channels=dims, channels=16)
         config.model.auxiliary_head.update(in_channels=dims[2], channels=16)
     else:
@@ -103,7 +104,8 @@ def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterati
     config.work_dir = str(work_dir)
     config.randomness = dict(seed=0)
     config.log_level = "WARNING"
-    config.experiment_name = f"faults-{next(_numbers)}"
+    # MMEngine keeps loggers and visualizers by name, for as long as the process lives.
+    config.experiment_name = config.visualizer.name = f"faults-{next(_numbers)}"
     config.merge_from_dict(changes or {})
     return config
 

@@ -168,7 +168,6 @@ def stock_pipelines(cfg, model):
     """The resizing of the libraries' own configs, at 96 pixels."""
     train_pipeline = cfg.train_dataloader.dataset.pipeline
     if model == "upernet":
-        cfg.model.data_preprocessor.size = (64, 64)
         train_pipeline[2:2] = [
             dict(type="RandomResize", scale=(96, 96), ratio_range=(0.5, 2.0), keep_ratio=True),
             dict(type="RandomCrop", crop_size=(64, 64), cat_max_ratio=0.75),

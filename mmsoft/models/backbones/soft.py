@@ -319,7 +319,8 @@ class SOFT(BaseModule):
                 f"x must be [B, {self.in_channels}, H, W] with at least one pixel, "
                 f"got shape {tuple(x.shape)}"
             )
-        dtype = self.stages[0].get_parameter("pos_embed").dtype
+        stage: Any = self.stages[0]
+        dtype = stage.pos_embed.dtype
         autocast = torch.is_autocast_enabled(x.device.type)
         if x.dtype != dtype and not (autocast and x.is_floating_point()):
             raise TypeError(f"x must be {dtype}, as the weights, got {x.dtype}")
