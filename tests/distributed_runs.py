@@ -7,11 +7,17 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mmengine.dataset import DefaultSampler
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel, MMFullyShardedDataParallel
+from mmengine.runner import FlexibleRunner
 from released import ARCH
 from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from mmsoft.models import SOFTPlusPlus
+from mmsoft.models.layers import SOFTBlock, SoftmaxBlock
 
 SMALL = dict(ARCH, depths=[1, 1, 1, 1])
 BATCH = 4
@@ -84,9 +90,14 @@ def sync_batch_norm_steps(rank, world_size, file, device):
     torch.save(gradients(module), f"{file}-{rank}")
 
 
+def wrap_policy():
+    return partial(transformer_auto_wrap_policy, transformer_layer_cls={SOFTBlock, SoftmaxBlock})
+
+
 def sharded_steps(rank, world_size, file, kind):
+    """Two steps with the parameters of every block, and of the rest, sharded."""
     module = model(seed=0)
-    if kind == "fsdp2":
+    if kind == "fully_shard":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -96,16 +107,11 @@ def sharded_steps(rank, world_size, file, kind):
                 fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
     else:
-        from mmengine.model import MMFullyShardedDataParallel
-        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-        from mmsoft.models.layers import SOFTBlock, SoftmaxBlock
-
-        policy = partial(
-            transformer_auto_wrap_policy, transformer_layer_cls={SOFTBlock, SoftmaxBlock}
-        )
         module = MMFullyShardedDataParallel(
-            module, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+            module,
+            auto_wrap_policy=wrap_policy(),
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
         )
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     share = images().chunk(world_size)[rank]
@@ -115,6 +121,69 @@ def sharded_steps(rank, world_size, file, kind):
         value = loss(module(share))
         value.backward()
         optimizer.step()
-        dist.all_reduce(value := value.detach().clone())
-        losses.append(float(value) / world_size)
+        losses.append(mean_over_ranks(value))
     torch.save(losses, f"{file}-{rank}")
+
+
+def mean_over_ranks(value):
+    value = torch.as_tensor(value).detach().clone()
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return BATCH
+
+    def __getitem__(self, index):
+        return dict(inputs=images()[index])
+
+
+class Trained(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.backbone = model(seed=0)
+
+    def forward(self, inputs, mode="tensor"):
+        return dict(loss=loss(self.backbone(torch.stack(inputs))))
+
+
+class Losses(Hook):
+    def __init__(self):
+        self.losses = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(mean_over_ranks(outputs["loss"]))
+
+
+def flexible_runner_steps(rank, world_size, file):
+    """The same through MMEngine's FlexibleRunner and its strategy for FSDP."""
+    losses = Losses()
+    runner = FlexibleRunner(
+        Trained(),
+        work_dir=f"{file}-work",
+        strategy=dict(
+            type="FSDPStrategy",
+            model_wrapper=dict(
+                type="MMFullyShardedDataParallel",
+                auto_wrap_policy=wrap_policy(),
+                device_id=torch.device("cpu"),
+                use_orig_params=True,
+            ),
+        ),
+        train_dataloader=dict(
+            batch_size=BATCH // world_size,
+            num_workers=0,
+            dataset=Images(),
+            sampler=dict(type=DefaultSampler, shuffle=False),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        default_hooks=dict(checkpoint=None),
+        custom_hooks=[losses],
+        launcher="pytorch",
+        randomness=dict(seed=0),
+        experiment_name="faults-flexible",
+    )
+    runner.train()
+    torch.save(losses.losses, f"{file}-{rank}")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed_runs import (
     data_parallel_steps,
+    flexible_runner_steps,
     free_port,
     gradients,
     images,
@@ -65,9 +66,17 @@ def test_sync_batch_norm_without_gpu(tmp_path):
 # ----------------------------------------------------------------------------------------- FSDP
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "mmengine"])
-def test_sharded_training_equals_one_process(kind, tmp_path):
-    launch(2, sharded_steps, str(tmp_path / "losses"), kind)
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (sharded_steps, "fully_shard"),
+        pytest.param((sharded_steps, "MMFullyShardedDataParallel"), marks=pytest.mark.long),
+        pytest.param((flexible_runner_steps,), marks=pytest.mark.long),
+    ],
+    ids=lambda steps: "-".join([steps[0].__name__, *steps[1:]]),
+)
+def test_sharded_training_equals_one_process(steps, tmp_path):
+    launch(2, steps[0], str(tmp_path / "losses"), *steps[1:])
     alone = model(seed=0)
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
     expected = []
