@@ -1,8 +1,8 @@
 """SOFT and SOFT++ softmax-free attention backbones for MMDetection, MMSegmentation, MMPreTrain.
 
 Importing the package checks the versions of its core dependencies, makes ``mmsoft::`` config bases
-resolvable, and lets torch 2.6 and newer load MMEngine's checkpoints. The models themselves are
-imported when a config or a program first asks for them.
+resolvable, and lets torch load MMEngine's checkpoints. The models themselves are imported when a
+config or a program first asks for them.
 """
 
 from mmsoft import compat as _compat

@@ -8,8 +8,10 @@ then sees an ordinary OpenMMLab checkpoint.
 
 import argparse
 import re
+import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -200,22 +202,105 @@ def check_is_ours(
         )
 
 
+def check_tensors(weights: Mapping[str, Any], prefix: str, own: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint holds ordinary tensors of the right kind where a module has its own.
+
+    ``load_state_dict`` would cast whatever it finds, complex numbers included, and a few stored
+    bytes can claim any shape.
+
+    Args:
+        weights: a state dict.
+        prefix: what precedes the module's own names in it.
+        own: the state dict of the module. Shapes are left to ``load_state_dict``.
+
+    Raises:
+        TypeError: an entry is no tensor, or its dtype is of another kind.
+        ValueError: a tensor is sparse or quantized, has another number of dimensions, or claims
+            more elements than it stores.
+    """
+    for name, tensor in weights.items():
+        if not name.startswith(prefix):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, the checkpoint has {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{name} must be dense and not quantized in the checkpoint")
+        # Subclasses, such as FSDP's shards, keep their storage elsewhere.
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+        if plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{name} claims the shape {tuple(tensor.shape)} but the checkpoint stores only "
+                f"{tensor.untyped_storage().nbytes()} bytes of it"
+            )
+        ours = own.get(name[len(prefix) :])
+        if ours is None:
+            continue
+        if _kind(tensor) != _kind(ours):
+            raise TypeError(f"{name} is {tensor.dtype} in the checkpoint but {ours.dtype} here")
+        if tensor.dim() != ours.dim():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the checkpoint but "
+                f"{tuple(ours.shape)} here"
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating point"
+    return "complex" if tensor.is_complex() else "integer"
+
+
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     """Read a checkpoint without running anything that it might contain.
 
     Args:
-        path: a local file, or a URL or other scheme that MMEngine knows (whose loader is safe from
-            torch 2.6 on).
+        path: a local file, or a URL or other scheme that MMEngine knows.
         map_location: as in :func:`torch.load`.
 
     Raises:
-        ValueError: the file is no checkpoint, or holds objects other than tensors, plain values,
-            ``argparse.Namespace`` and what MMEngine's own checkpoints hold.
+        ValueError: the file is no checkpoint, is truncated, holds objects other than tensors, plain
+            values, ``argparse.Namespace`` and what MMEngine's own checkpoints hold, or would unpack
+            to more than its size.
     """
-    try:
-        if "://" in str(path):
+    if "://" in str(path):
+        with _refusals(path):
             return CheckpointLoader.load_checkpoint(str(path), map_location)
-        return torch.load(Path(path).expanduser(), map_location=map_location, weights_only=True)
+    path = Path(path).expanduser()
+    _check_archive(path)
+    with _refusals(path):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """Load a local file as MMEngine does, turning a released one into an OpenMMLab checkpoint.
+
+    Raises:
+        ValueError: see :func:`read_checkpoint`.
+    """
+    if Path(filename).expanduser().is_file():
+        _check_archive(Path(filename).expanduser())
+    with _refusals(filename):
+        checkpoint = _mmengine_load_from_local(filename, map_location)
+    return convert_released(checkpoint) if is_released(checkpoint) else checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a file that would unpack to more than its size, which none of torch's does."""
+    if not zipfile.is_zipfile(path):  # torch's older format, or no checkpoint at all
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError(f"{path} is refused: its content unpacks to more than the file's size")
+
+
+@contextmanager
+def _refusals(path: str | Path) -> Iterator[None]:
+    """Say what is wrong with the file instead of how to load it all the same."""
+    try:
+        yield
     except UnpicklingError as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe is None:
@@ -224,13 +309,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
             f"{path} is refused and nothing in it was run: it pickles {unsafe[1]}, where a "
             "checkpoint may hold only tensors, plain values and argparse.Namespace"
         ) from None
-
-
-@CheckpointLoader.register_scheme(prefixes="", force=True)
-def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Load a local file as MMEngine does, turning a released one into an OpenMMLab checkpoint."""
-    checkpoint = _mmengine_load_from_local(filename, map_location)
-    return convert_released(checkpoint) if is_released(checkpoint) else checkpoint
+    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason[0]}") from error
 
 
 def load_backbone(
@@ -256,11 +337,12 @@ def load_backbone(
     content = read_checkpoint(checkpoint, map_location)
     if is_released(content):
         content = convert_released(content)
-    if not isinstance(content, dict):
-        raise ValueError(f"{checkpoint} must hold a dict, got {type(content).__name__}")
-    weights = content.get("state_dict", content)
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{checkpoint} must hold a dict of tensors by name")
     prefix = _find_prefix(weights, prefix, checkpoint)
-    metadata = getattr(weights, "_metadata", {})
+    metadata = getattr(weights, "_metadata", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
     own = OrderedDict((k[len(prefix) :], v) for k, v in weights.items() if k.startswith(prefix))
     own._metadata = {  # type: ignore[attr-defined]
         f"{k}."[len(prefix) :].rstrip("."): v
@@ -275,7 +357,7 @@ def load_backbone(
         del own[name]
     try:
         missing, unexpected = backbone.load_state_dict(own, strict=False)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise type(error)(f"{checkpoint}: {error}") from None
     problems = [
         f"{len(names)} {what}: {_summary(names)}"
@@ -284,7 +366,8 @@ def load_backbone(
     ]
     if problems:
         raise RuntimeError(f"{checkpoint} does not fit the backbone; {'; '.join(problems)}")
-    released = content.get("meta", {}).get("released")
+    meta = content.get("meta")
+    released = meta.get("released") if isinstance(meta, dict) else None
     origin = f" (released, {released['weights']})" if released else ""
     left = [f"{len(later)} of stages not built"] if later else []
     if others := len(weights) - len(own) - len(later):

@@ -7,9 +7,10 @@ from importlib import metadata
 from pickle import UnpicklingError
 
 # Import name -> (distributions that provide it, lowest version, first version too new).
-# torch 2.4 brought torch.serialization.add_safe_globals; mmdet and mmseg refuse mmcv 2.2.
+# From torch 2.6 on loading a checkpoint runs no code from it, and safe globals can be named (see
+# allow_mmengine_checkpoints); mmdet and mmseg refuse mmcv 2.2.
 CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str, str | None]] = {
-    "torch": (("torch",), "2.4", None),
+    "torch": (("torch",), "2.6", None),
     "mmengine": (("mmengine", "mmengine-lite"), "0.10.4", "1.0"),
     "mmcv": (("mmcv", "mmcv-lite"), "2.0.0", "2.2.0"),
 }
@@ -45,19 +46,15 @@ def register_config_prefix() -> None:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let torch 2.6 and newer load the checkpoints that MMEngine writes.
+    """Let torch load the checkpoints that MMEngine writes.
 
     Since torch 2.6 ``torch.load`` accepts only listed globals, and MMEngine (up to 0.10.7) neither
     lists what its message hub pickles nor asks for the old behaviour, so it cannot resume or test
     from its own files (open-mmlab/mmengine issue 1655). The list here is what such files need and
     no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers.
     """
-    import torch
-
-    if _release(torch.__version__) < (2, 6):
-        return
-
     import numpy as np
+    import torch
     from mmengine.logging import HistoryBuffer
 
     # Where NumPy 2 keeps the functions that rebuild arrays and scalars, and where NumPy 1 did.
@@ -105,7 +102,7 @@ def _release(version: str) -> tuple[int, ...]:
     """Give the numbers before any suffix: '2.13.0+cpu' and '2.13.0rc1' both give (2, 13)."""
     match = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(number) for number in match.group().split(".")] if match else [0]
-    while numbers and numbers[-1] == 0:  # so that 2.4 and 2.4.0 are equal
+    while numbers and numbers[-1] == 0:  # so that 2.6 and 2.6.0 are equal
         numbers.pop()
     return tuple(numbers)
 

@@ -48,7 +48,7 @@ def fake_versions(monkeypatch, **versions):
 @pytest.mark.parametrize(
     ("name", "found", "wanted"),
     [
-        ("torch", "2.3.1+cu121", "torch>=2.4"),
+        ("torch", "2.5.1+cu121", "torch>=2.6"),
         ("mmengine", "0.10.3", "mmengine>=0.10.4,<1.0"),
         ("mmengine", "1.0.0", "mmengine>=0.10.4,<1.0"),
         ("mmcv", "1.7.2", "mmcv>=2.0.0,<2.2.0"),
@@ -69,7 +69,7 @@ def test_missing_dependency(monkeypatch, name):
         compat.check_versions()
 
 
-@pytest.mark.parametrize("version", ["2.4.0a0+git1", "2.4", "2.13.0+cpu", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.6.0a0+git1", "2.6", "2.13.0+cpu", "3.0.0"])
 def test_torch_in_range(monkeypatch, version):
     fake_versions(monkeypatch, torch=version)
     compat.check_versions()
@@ -85,12 +85,12 @@ def test_wrong_version_is_named_when_a_config_is_what_imports_us(run_outside):
     program = (
         "from importlib import metadata\n"
         "real = metadata.version\n"
-        "metadata.version = lambda name: '2.3.0' if name == 'torch' else real(name)\n"
+        "metadata.version = lambda name: '2.5.1' if name == 'torch' else real(name)\n"
         "from mmengine.registry import MODELS\n"
         "MODELS.build(dict(type='mmsoft.SOFT'))\n"
     )
     error = run_outside("-c", program).stderr
-    assert error.rstrip().endswith("mmsoft needs torch>=2.4, but torch 2.3.0 is installed.")
+    assert error.rstrip().endswith("mmsoft needs torch>=2.6, but torch 2.5.1 is installed.")
 
 
 def test_registry_is_a_child_that_knows_where_its_modules_are():

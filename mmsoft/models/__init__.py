@@ -1,5 +1,6 @@
 """Modules built on :mod:`mmsoft.ops`, and the backbones made of them."""
 
+import mmsoft.engine  # noqa: F401  (every run with our models then saves whole checkpoints)
 from mmsoft import flops
 
 from .backbones import SOFT, SOFTPlusPlus

@@ -14,13 +14,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .attention import SoftmaxAttention, SoftmaxFreeAttention
 
 
+def _build_norm(norm_cfg: Any, channels: int) -> nn.Module:
+    try:
+        norm = build_norm_layer(norm_cfg, channels)[1]
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"norm_cfg {norm_cfg!r} gives no norm: {error}") from error
+    if type(norm) is nn.LayerNorm:
+        raise ValueError(f"norm_cfg must be of a norm of images, got {norm_cfg!r}")
+    return norm
+
+
 class ConvNormAct(nn.Sequential):
     """3x3 convolution (with bias, as released), norm, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
-        self.norm = build_norm_layer(norm_cfg, out_channels)[1]
+        self.norm = _build_norm(norm_cfg, out_channels)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,16 +187,19 @@ class Stage(nn.Module):
         name = f"{prefix}pos_embed"
         if name in state_dict:
             loaded, n_cls = state_dict[name], int(self.cls_token is not None)
-            grid = local_metadata.get("pos_grid") or self._guess_grid(loaded.shape[1] - n_cls, name)
-            if tuple(grid) != self.pos_grid:
+            grid = self._loaded_grid(local_metadata.get("pos_grid"), loaded.shape[1] - n_cls, name)
+            if grid != self.pos_grid:
                 tokens = resize_pos_embed(loaded[:, n_cls:].float(), grid, self.pos_grid)
                 state_dict[name] = torch.cat((loaded[:, :n_cls], tokens.to(loaded.dtype)), 1)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _guess_grid(self, tokens: int, name: str) -> tuple[int, int]:
+    def _loaded_grid(self, noted: Any, tokens: int, name: str) -> tuple[int, int]:
+        ints = isinstance(noted, tuple) and len(noted) == 2 and all(type(n) is int for n in noted)
+        if ints and min(noted) > 0 and noted[0] * noted[1] == tokens:
+            return noted
         # Released files, and copies of ours that lost their metadata, do not tell their grid.
-        side = math.isqrt(tokens)
-        if side * side == tokens:
+        side = math.isqrt(max(tokens, 0))
+        if side and side * side == tokens:
             return side, side
         if tokens == self.pos_grid[0] * self.pos_grid[1]:
             return self.pos_grid

@@ -156,5 +156,29 @@ def landmark_patches(
 
     Returns:
         ``[B, m, h, r*r, d]``, where ``m`` is the product of :func:`landmark_grid`.
+
+    Raises:
+        TypeError, ValueError: ``q`` does not have ``H*W`` tokens of ``h`` heads, or a number is not
+            positive.
     """
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a tensor, got {type(q).__name__}")
+    ints = (int, torch.SymInt)
+    if (
+        not isinstance(hw_shape, (tuple, list))
+        or len(hw_shape) != 2
+        or not all(isinstance(side, ints) and side > 0 for side in hw_shape)
+    ):
+        raise ValueError(f"hw_shape must be two positive integers (H, W), got {hw_shape!r}")
+    budget = 1 if max_landmarks is None else max_landmarks
+    for name, value in (("num_heads", num_heads), ("stride", stride), ("max_landmarks", budget)):
+        if not isinstance(value, ints) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if q.dim() != 3 or q.shape[1] != hw_shape[0] * hw_shape[1]:
+        raise ValueError(
+            f"q must be [B, H*W, C] with H*W = {hw_shape[0]}*{hw_shape[1]} tokens, "
+            f"got shape {tuple(q.shape)}"
+        )
+    if q.shape[2] % num_heads:
+        raise ValueError(f"q must have channels for {num_heads} heads, got {q.shape[2]}")
     return torch.ops.mmsoft.landmark_patches(q, *hw_shape, num_heads, stride, max_landmarks)

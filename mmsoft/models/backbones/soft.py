@@ -9,7 +9,7 @@ from mmengine.model import BaseModule, PretrainedInit, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmsoft.checkpoint import check_arch, check_is_ours, load_backbone
+from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors, load_backbone
 from mmsoft.ops.attention import SOLVERS
 from mmsoft.registry import MODELS
 
@@ -27,6 +27,7 @@ ARCHS: dict[str, dict[str, list[int]]] = {
 ARCH_ALIASES = {name[0]: name for name in ARCHS}
 _STAGES = 4
 _OPTIONAL_ARCH = dict(landmark_strides=[8, 4, 2], value_kernels=[9, 5, 3])
+_MAX_IMG_SIZE = 1 << 14  # beyond, position embeddings alone would take gigabytes
 OUT_TYPES = ("featmap", "cls_token")
 
 
@@ -56,13 +57,13 @@ def resolve_arch(arch: str | dict) -> dict[str, list[int]]:
     if missing := required - set(arch):
         raise ValueError(f"arch lacks {sorted(missing)}")
     if unknown := set(arch) - required - set(_OPTIONAL_ARCH):
-        raise ValueError(f"arch has unknown keys {sorted(unknown)}")
+        raise ValueError(f"arch has unknown keys {sorted(map(repr, unknown))}")
     resolved = {**_OPTIONAL_ARCH, **arch}
     for key, values in resolved.items():
         length = _STAGES - 1 if key in _OPTIONAL_ARCH else _STAGES
         if not isinstance(values, (list, tuple)) or len(values) != length:
             raise ValueError(f"arch[{key!r}] must list {length} integers, got {values!r}")
-        if not all(isinstance(value, int) and value > 0 for value in values):
+        if not all(_is_int(value) and value > 0 for value in values):
             raise ValueError(f"arch[{key!r}] must hold positive integers, got {values!r}")
     for dims, heads in zip(resolved["embed_dims"], resolved["num_heads"]):
         if dims % heads:
@@ -137,10 +138,12 @@ class SOFT(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ):
+        _check_init_cfg(init_cfg)
         super().__init__(init_cfg=init_cfg)
         self.arch_settings = resolve_arch(arch)
         self.out_indices = _check_out_indices(out_indices, out_type)
         self.out_type = out_type
+        self.in_channels = in_channels
         self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -156,11 +159,12 @@ class SOFT(BaseModule):
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
-            raise ValueError(f"img_size must be one or two positive integers, got {img_size!r}")
-
-        norm_cfg = norm_cfg or dict(type="BN")
+        for name, flag in (("norm_eval", norm_eval), ("with_cp", with_cp)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        size = _check_img_size(img_size)
+        if norm_cfg is None:
+            norm_cfg = dict(type="BN")
         dims, depths = self.arch_settings["embed_dims"], self.arch_settings["depths"]
         drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList()
@@ -251,10 +255,12 @@ class SOFT(BaseModule):
 
         A state dict with but a few of our parameters is left to whoever made it.
         """
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        check_tensors(state_dict, prefix, own)
         if f"{prefix}stages.0.pos_embed" in state_dict:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
         else:
-            check_is_ours(state_dict, prefix, self.state_dict().keys(), self.variant)
+            check_is_ours(state_dict, prefix, own, self.variant)
         if (variant := local_metadata.get("variant")) not in (None, self.variant):
             raise ValueError(
                 f"the checkpoint is of {variant} but the config has {self.variant}; change the "
@@ -300,10 +306,9 @@ class SOFT(BaseModule):
             8, 16, 32, in channels-last memory; or the class token ``[B, C_4]``.
 
         Raises:
-            ValueError: ``x`` is no batch of images.
+            TypeError, ValueError: ``x`` is no batch of images, or not of the model's dtype.
         """
-        if x.dim() != 4:
-            raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
+        self._check_images(x)
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, stage in enumerate(self.stages):
@@ -317,6 +322,20 @@ class SOFT(BaseModule):
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)
+
+    def _check_images(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
+            raise ValueError(
+                f"x must be [B, {self.in_channels}, H, W] with at least one pixel, "
+                f"got shape {tuple(x.shape)}"
+            )
+        stage: Any = self.stages[0]
+        dtype = stage.pos_embed.dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.dtype != dtype and not (autocast and x.is_floating_point()):
+            raise TypeError(f"x must be {dtype}, as the weights, got {x.dtype}")
 
     def extra_repr(self) -> str:
         return (
@@ -387,19 +406,40 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_int(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def _check_out_indices(out_indices: Sequence[int], out_type: str) -> tuple[int, ...]:
+def _check_img_size(img_size: Any) -> tuple[int, int]:
+    size = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
+    if len(size) != 2 or not all(_is_int(side) and 0 < side <= _MAX_IMG_SIZE for side in size):
+        raise ValueError(
+            f"img_size must be one or two positive integers up to {_MAX_IMG_SIZE}, got {img_size!r}"
+        )
+    return size
+
+
+def _check_init_cfg(init_cfg: Any) -> None:
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    if init_cfg is not None and not all(isinstance(cfg, dict) and "type" in cfg for cfg in cfgs):
+        raise TypeError(f"init_cfg must be a dict with 'type', or a list of them, got {init_cfg!r}")
+
+
+def _check_out_indices(out_indices: Any, out_type: str) -> tuple[int, ...]:
     _check_choice("out_type", out_type, OUT_TYPES)
-    if isinstance(out_indices, int):
+    if _is_int(out_indices):
         out_indices = (out_indices,)
-    indices = tuple(i + _STAGES if isinstance(i, int) and i < 0 else i for i in out_indices)
+    if not isinstance(out_indices, Sequence) or not all(map(_is_int, out_indices)):
+        raise TypeError(f"out_indices must list integers, got {out_indices!r}")
+    indices = tuple(i + _STAGES if i < 0 else i for i in out_indices)
     if not indices or any(i not in range(_STAGES) for i in indices):
         raise ValueError(f"out_indices must name stages 0 to 3, got {out_indices!r}")
     if list(indices) != sorted(set(indices)):

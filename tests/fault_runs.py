@@ -1,0 +1,130 @@
+"""Real training runs on generated data, small and in this process, for tests/faults/."""
+
+import itertools
+import subprocess
+import sys
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.utils import get_installed_path
+from released import ARCH
+
+CONFIGS = {
+    "retinanet": ("mmdet", "retinanet_softpp-mini_fpn_shapes.py"),
+    "upernet": ("mmseg", "upernet_softpp-mini_shapes.py"),
+}
+SOFTPP = dict(type="mmsoft.SOFTPlusPlus", arch={**ARCH, "depths": [1, 1, 1, 1]})
+SWIN = dict(
+    type="SwinTransformer", embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
+    window_size=7, drop_path_rate=0.0,
+)  # fmt: skip
+_numbers = itertools.count()
+
+
+def make_data(root, folder):
+    """The data set of the demo, 12 and 4 images of 64 pixels, in `folder`/data/shapes."""
+    script = root / "tools/dataset_converters/make_shapes.py"
+    sizes = ["--train", "12", "--val", "4", "--size", "64"]
+    subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=folder, check=True)
+
+
+def mask_rcnn():
+    """What Mask R-CNN has beyond the demo's RetinaNet, small enough for a CPU."""
+    folder = get_installed_path("mmdet") + "/.mim/configs/mask_rcnn/"
+    config = Config.fromfile(folder + "mask-rcnn_r50_fpn_1x_coco.py")
+    config.merge_from_dict(
+        dict(
+            model=dict(
+                neck=dict(out_channels=32, num_outs=4),
+                rpn_head=dict(
+                    in_channels=32,
+                    feat_channels=32,
+                    anchor_generator=dict(strides=[4, 8, 16, 32]),
+                ),
+                roi_head=dict(
+                    bbox_roi_extractor=dict(out_channels=32, featmap_strides=[4, 8, 16]),
+                    bbox_head=dict(in_channels=32, fc_out_channels=64, num_classes=5),
+                    mask_roi_extractor=dict(out_channels=32, featmap_strides=[4, 8, 16]),
+                    mask_head=dict(
+                        num_convs=1, in_channels=32, conv_out_channels=32, num_classes=5
+                    ),
+                ),
+                train_cfg=dict(
+                    rpn=dict(sampler=dict(num=32)),
+                    rpn_proposal=dict(nms_pre=100, max_per_img=50),
+                    rcnn=dict(sampler=dict(num=32)),
+                ),
+                test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50)),
+            )
+        )
+    )
+    return config.model
+
+
+def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterations=2):
+    """A config of the demo, cut to `iterations` iterations of two images and nothing else.
+
+    `name` is one of CONFIGS or 'mask_rcnn'; `changes` is merged last.
+    """
+    library, file = CONFIGS.get(name, CONFIGS["retinanet"])
+    config = Config.fromfile(root / "configs/demo" / file)
+    if name == "mask_rcnn":
+        config.model = mask_rcnn()
+        for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+            for step in loader.dataset.pipeline:
+                if step.type == "LoadAnnotations":
+                    step.with_mask = True
+    backbone = dict(backbone or SOFTPP)
+    dims = [32, 64, 96, 128]
+    if backbone["type"] == "SwinTransformer":
+        backbone["type"], dims = f"{library}.SwinTransformer", [32, 64, 128, 256]
+    config.model.backbone = backbone
+    if library == "mmseg":
+        config.model.data_preprocessor.size = (64, 64)
+        config.model.decode_head.update(in_channels=dims, channels=16)
+        config.model.auxiliary_head.update(in_channels=dims[2], channels=16)
+    else:
+        config.model.neck.in_channels = dims
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        data_root = folder / loader.dataset.data_root
+        loader.dataset.data_root = str(data_root)
+        if library == "mmdet":
+            loader.dataset.filter_cfg = dict(filter_empty_gt=False)
+    if library == "mmdet":
+        annotations = str(folder / config.val_evaluator.ann_file)
+        config.val_evaluator.ann_file = config.test_evaluator.ann_file = annotations
+    config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_begin=10**6)
+    config.train_dataloader.sampler = dict(type="InfiniteSampler", shuffle=False)
+    config.train_dataloader.pop("batch_sampler", None)
+    config.param_scheduler = None
+    config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, save_last=False)
+    config.default_hooks.logger.interval = 1
+    config.log_processor.by_epoch = False
+    config.work_dir = str(work_dir)
+    config.randomness = dict(seed=0)
+    config.log_level = "WARNING"
+    # MMEngine keeps loggers and visualizers by name, for as long as the process lives.
+    config.experiment_name = config.visualizer.name = f"faults-{next(_numbers)}"
+    config.merge_from_dict(changes or {})
+    return config
+
+
+def train(config):
+    """Train; returns the runner and the losses of every iteration."""
+    runner = Runner.from_cfg(config)
+    losses = []
+    after = runner.call_hook
+
+    def call_hook(name, **kwargs):
+        if name == "after_train_iter":
+            losses.append(float(kwargs["outputs"]["loss"]))
+        after(name, **kwargs)
+
+    runner.call_hook = call_hook
+    runner.train()
+    return runner, losses
+
+
+def weights_are_finite(runner):
+    return all(p.isfinite().all() for p in runner.model.parameters())

@@ -1,0 +1,76 @@
+"""bfloat16 and float16 against float32: no NaN, and the same course of the loss."""
+
+import numpy as np
+import pytest
+import torch
+from fault_runs import config, weights_are_finite
+from mmengine.runner import Runner
+
+import mmsoft.models  # noqa: F401
+
+for library in ("mmdet", "mmseg"):
+    pytest.importorskip(library)
+
+ITERATIONS = 200
+
+
+def plain_loop(cfg, dtype, seed):
+    """The losses of 200 iterations without MMEngine's wrapper, whose AMP asks for a GPU."""
+    cfg.train_dataloader.sampler.update(seed=seed, shuffle=True)
+    runner = Runner.from_cfg(cfg)
+    torch.manual_seed(0)  # the same weights whatever the seed
+    runner.model.init_weights()
+    model, loader = runner.model.train(), iter(runner.train_dataloader)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(ITERATIONS):
+        data = model.data_preprocessor(next(loader), True)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss, _ = model.parse_losses(model(**data, mode="loss"))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10, error_if_nonfinite=True)
+        optimizer.step()
+        losses.append(float(loss))
+    assert weights_are_finite(runner)
+    return np.array(losses)
+
+
+def smooth(losses):
+    return np.convolve(losses, np.full(25, 1 / 25), "valid")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+@pytest.mark.parametrize("model", ["mask_rcnn", "upernet"])
+def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path):
+    def run(dtype, seed=0):
+        cfg = config(root, shapes, model, tmp_path)
+        cfg.model.backbone.update(solver=solver)
+        return plain_loop(cfg, dtype, seed)
+
+    reference = run(None)
+    low = run(torch.bfloat16)
+    assert np.isfinite(low).all()
+    assert smooth(low)[-1] < 0.9 * smooth(low)[0]  # it learns
+    # Noise: how far two float32 runs are apart that see the images in another order.
+    noise = np.abs(smooth(run(None, seed=1)) - smooth(reference)).mean()
+    distance = np.abs(smooth(low) - smooth(reference)).mean()
+    print(f"{model}, {solver}: distance {distance:.4f}, noise {noise:.4f}, loss {low[-25:].mean()}")
+    assert distance <= noise
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="MMEngine's AMP needs a GPU")
+@pytest.mark.parametrize("model", ["mask_rcnn", "upernet"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_amp_of_the_runner(model, dtype, root, shapes, tmp_path):
+    from fault_runs import train
+
+    cfg = config(root, shapes, model, tmp_path, iterations=ITERATIONS)
+    cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype)
+    cfg.custom_hooks = [dict(type="mmsoft.FiniteGradientHook")]
+    runner, losses = train(cfg)
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-25:]) < 0.9 * np.mean(losses[:25])
+    assert weights_are_finite(runner)
