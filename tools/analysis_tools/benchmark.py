@@ -252,10 +252,10 @@ def run(
             found = meter.measure(case, describing)
             if describing:
                 described[key] = {k: v for k, v in found.items() if k not in ("peak_mib", "error")}
-            if "error" in found:
-                log(f"{case.name}: memory not measured ({found['error']})")
-            else:
+            if "peak_mib" in found:
                 log(f"{case.name}: peak {found['peak_mib']:.0f} MiB")
+            if "error" in found:
+                log(f"{case.name}: {found['error']}")
             figures = dict(times[case], peak_mib=found.get("peak_mib"), **described.get(key, {}))
             entries.append(entry(section, case, figures))
         data["skipped"] += [

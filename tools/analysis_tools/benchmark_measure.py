@@ -229,10 +229,14 @@ def _child(case: Case, describing: bool, threads: int, connection: Connection) -
         peak = _peak_cuda_mib(step) if case.device == "cuda" else _peak_resident_mib(step)
         connection.send(dict(peak_mib=peak))
         del model, step
-        if describing:
-            connection.send(describe(case))
     except Exception as error:
-        connection.send(dict(error=reason(error)))
+        connection.send(dict(error=f"memory not measured: {reason(error)}"))
+        return
+    if describing:
+        try:
+            connection.send(describe(case))
+        except Exception as error:
+            connection.send(dict(error=f"operations not counted: {reason(error)}"))
 
 
 class PeakMeter:
@@ -271,7 +275,7 @@ class PeakMeter:
                     break
         except EOFError:
             process.join()
-            found["error"] = f"the process ended with {process.exitcode} (-9: out of memory)"
+            found["error"] = f"the measuring process ended with {process.exitcode} (-9: no memory)"
         process.join()
         return found
 

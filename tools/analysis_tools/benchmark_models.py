@@ -416,6 +416,7 @@ def make_step(model: nn.Module, case: Case) -> Callable[[], Any]:
         with autocast():
             outs = model(x)
         outs = outs if isinstance(outs, (tuple, list)) else [outs]
+        outs = [out for out in outs if out.requires_grad]  # ResNet's config freezes stage 1
         torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
         model.zero_grad(set_to_none=True)
 

@@ -299,8 +299,8 @@ def plot_backbones(entries: Sequence[Entry], path: Path) -> None:
     for (left, right), group in zip(axes, groups):
         first = group[0]
         words = f"{first['size'][0]}x{first['size'][1]}, batch {first['batch']}, {first['mode']}"
-        left.set_title(f"{words}: time")
-        right.set_title(f"{words}: peak memory")
+        left.set_title(f"{words}: time", fontsize=10)
+        right.set_title(f"{words}: memory", fontsize=10)
         _bars(left, group, "median_ms", "ms")
         _bars(right, group, "peak_mib", "MiB")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, SKY, ORANGE, GREY)]
@@ -345,10 +345,11 @@ def plot_scaling(entries: Sequence[Entry], path: Path) -> None:
             lambda e, key=key, scale=scale: e[key] and scale * e[key] / pixels(e),
             "backbone",
         )
-        axis.set(xscale="log", xlabel="image size", ylabel=words, ylim=(0, None), title=words)
+        axis.set(xscale="log", xlabel="image size", ylabel=words, title=words)
+        axis.set_ylim(0, 1.3 * axis.dataLim.y1)
         axis.set_xticks(ticks, [names[tick] for tick in ticks])
         axis.minorticks_off()
-        axis.legend()
+        axis.legend(loc="upper right", ncol=2)
     save(figure, path)
 
 
