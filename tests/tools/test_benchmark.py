@@ -188,9 +188,10 @@ def test_writes_everything(command, tmp_path):
         (("--sizes", "big"), ("'big'", "224", "800x1344")),
         (("--sizes", "8"), ("'8'", "at least 32")),
         (("--repeats", "0"), ("--repeats", "positive")),
+        (("--preset", "cpu", "--sizes", "64"), ("--preset", "--sizes", "leave")),
         (("--write-docs", "none.json"), ("none.json",)),
     ],
-    ids=lambda value: value[0],
+    ids=lambda value: "-".join(value)[:24],
 )
 def test_bad_input_is_one_line(command, tmp_path, arguments, words):
     done = command(*arguments)
@@ -251,6 +252,16 @@ def test_ratios_are_against_ours_of_the_same_size_and_kind(report, data):
     rows = report.table(results[:7])
     assert rows[0][-2:] == ["time / ours", "memory / ours"]
     assert rows[4][-2:] == ["29.0", "8.00"]
+
+
+def test_shares_of_the_ceilings(report):
+    ceilings = dict(float32_tflops=2.0, copy_gb_s=4.0)
+    entry = measured("softpp-tiny", 500.0, 1.0, batch=2, gmacs=100.0, traffic_gib=1.0)
+    assert report.rates(entry, ceilings) == pytest.approx((0.4, 2**30 / 2e9))
+    assert report.rates(entry, {}) == (None, None)
+    head, row = report.table([entry], ceilings)
+    assert dict(zip(head, row))["of product"] == "40 %"
+    assert "of product" not in report.table([entry])[0]
 
 
 def test_targets(report, data):

@@ -92,9 +92,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"backbones (default: all): {' '.join(BACKBONES)}",
     )
-    p.add_argument("--sizes", nargs="+", type=parse_size, default=[(512, 512)], metavar="SIZE")
-    p.add_argument("--batch", type=positive, default=1)
-    p.add_argument("--modes", nargs="+", choices=MODES, default=["forward"])
+    p.add_argument(
+        "--sizes", nargs="+", type=parse_size, metavar="SIZE", help="of the images (default: 512)"
+    )
+    p.add_argument("--batch", type=positive, help="images at a time (default: 1)")
+    p.add_argument(
+        "--modes", nargs="+", choices=MODES, help="train is forward and backward (default: forward)"
+    )
     p.add_argument("--device", choices=("cpu", "cuda"))
     p.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, help="bfloat16 is by autocast (default: float32)"
@@ -156,7 +160,8 @@ def plan(args: argparse.Namespace) -> list[tuple[str, list[Case]]]:
     if preset:
         backbones = [(parse_size(size), batch, mode) for size, batch, mode in preset["cases"]]
     elif args.models or all(getattr(args, name) is None for name in sections):
-        backbones = [(size, args.batch, mode) for size in args.sizes for mode in args.modes]
+        sizes, modes = args.sizes or [(512, 512)], args.modes or ["forward"]
+        backbones = [(size, args.batch or 1, mode) for size in sizes for mode in modes]
     else:
         backbones = []
     kinds = list(
@@ -247,16 +252,17 @@ def run(
             torch.cuda.empty_cache()
         entries = []
         for case in times:
-            key = (case.section, case.name, case.size)
-            describing = section != "scaling" and key not in described
-            found = meter.measure(case, describing)
-            if describing:
-                described[key] = {k: v for k, v in found.items() if k not in ("peak_mib", "error")}
+            known = described.setdefault((case.section, case.name, case.size), {})
+            eager = section == "results" and case.mode == "forward" and not case.compiled
+            found = meter.measure(case, describing=eager or (section == "results" and not known))
             if "peak_mib" in found:
                 log(f"{case.name}: peak {found['peak_mib']:.0f} MiB")
             if "error" in found:
                 log(f"{case.name}: {found['error']}")
-            figures = dict(times[case], peak_mib=found.get("peak_mib"), **described.get(key, {}))
+            known.update((key, found[key]) for key in ("params_m", "gmacs") if key in found)
+            figures = dict(times[case], peak_mib=found.get("peak_mib"), **known)
+            if eager and "traffic_gib" in found:
+                figures["traffic_gib"] = found["traffic_gib"]
             entries.append(entry(section, case, figures))
         data["skipped"] += [
             dict(section=section, name=case.name, size=list(case.size), mode=case.mode, reason=why)
@@ -282,6 +288,8 @@ def main() -> None:
         except (OSError, ValueError) as error:
             p.error(f"--write-docs: {error}")
         return
+    if args.preset and (args.sizes or args.batch or args.modes):
+        p.error("--preset sets --sizes, --batch and --modes: leave these out, or the preset")
     if args.whole and len(args.whole) > 2:
         p.error("--whole takes the size for RetinaNet and that for UperNet")
     groups = plan(args)

@@ -374,7 +374,7 @@ def build_model(case: Case) -> nn.Module:
         model = WHOLE[case.name].make()
     model = model.to(case.device)
     if case.compiled:
-        model.compile()  # in place; `mode="tensor"` and `test_step` of a detector stay reachable
+        model.compile(dynamic=False)  # in place
     return model
 
 

@@ -103,13 +103,28 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
 
 
-def table(entries: Sequence[Entry]) -> list[list[str]]:
-    """Header and rows of entries of one kind."""
+def rates(entry: Entry, ceilings: dict[str, float]) -> tuple[float | None, float | None]:
+    """Shares of the device's best matrix product and copy that an eager forward pass reaches."""
+    seconds = entry["median_ms"] / 1e3
+    product, copy = None, None
+    if entry.get("traffic_gib") is None:
+        return None, None
+    if entry.get("gmacs") and f"{entry['dtype']}_tflops" in ceilings:
+        flops = 2e9 * entry["gmacs"] * entry["batch"]
+        product = flops / seconds / (1e12 * ceilings[f"{entry['dtype']}_tflops"])
+    if "copy_gb_s" in ceilings:
+        copy = entry["traffic_gib"] * 2**30 / seconds / (1e9 * ceilings["copy_gb_s"])
+    return product, copy
+
+
+def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) -> list[list[str]]:
+    """Header and rows of entries of one kind, with `rates` if `ceilings` are given."""
     first = entries[0]
+    with_rates = bool(ceilings) and any("traffic_gib" in entry for entry in entries)
     macs = any("gmacs" in entry for entry in entries)
     head = ["", *["params (M)", "GMACs"] * macs, "median ms", "q10", "q90"]
     head += ["images/s"] * ("images_per_second" in first) + ["peak MiB", "time / ours"]
-    head += ["memory / ours"]
+    head += ["memory / ours"] + ["of product", "of copy"] * with_rates
     rows = [head]
     for entry in entries:
         row = [label_of(entry)]
@@ -120,6 +135,9 @@ def table(entries: Sequence[Entry]) -> list[list[str]]:
             row.append(number(entry["images_per_second"]))
         row.append(number(entry["peak_mib"], 4))
         row += [number(ratio(entry, entries, key)) for key in ("median_ms", "peak_mib")]
+        if with_rates:
+            shares = rates(entry, ceilings or {})
+            row += ["-" if share is None else f"{100 * share:.0f} %" for share in shares]
         rows.append(row)
     return rows
 
@@ -440,7 +458,10 @@ loaded. Weights are random. A multiply-add counts as one; multiply-adds are of o
 pass, with the Newton-Raphson iteration where the solver is one. "Ours" is the SOFT++ of the peer's
 size: Tiny for PVT-Tiny and PVTv2-B1, Small for PVTv2-B2, Swin-T, ConvNeXt-T and ResNet-50. SOFT++
 stands for the settings of the dense configs, 256 landmarks at most and the direct solver, unless
-it says Newton. `train` is a forward and a backward pass.
+it says Newton. `train` is a forward and a backward pass. "Of product" is the share of the device's
+best matrix product (2 FLOPs to a multiply-add) that the counted multiply-adds reach, "of copy" that
+of its best copy which the bytes read and written by all operators reach; it can exceed 100 % where
+caches help. The rest is the gap to the ceilings.
 """
 HEADINGS = {
     "results": "Backbones",
@@ -485,10 +506,15 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     parts = [INTRODUCTION]
     for index, data in enumerate(runs, 1):
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-        best = ", ".join(f"{k} {number(v)}" for k, v in data.get("ceilings", {}).items())
+        best = ", ".join(
+            f"{number(value)} GB/s copied (read and written)"
+            if name == "copy_gb_s"
+            else f"{number(value)} TFLOP/s in {name.removesuffix('_tflops')} matrix products"
+            for name, value in data.get("ceilings", {}).items()
+        )
         parts.append(
             f"## {data['device']}\n\n{data['threads']} threads, {data['date'][:10]}; {versions}.\n"
-            f"Measured here at best: {best}.\n\n```\n{data['command']}\n```\n"
+            f"Best of this device, measured alike: {best}.\n\n```\n{data['command']}\n```\n"
         )
         if rows := target_rows(data):
             parts.append(f"### Targets\n\n{markdown(rows)}\n")
@@ -503,7 +529,8 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
             parts += [f"![{heading}](benchmarks/{name})\n" for name in pictures[section]]
             for _, group in groupby(data[section], of_kind):
                 entries = list(group)
-                parts.append(f"**{group_title(entries[0])}**\n\n{markdown(table(entries))}\n")
+                rows = table(entries, data.get("ceilings"))
+                parts.append(f"**{group_title(entries[0])}**\n\n{markdown(rows)}\n")
         if data.get("skipped"):
             rows = [["left out", "", "reason"]] + [
                 [s["name"], f"{'x'.join(map(str, s['size']))}, {s['mode']}", s["reason"]]
