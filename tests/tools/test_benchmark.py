@@ -294,3 +294,11 @@ def test_docs_say_which_targets_are_met(report, data, tmp_path):
     assert "| 800x1344: SOFT++ Tiny's speed over PVT-Tiny's | 2.19 | ≥ 2.2 | **no** |" in text
     assert "| 800x1344: SOFT++ Tiny's speed over PVTv2-B1's | 2.50 | ≥ 2.5 | yes |" in text
     assert "| 800x1344: SOFT++ Small's speed over PVTv2-B2's | - | ≥ 3 | not measured |" in text
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is no JSON"), ('{"device": 1}', "results")])
+def test_docs_refuse_other_files(report, tmp_path, text, words):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"other\.json.*{words}"):
+        report.read_json(path)

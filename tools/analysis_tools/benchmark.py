@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_models import BACKBONES, DTYPES, MODES, OPERATORS, ROOT, WHOLE, Case
+from benchmark_models import BACKBONES, DTYPES, MODES, OPERATORS, WHOLE, Case
 
 SCALING_SIZES = ("1024", "2048", "4096")
 SCALING_MODELS = ("softpp-tiny", "softpp-small")
@@ -284,7 +284,7 @@ def main() -> None:
         from benchmark_report import read_json, write_docs
 
         try:
-            write_docs([read_json(path) for path in args.write_docs], args.out or ROOT / "docs")
+            write_docs([read_json(path) for path in args.write_docs], args.out or Path("docs"))
         except (OSError, ValueError) as error:
             p.error(f"--write-docs: {error}")
         return
