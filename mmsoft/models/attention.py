@@ -168,6 +168,8 @@ class SoftmaxFreeAttention(nn.Module):
         The term goes like N / m, constant at a fixed stride: a budget must not change that. Exactly
         1 where the budget is not reached.
         """
+        if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
+            hw_shape = (int(hw_shape[0]), int(hw_shape[1]))
         rows, cols = landmark_grid(*hw_shape, self.landmark_stride)
         return landmarks.shape[2] / (rows * cols)
 

@@ -1,0 +1,304 @@
+"""The benchmark: its command, its arithmetic, and the released algorithm in it. No timings."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from released import ARCH, images, outputs, state_dict
+
+from mmsoft.checkpoint import convert_released_keys
+from mmsoft.models import SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.ops import reference
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("mmdet")
+
+
+@pytest.fixture
+def models(root, monkeypatch):
+    monkeypatch.syspath_prepend(root / "tools/analysis_tools")
+    import benchmark_models
+
+    return benchmark_models
+
+
+@pytest.fixture
+def report(models):
+    import benchmark_report
+
+    return benchmark_report
+
+
+@pytest.fixture
+def command(root, tmp_path):
+    """Run the tool in an empty folder."""
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, root / "tools/analysis_tools/benchmark.py", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def error(value, truth):
+    value, truth = value.detach(), truth.detach()
+    return float((value - truth).norm() / truth.norm())
+
+
+# ---------------------------------------------------------------------------------------------
+# The released algorithm
+# ---------------------------------------------------------------------------------------------
+
+
+def test_released_attention_by_the_definition(models):
+    """One sample, whose own maximum is the batch's: the oracle of the operator agrees."""
+    layer = SoftmaxFreeAttention(64, 2, 4, 5, normalize=True, attn_init="released").double()
+    layer.landmark_norm.weight.data.fill_(0.5)
+    q, v = torch.randn(2, 1, 16 * 24, 64).double().unbind()
+    ours = layer.sample_landmarks(q, (16, 24))
+    split = [t.unflatten(2, (2, 32)).transpose(1, 2) for t in (q, v)]
+    expected = reference.softmax_free_attention(*split, ours).transpose(1, 2).flatten(2)
+    found = models.released_attend(layer.float(), q.float(), v.float(), (16, 24))
+    assert error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("condition", ["wellcond", "illcond"])
+@pytest.mark.parametrize("size", [(224, 224), (160, 256)], ids=str)
+def test_released_model_gives_the_golden_outputs(models, condition, size):
+    weights = convert_released_keys(state_dict(condition == "illcond"))
+    weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
+    model = SOFTPlusPlus(ARCH).eval()
+    model.load_state_dict(weights)
+    models.use_released_attention(model)
+    expected = outputs("softpp", condition, size)
+    with torch.no_grad():
+        for i, image in enumerate(images(*size).split(1)):
+            for stage, out in enumerate(model(image), 1):
+                truth = expected[f"stage{stage}"][i : i + 1]
+                assert error(out[:, ::5, ::3, ::3], truth) < 1e-4
+
+
+def test_released_tiny_has_the_weights_of_ours_and_its_own_attention(models):
+    ours, released = (
+        models.build_model(models.Case("backbone", name, (64, 64)))
+        for name in ("softpp-tiny", "released-tiny")
+    )
+    for (name, a), (other, b) in zip(ours.state_dict().items(), released.state_dict().items()):
+        assert name == other
+        assert torch.equal(a, b)
+    for model, replaced in ((ours, False), (released, True)):
+        layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
+        assert [("attend" in vars(layer)) for layer in layers] == [replaced] * 6
+
+
+# ---------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------
+
+
+def test_ours_are_the_dense_default(models):
+    for name in models.OURS:
+        model = models.BACKBONES[f"softpp-{name}"].make()
+        layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
+        assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("direct", 256)}
+    newton = models.BACKBONES["softpp-tiny-newton"].make()
+    layers = [m for m in newton.modules() if isinstance(m, SoftmaxFreeAttention)]
+    assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("newton", 256)}
+
+
+PEERS = {  # channels of the features and published parameters (M), with their classifier or not
+    "pvt-tiny": ([64, 128, 320, 512], 12.7),
+    "pvtv2-b1": ([64, 128, 320, 512], 13.5),
+    "pvtv2-b2": ([64, 128, 320, 512], 24.8),
+    "swin-tiny": ([96, 192, 384, 768], 27.5),
+    "convnext-tiny": ([96, 192, 384, 768], 27.8),
+    "resnet-50": ([256, 512, 1024, 2048], 23.5),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_are_those_of_the_libraries(models, name):
+    if name == "convnext-tiny":
+        pytest.importorskip("mmpretrain")
+    model = models.build_model(models.Case("backbone", name, (64, 64))).eval()
+    channels, parameters = PEERS[name]
+    with torch.no_grad():
+        shapes = [tuple(out.shape[1:]) for out in model(torch.randn(1, 3, 64, 64))]
+    assert shapes == [(c, 64 // s, 64 // s) for c, s in zip(channels, (4, 8, 16, 32))]
+    counted = sum(p.numel() for p in model.parameters()) / 1e6
+    assert counted == pytest.approx(parameters, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------
+
+
+def test_writes_everything(command, tmp_path):
+    pytest.importorskip("mmseg")
+    backbones = "--models softpp-tiny pvtv2-b1 --sizes 64 --modes forward train"
+    others = "--scaling 96 --operator 8 --whole 64 --repeats 1 --threads 1 --out out"
+    done = command(*backbones.split(), *others.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "round 1 of 1" in done.stdout
+    data = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert [(e["backbone"], e["mode"]) for e in data["results"]] == [
+        (name, mode) for mode in ("forward", "train") for name in ("softpp-tiny", "pvtv2-b1")
+    ]
+    assert [e["size"] for e in data["scaling"]] == [[96, 96]] * 2
+    assert [e["task"] for e in data["whole"]] == ["RetinaNet"] * 3 + ["UperNet"] * 3
+    names = {e["name"] for e in data["operator"]}
+    assert {"softpp", "softmax"} <= names
+    for skipped in data["skipped"]:  # only the peers of an extra that is not installed
+        assert skipped["section"] == "operator"
+        assert "pip install 'mmsoft[peers]'" in skipped["reason"]
+    for entry in [e for key in ("results", "scaling", "whole", "operator") for e in data[key]]:
+        assert 0 < entry["q10_ms"] <= entry["median_ms"] <= entry["q90_ms"]
+        assert entry["peak_mib"] is not None
+    for entry in data["results"]:
+        assert entry["params_m"] > 10
+        assert entry["gmacs"] > 0.1
+        assert entry["images_per_second"] == pytest.approx(1000 / entry["median_ms"])
+    plots = {path.name for path in (tmp_path / "out").glob("*.png")}
+    names = {"backbones_cpu_float32.png", "scaling.png", "whole.png", "operator.png"}
+    assert plots == names
+
+    done = command("--write-docs", "out/benchmark.json", "--out", "docs")
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "docs/benchmarks.md").read_text()
+    for words in (data["device"], data["date"][:10], f"torch {torch.__version__}", data["command"]):
+        assert words in text
+    for name in names:
+        assert f"](benchmarks/{name})" in text
+        assert (tmp_path / "docs/benchmarks" / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--models", "swin-huge"), ("swin-huge", "softpp-tiny", "pvtv2-b1")),
+        (("--sizes", "big"), ("'big'", "224", "800x1344")),
+        (("--sizes", "8"), ("'8'", "at least 32")),
+        (("--repeats", "0"), ("--repeats", "positive")),
+        (("--preset", "cpu", "--sizes", "64"), ("--preset", "--sizes", "leave")),
+        (("--write-docs", "none.json"), ("none.json",)),
+    ],
+    ids=lambda value: "-".join(value)[:24],
+)
+def test_bad_input_is_one_line(command, tmp_path, arguments, words):
+    done = command(*arguments)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+    assert not (tmp_path / "work_dirs").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Ratios and targets
+# ---------------------------------------------------------------------------------------------
+
+
+def measured(backbone, median, peak, size=(800, 1344), batch=1, mode="forward", **more):
+    kind = dict(device="cpu", dtype="float32", compiled=False)
+    times = dict(median_ms=median, q10_ms=median, q90_ms=median, peak_mib=peak)
+    rate = dict(images_per_second=1000 * batch / median)
+    where = dict(backbone=backbone, size=list(size), batch=batch, mode=mode)
+    return {**where, **kind, **times, **rate, **more}
+
+
+@pytest.fixture
+def data():
+    results = [
+        measured("softpp-tiny", 100.0, 50.0),
+        measured("softpp-small", 200.0, 80.0),
+        measured("softpp-tiny-newton", 150.0, 60.0),
+        measured("released-tiny", 2900.0, 400.0),
+        measured("pvtv2-b1", 250.0, 75.0),
+        measured("pvt-tiny", 219.0, 75.0),
+        measured("swin-tiny", 300.0, 40.0),
+        measured("softpp-tiny", 70.0, 90.0, (512, 512), 2, "train"),
+        measured("pvtv2-b1", 63.0, 100.0, (512, 512), 2, "train"),
+        measured("pvtv2-b1", 1.0, 1.0, dtype="bfloat16"),  # no target is about this one
+    ]
+    scaling = [
+        measured("softpp-tiny", 10.0, 10.0, (1024, 1024)),
+        measured("softpp-tiny", 48.0, 40.0, (2048, 2048)),
+        measured("softpp-tiny", 240.0, 100.0, (4096, 4096)),
+    ]
+    whole = [
+        measured("softpp-tiny", 500.0, 1.0, task="RetinaNet"),
+        measured("pvtv2-b1", 600.0, 1.0, task="RetinaNet"),
+        measured("swin-tiny", 400.0, 1.0, task="RetinaNet"),
+    ]
+    about = dict(device="a processor", threads=2, versions={"torch": "2"}, date="2026-01-01T00:00")
+    return dict(
+        about, command="x", results=results, scaling=scaling, whole=whole, operator=[], skipped=[]
+    )
+
+
+def test_ratios_are_against_ours_of_the_same_size_and_kind(report, data):
+    results = data["results"]
+    found = [report.ratio(entry, results, "median_ms") for entry in results]
+    assert found == pytest.approx([1, 1, 1.5, 29, 2.5, 2.19, 1.5, 1, 0.9, None], nan_ok=True)
+    assert report.ratio(results[6], results, "peak_mib") == pytest.approx(0.5)
+    rows = report.table(results[:7])
+    assert rows[0][-2:] == ["time / ours", "memory / ours"]
+    assert rows[4][-2:] == ["29.0", "8.00"]
+
+
+def test_shares_of_the_ceilings(report):
+    ceilings = dict(float32_tflops=2.0, copy_gb_s=4.0)
+    entry = measured("softpp-tiny", 500.0, 1.0, batch=2, gmacs=100.0, traffic_gib=1.0)
+    assert report.rates(entry, ceilings) == pytest.approx((0.4, 2**30 / 2e9))
+    assert report.rates(entry, {}) == (None, None)
+    head, row = report.table([entry], ceilings)
+    assert dict(zip(head, row))["of product"] == "40 %"
+    assert "of product" not in report.table([entry])[0]
+
+
+def test_targets(report, data):
+    found = {target.claim: target for target in report.targets(data)}
+    answers = {claim: (round(t.measured, 3), t.met) for claim, t in found.items() if t.measured}
+    assert answers == {
+        "800x1344: Tiny's speed over the released algorithm's": (29.0, False),
+        "800x1344: Tiny's peak memory over the released algorithm's": (0.125, True),
+        "800x1344: SOFT++ Tiny's speed over PVTv2-B1's": (2.5, True),
+        "800x1344: SOFT++ Tiny's speed over PVT-Tiny's": (2.19, False),
+        "800x1344: SOFT++ Small's speed over Swin-T's": (1.5, True),
+        "training step, 512x512, batch 2: SOFT++ Tiny's speed over PVTv2-B1's": (0.9, False),
+        "training step, 512x512, batch 2: SOFT++ Tiny's peak memory over PVTv2-B1's": (0.9, True),
+        "SOFT++ Tiny: time per pixel at 2048x2048 over 1024x1024": (1.2, True),
+        "SOFT++ Tiny: peak memory per pixel at 2048x2048 over 1024x1024": (1.0, True),
+        "SOFT++ Tiny: time per pixel at 4096x4096 over 1024x1024": (1.5, False),
+        "SOFT++ Tiny: peak memory per pixel at 4096x4096 over 1024x1024": (0.625, True),
+        "800x1344: time of Newton over that of direct": (1.5, True),
+        "RetinaNet: images/s with SOFT++ Tiny over those with PVTv2-B1": (1.2, True),
+        "RetinaNet: images/s with SOFT++ Tiny over those with Swin-T": (0.8, False),
+    }
+    assert [t for t in found.values() if t.measured is None and t.met is not None] == []
+    assert len(found) == 30
+
+
+def test_docs_say_which_targets_are_met(report, data, tmp_path):
+    report.write_docs([data], tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| 800x1344: SOFT++ Tiny's speed over PVT-Tiny's | 2.19 | ≥ 2.2 | **no** |" in text
+    assert "| 800x1344: SOFT++ Tiny's speed over PVTv2-B1's | 2.50 | ≥ 2.5 | yes |" in text
+    assert "| 800x1344: SOFT++ Small's speed over PVTv2-B2's | - | ≥ 3 | not measured |" in text
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is no JSON"), ('{"device": 1}', "results")])
+def test_docs_refuse_other_files(report, tmp_path, text, words):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"other\.json.*{words}"):
+        report.read_json(path)

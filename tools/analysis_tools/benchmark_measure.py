@@ -1,0 +1,330 @@
+"""How `benchmark.py` measures: interleaved times, and peak memory in fresh processes."""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import math
+import multiprocessing
+import platform
+import resource
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_models import DTYPES, Case, NotAvailableError, build_model, make_step
+from mmengine.analysis import FlopAnalyzer
+from mmengine.logging import MMLogger
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmsoft import flops
+
+SLOW_SECONDS = 10.0  # a call that takes longer is repeated `slow_repeats` times only
+SAMPLE_SECONDS = 0.05  # a sample is at least that long: faster steps are repeated within it
+# Imported once, by the server that the measuring processes are forked from.
+PRELOAD = ("torch", "mmsoft.models", "mmdet.models", "mmseg.models", "mmpretrain.models")
+Log = Callable[[str], None]
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has finished what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def quiet() -> None:
+    """Keep the libraries from reporting what does not matter here."""
+    warnings.filterwarnings("ignore")
+    MMLogger.get_instance("mmengine").setLevel(logging.ERROR)
+    logging.getLogger("mmengine").setLevel(logging.ERROR)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip().splitlines()
+    return (
+        text[0] if isinstance(error, NotAvailableError) else f"{type(error).__name__}: {text[:1]}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Time
+# ---------------------------------------------------------------------------------------------
+
+
+def _seconds(step: Callable[[], Any], calls: int, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between the order statistics."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def measure_times(
+    cases: Sequence[Case], models: dict[Any, nn.Module], repeats: int, slow_repeats: int, log: Log
+) -> tuple[dict[Case, dict], dict[Case, str]]:
+    """Time the cases in turns, one sample each per round, so that drift hits all alike.
+
+    Args:
+        cases: what to measure.
+        models: built models by :func:`model_key`; those missing are added.
+        repeats: samples of each case.
+        slow_repeats: samples of a case whose call takes more than `SLOW_SECONDS`.
+        log: receives lines of progress.
+
+    Returns:
+        Times of each case in milliseconds, and the reason of each case that could not be run.
+    """
+    steps: dict[Case, Callable[[], Any]] = {}
+    calls, wanted, skipped = {}, {}, {}
+    for case in cases:
+        try:
+            key = model_key(case)
+            if key not in models:
+                models[key] = build_model(case)
+            step = make_step(models[key], case)
+            seconds = _seconds(step, 1, case.device)
+            if seconds < SLOW_SECONDS or case.compiled:  # the first call compiles
+                seconds = _seconds(step, 1, case.device)
+        except (NotAvailableError, ImportError, RuntimeError, ValueError) as error:
+            skipped[case] = reason(error)
+            log(f"{case.name}: left out ({skipped[case]})")
+            continue
+        log(f"{case.name}: warm, {1e3 * seconds:.4g} ms")
+        steps[case] = step
+        calls[case] = min(max(math.ceil(SAMPLE_SECONDS / seconds), 1), 100)
+        wanted[case] = slow_repeats if seconds > SLOW_SECONDS else repeats
+    samples: dict[Case, list[float]] = {case: [] for case in steps}
+    for turn in range(max(wanted.values(), default=0)):
+        start = time.perf_counter()
+        for case, step in steps.items():
+            if turn < wanted[case]:
+                samples[case].append(1e3 * _seconds(step, calls[case], case.device))
+        log(f"round {turn + 1} of {max(wanted.values())}: {time.perf_counter() - start:.1f} s")
+    times = {
+        case: dict(
+            median_ms=quantile(values, 0.5),
+            q10_ms=quantile(values, 0.1),
+            q90_ms=quantile(values, 0.9),
+            repeats=len(values),
+        )
+        for case, values in samples.items()
+    }
+    return times, skipped
+
+
+def model_key(case: Case) -> tuple:
+    """Cases with the same key can share a model."""
+    size = case.size if case.section == "operator" else None  # Linformer's weights know the length
+    return case.section, case.name, case.device, case.compiled, size
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory, parameters, multiply-adds, traffic
+# ---------------------------------------------------------------------------------------------
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])  # KiB
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _peak_resident_mib(step: Callable[[], Any]) -> float:
+    """How far the resident memory of this process rises above what it is before the call."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc: give freed memory back first
+        ctypes.CDLL(None).malloc_trim(0)
+    idle = _status("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is now
+        step()
+        peak = _status("VmHWM")
+    except PermissionError:
+        step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak - idle) / 1024
+
+
+def _peak_cuda_mib(step: Callable[[], Any]) -> float:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    idle = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - idle) / 2**20
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes that the operators of an eager run read and write, each argument once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+            flat = tree_leaves((args, kwargs, out))
+            self.bytes += sum(t.nbytes for t in flat if isinstance(t, torch.Tensor))
+        return out
+
+
+def describe(case: Case) -> dict[str, float]:
+    """Parameters (M), multiply-adds of one image (G), traffic of an eager forward pass (GiB).
+
+    Traffic is what the operators read and write if nothing stays in a cache: our streamed operator
+    counts its arguments and its result alone.
+    """
+    case = replace(case, mode="forward", compiled=False)
+    model = build_model(case)
+    found = dict(params_m=sum(p.numel() for p in model.parameters()) / 1e6)
+    flops.register()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that nobody counts
+    model.eval()
+    with torch.no_grad():
+        images = torch.randn(1, 3, *case.size, device=case.device)
+        analysis = FlopAnalyzer(model, images)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        found["gmacs"] = analysis.tracer_warnings("none").total() / 1e9
+    torch.backends.mha.set_fastpath_enabled(True)
+    step = make_step(model, case)
+    with _Traffic() as traffic:
+        step()
+    found["traffic_gib"] = traffic.bytes / 2**30
+    return found
+
+
+def _child(case: Case, describing: bool, threads: int, connection: Connection) -> None:
+    """Run in a fresh process: send the peak, then what `describe` finds."""
+    quiet()
+    torch.set_num_threads(threads)
+    try:
+        model = build_model(case)
+        small = make_step(model, case.small())
+        small()
+        small()
+        del small
+        step = make_step(model, case)
+        if case.compiled:
+            step()
+        peak = _peak_cuda_mib(step) if case.device == "cuda" else _peak_resident_mib(step)
+        connection.send(dict(peak_mib=peak))
+        del model, step
+    except Exception as error:
+        connection.send(dict(error=f"memory not measured: {reason(error)}"))
+        return
+    if describing:
+        try:
+            connection.send(describe(case))
+        except Exception as error:
+            connection.send(dict(error=f"operations not counted: {reason(error)}"))
+
+
+class PeakMeter:
+    """Measures peak memory, each case in a process of its own.
+
+    The processes are forked from one that has imported the libraries and run nothing.
+    """
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.context = multiprocessing.get_context("forkserver")
+        names = [name for name in PRELOAD if importlib.util.find_spec(name.partition(".")[0])]
+        self.context.set_forkserver_preload(names)
+
+    def measure(self, case: Case, describing: bool) -> dict[str, Any]:
+        """Peak memory (MiB) above the process that holds the model and the data.
+
+        Args:
+            case: what to measure.
+            describing: also count parameters, multiply-adds and traffic.
+
+        Returns:
+            ``peak_mib``, what :func:`describe` gives, and ``error`` if something failed.
+        """
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(
+            target=_child,
+            args=(case, describing, self.threads, sender),
+            daemon=not case.compiled,  # the compiler has children of its own
+        )
+        process.start()
+        sender.close()
+        found: dict[str, Any] = {}
+        try:
+            for _ in range(1 + describing):
+                found.update(receiver.recv())
+                if "error" in found:
+                    break
+        except EOFError:
+            process.join()
+            found["error"] = f"the measuring process ended with {process.exitcode} (-9: no memory)"
+        process.join()
+        return found
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------
+
+
+def device_name(device: str) -> str:
+    """The processor's or card's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    names = "mmsoft mmengine mmcv mmdet mmsegmentation mmpretrain"
+    for name in [*names.split(), "linformer", "performer-pytorch", "nystrom-attention"]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
+    """What the device reaches at best: TFLOP/s of a square matrix product, GB/s of a copy."""
+    side, elements = (8192, 1 << 28) if device == "cuda" else (2048, 1 << 26)
+    found = {}
+    for dtype in dtypes:
+        a = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
+        seconds = min(_seconds(lambda a=a: a @ a, 1, device) for _ in range(6))
+        found[f"{dtype}_tflops"] = 2 * side**3 / seconds / 1e12
+    source = torch.zeros(elements, device=device)
+    target = torch.zeros_like(source)
+    seconds = min(_seconds(lambda: target.copy_(source), 1, device) for _ in range(6))
+    found["copy_gb_s"] = 2 * source.nbytes / seconds / 1e9
+    return found

@@ -1,0 +1,542 @@
+"""What `benchmark.py` writes: tables, plots, `benchmark.json`, `benchmarks.md`."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from benchmark_models import BACKBONES, OPERATORS
+from matplotlib import pyplot as plt
+
+Entry = dict[str, Any]
+SECTIONS = ("results", "scaling", "whole", "operator")
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, SKY, ORANGE, VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+GREEN, PURPLE, GREY = "#009E73", "#CC79A7", "#7F7F7F"
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a file or leave the old one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(data: dict[str, Any], path: Path) -> None:
+    """Write `benchmark.json`."""
+    write_whole(json.dumps(data, indent=1) + "\n", path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a `benchmark.json`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON file ({error})") from None
+    needed = ("device", "threads", "versions", "date", "command", *SECTIONS)
+    if not isinstance(data, dict) or any(key not in data for key in needed):
+        raise ValueError(f"{path} was not written by benchmark.py: it needs {', '.join(needed)}")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+
+def of_kind(entry: Entry) -> tuple:
+    """Entries with the same kind were measured in turns and can be compared."""
+    size = tuple(entry.get("size", ()))
+    task = entry.get("task", "")
+    return (
+        *(task, entry["device"], entry["dtype"], entry["compiled"]),
+        *(entry["mode"] != "forward", size, entry["batch"], entry.get("tokens", 0)),
+    )
+
+
+def label_of(entry: Entry) -> str:
+    """The name for people."""
+    if "backbone" in entry:
+        return BACKBONES[entry["backbone"]].label
+    return OPERATORS[entry["name"]][0]
+
+
+def ours_for(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """Our entry that `entry` is compared with: of its size, measured in turns with it."""
+    for other in entries:
+        if of_kind(other) != of_kind(entry):
+            continue
+        if "tokens" in entry:
+            if other["name"] == "softpp":
+                return other
+        elif "task" in entry:
+            if other["backbone"] == "softpp-tiny":
+                return other
+        elif other["backbone"] == BACKBONES[entry["backbone"]].ours:
+            return other
+    return None
+
+
+def ratio(entry: Entry, entries: Sequence[Entry], figure: str) -> float | None:
+    """`figure` of an entry as a multiple of ours."""
+    ours = ours_for(entry, entries)
+    if ours is None or not ours.get(figure) or entry.get(figure) is None:
+        return None
+    return entry[figure] / ours[figure]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with so many significant digits, none of its integer part lost."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
+
+
+def rates(entry: Entry, ceilings: dict[str, float]) -> tuple[float | None, float | None]:
+    """Shares of the device's best matrix product and copy that an eager forward pass reaches."""
+    seconds = entry["median_ms"] / 1e3
+    product, copy = None, None
+    if entry.get("traffic_gib") is None:
+        return None, None
+    if entry.get("gmacs") and f"{entry['dtype']}_tflops" in ceilings:
+        flops = 2e9 * entry["gmacs"] * entry["batch"]
+        product = flops / seconds / (1e12 * ceilings[f"{entry['dtype']}_tflops"])
+    if "copy_gb_s" in ceilings:
+        copy = entry["traffic_gib"] * 2**30 / seconds / (1e9 * ceilings["copy_gb_s"])
+    return product, copy
+
+
+def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) -> list[list[str]]:
+    """Header and rows of entries of one kind, with `rates` if `ceilings` are given."""
+    first = entries[0]
+    with_rates = bool(ceilings) and any("traffic_gib" in entry for entry in entries)
+    macs = any("gmacs" in entry for entry in entries)
+    head = ["", *["params (M)", "GMACs"] * macs, "median ms", "q10", "q90"]
+    head += ["images/s"] * ("images_per_second" in first) + ["peak MiB", "time / ours"]
+    head += ["memory / ours"] + ["of product", "of copy"] * with_rates
+    rows = [head]
+    for entry in entries:
+        row = [label_of(entry)]
+        if macs:
+            row += [number(entry.get("params_m")), number(entry.get("gmacs"))]
+        row += [number(entry[key], 4) for key in ("median_ms", "q10_ms", "q90_ms")]
+        if "images_per_second" in first:
+            row.append(number(entry["images_per_second"]))
+        row.append(number(entry["peak_mib"], 4))
+        row += [number(ratio(entry, entries, key)) for key in ("median_ms", "peak_mib")]
+        if with_rates:
+            shares = rates(entry, ceilings or {})
+            row += ["-" if share is None else f"{100 * share:.0f} %" for share in shares]
+        rows.append(row)
+    return rows
+
+
+def print_group(section: str, entries: Sequence[Entry]) -> None:
+    """Print one table."""
+    if not entries:
+        print("   nothing could be measured")
+        return
+    rows = table(entries)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        print("   " + "  ".join(cells))
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table, the first being its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Targets
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Target:
+    """A claim about one run: `measured` is at least, or at most, `bound`."""
+
+    claim: str
+    measured: float | None
+    bound: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """None where nothing was measured."""
+        if self.measured is None:
+            return None
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+def targets(data: dict[str, Any]) -> list[Target]:
+    """The targets, for a CPU in float32, and what a run says about them."""
+    plain = [
+        entry
+        for section in ("results", "scaling", "whole")
+        for entry in data[section]
+        if (entry["device"], entry["dtype"], entry["compiled"]) == ("cpu", "float32", False)
+    ]
+
+    def value(figure: str, backbone: str, size: tuple[int, int], **where: Any) -> float | None:
+        where = dict(mode="forward", batch=1, task=None) | where
+        for entry in plain:
+            same = entry["backbone"] == backbone and tuple(entry["size"]) == size
+            if same and all(entry.get(key) == wanted for key, wanted in where.items()):
+                return entry[figure]
+        return None
+
+    def divide(a: float | None, b: float | None) -> float | None:
+        return None if a is None or not b else a / b
+
+    def faster(ours: str, peer: str, size: tuple[int, int], **where: Any) -> float | None:
+        return divide(*(value("median_ms", name, size, **where) for name in (peer, ours)))
+
+    def name(backbone: str) -> str:
+        return BACKBONES[backbone].label
+
+    large, small = (800, 1344), ((512, 512), (224, 224))
+    tiny, middle = "softpp-tiny", "softpp-small"
+    found = [
+        Target(
+            "800x1344: Tiny's speed over the released algorithm's",
+            faster(tiny, "released-tiny", large),
+            30,
+        ),
+        Target(
+            "800x1344: Tiny's peak memory over the released algorithm's",
+            divide(*(value("peak_mib", n, large) for n in (tiny, "released-tiny"))),
+            0.25,
+            at_most=True,
+        ),
+    ]
+    pairs: list[tuple[tuple[int, int], str, str, float]] = [
+        (large, tiny, "pvtv2-b1", 2.5),
+        (large, tiny, "pvt-tiny", 2.2),
+        (large, middle, "pvtv2-b2", 3),
+        (large, middle, "swin-tiny", 1.2),
+        (large, middle, "convnext-tiny", 1),
+    ]
+    for size in small:
+        pairs += [(size, tiny, "pvtv2-b1", 1), (size, middle, "pvtv2-b2", 1)]
+        pairs += [(size, middle, "swin-tiny", 1)]
+    for size, ours, peer, bound in pairs:
+        claim = f"{size[0]}x{size[1]}: {name(ours)}'s speed over {name(peer)}'s"
+        found.append(Target(claim, faster(ours, peer, size), bound))
+    step = dict(mode="train", batch=2)
+    for ours, peer in ((tiny, "pvtv2-b1"), (middle, "pvtv2-b2")):
+        claim = f"training step, 512x512, batch 2: {name(ours)}'s"
+        memory = divide(*(value("peak_mib", n, (512, 512), **step) for n in (ours, peer)))
+        found += [
+            Target(f"{claim} speed over {name(peer)}'s", faster(ours, peer, (512, 512), **step), 1),
+            Target(f"{claim} peak memory over {name(peer)}'s", memory, 1, at_most=True),
+        ]
+    for backbone in (tiny, middle):
+        for side in (2048, 4096):
+            for figure, word in (("median_ms", "time"), ("peak_mib", "peak memory")):
+                there, here = (value(figure, backbone, (s, s)) for s in (side, 1024))
+                grown = divide(there, here)
+                share = grown and grown / (side / 1024) ** 2
+                claim = f"{name(backbone)}: {word} per pixel at {side}x{side} over 1024x1024"
+                found.append(Target(claim, share, 1.25, at_most=True))
+    newton = faster("softpp-tiny", "softpp-tiny-newton", large)
+    found.append(Target("800x1344: time of Newton over that of direct", newton, 2, at_most=True))
+    for task, size in (("RetinaNet", large), ("UperNet", (512, 512))):
+        for peer in ("pvtv2-b1", "swin-tiny"):
+            claim = f"{task}: images/s with {name(tiny)} over those with {name(peer)}"
+            found.append(Target(claim, faster(tiny, peer, size, task=task), 1))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------------------
+
+STYLES = {  # colour, marker, line
+    "softpp": (BLUE, "o", "-"),
+    "softmax": (VERMILLION, "s", "--"),
+    "linformer": (ORANGE, "^", "-."),
+    "performer": (GREEN, "D", ":"),
+    "nystromformer": (PURPLE, "v", "--"),
+    "softpp-tiny": (BLUE, "o", "-"),
+    "softpp-small": (VERMILLION, "s", "--"),
+    "pvtv2-b1": (ORANGE, "^", "-."),
+    "swin-tiny": (GREEN, "D", ":"),
+}
+
+
+def _colour(backbone: str) -> str:
+    if backbone.startswith("softpp"):
+        return SKY if backbone.endswith("newton") else BLUE
+    return ORANGE if backbone.startswith("released") else GREY
+
+
+def _bars(axis: Any, entries: Sequence[Entry], figure: str, unit: str) -> None:
+    """Horizontal bars from fast to slow, on a logarithmic axis, with figures written beside."""
+    entries = sorted((e for e in entries if e.get(figure)), key=lambda e: -e[figure])
+    values = [entry[figure] for entry in entries]
+    bars = axis.barh(
+        [label_of(entry) for entry in entries],
+        values,
+        color=[_colour(entry["backbone"]) for entry in entries],
+    )
+    axis.bar_label(bars, [number(value) for value in values], padding=3, fontsize=8)
+    axis.set(xlabel=unit, xscale="log")
+    if values:
+        axis.set_xlim(min(values) / 2, max(values) * 2.5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def plot_backbones(entries: Sequence[Entry], path: Path) -> None:
+    """Time and memory of one device and dtype: a row of panels per size and mode."""
+    groups = [list(group) for _, group in groupby(entries, of_kind)]
+    height = sum(0.24 * len(group) + 1 for group in groups)
+    figure, axes = plt.subplots(
+        len(groups),
+        2,
+        figsize=(12, height),
+        layout="constrained",
+        squeeze=False,
+        gridspec_kw=dict(height_ratios=[0.24 * len(group) + 1 for group in groups]),
+    )
+    for (left, right), group in zip(axes, groups):
+        first = group[0]
+        words = f"{first['size'][0]}x{first['size'][1]}, batch {first['batch']}, {first['mode']}"
+        left.set_title(f"{words}: time", fontsize=10)
+        right.set_title(f"{words}: memory", fontsize=10)
+        _bars(left, group, "median_ms", "ms")
+        _bars(right, group, "peak_mib", "MiB")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, SKY, ORANGE, GREY)]
+    names = ["SOFT++ (ours)", "ours, Newton-Raphson", "released algorithm", "other backbones"]
+    figure.legend(handles, names, loc="outside lower center", ncol=4, frameon=False)
+    save(figure, path)
+
+
+def _lines(axis: Any, entries: Sequence[Entry], x: Callable, y: Callable, key: str) -> None:
+    for name in dict.fromkeys(entry[key] for entry in entries):
+        mine = [entry for entry in entries if entry[key] == name and y(entry)]
+        colour, marker, line = STYLES[name]
+        axis.plot(
+            [x(entry) for entry in mine],
+            [y(entry) for entry in mine],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=label_of(mine[0]) if mine else name,
+        )
+    axis.grid(alpha=0.3, which="both")
+
+
+def plot_scaling(entries: Sequence[Entry], path: Path) -> None:
+    """Time per pixel and memory per pixel against the number of pixels: flat is linear."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+
+    def pixels(entry: Entry) -> float:
+        return entry["size"][0] * entry["size"][1] * entry["batch"]
+
+    panels = (
+        ("median_ms", 1e3, "time per pixel (µs)"),
+        ("peak_mib", 1024, "peak memory per pixel (KiB)"),
+    )
+    ticks = sorted({pixels(entry) for entry in entries})
+    names = {pixels(e): f"{e['size'][0]}x{e['size'][1]}" for e in entries}
+    for axis, (key, scale, words) in zip(axes, panels):
+        _lines(
+            axis,
+            entries,
+            pixels,
+            lambda e, key=key, scale=scale: e[key] and scale * e[key] / pixels(e),
+            "backbone",
+        )
+        axis.set(xscale="log", xlabel="image size", ylabel=words, title=words)
+        axis.set_ylim(0, 1.3 * axis.dataLim.y1)
+        axis.set_xticks(ticks, [names[tick] for tick in ticks])
+        axis.minorticks_off()
+        axis.legend(loc="upper right", ncol=2)
+    save(figure, path)
+
+
+def plot_operator(entries: Sequence[Entry], path: Path) -> None:
+    """Time and memory of the attention layers against the number of tokens."""
+    modes = list(dict.fromkeys(entry["mode"] for entry in entries))
+    size = (11, 3.9 * len(modes))
+    figure, axes = plt.subplots(len(modes), 2, figsize=size, layout="constrained", squeeze=False)
+    for mode, row in zip(modes, axes):
+        mine = [entry for entry in entries if entry["mode"] == mode]
+        words = "forward" if mode == "forward" else "forward and backward"
+        for axis, key, unit in zip(row, ("median_ms", "peak_mib"), ("time (ms)", "memory (MiB)")):
+            # Below a tenth of a MiB the meter shows pages, not tensors.
+            _lines(
+                axis,
+                mine,
+                lambda e: e["tokens"],
+                lambda e, key=key: e[key] and max(e[key], 0.1),
+                "name",
+            )
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
+            axis.set_title(f"{words}: {unit.partition(' (')[0]}")
+    axes[0][0].legend()
+    save(figure, path)
+
+
+def plot_whole(entries: Sequence[Entry], path: Path) -> None:
+    """Images per second of the detectors and segmentors."""
+    groups = [list(group) for _, group in groupby(entries, of_kind)]
+    size = (5.5 * len(groups), 3.2)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)
+    for axis, group in zip(axes[0], groups):
+        values = [entry["images_per_second"] for entry in group]
+        colours = [_colour(entry["backbone"]) for entry in group]
+        bars = axis.bar([label_of(entry) for entry in group], values, color=colours)
+        axis.bar_label(bars, [number(value) for value in values], padding=2)
+        first = group[0]
+        title = f"{first['task']}, {first['size'][0]}x{first['size'][1]}, {first['dtype']}"
+        axis.set(title=title, ylabel="images per second", ylim=(0, 1.15 * max(values)))
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a PNG whole and close the figure."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, path)
+    plt.close(figure)
+
+
+def _variant(entry: Entry) -> str:
+    return "_".join([entry["device"], entry["dtype"], *["compiled"] * entry["compiled"]])
+
+
+def plot(data: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, list[str]]:
+    """Draw what a run measured.
+
+    Returns:
+        The names of the files of each section.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    by_variant = sorted(data["results"], key=lambda e: (_variant(e), *of_kind(e)))
+    for variant, entries in groupby(by_variant, _variant):
+        names["results"].append(f"{prefix}backbones_{variant}.png")
+        plot_backbones(list(entries), folder / names["results"][-1])
+    painters = dict(scaling=plot_scaling, whole=plot_whole, operator=plot_operator)
+    for section, paint in painters.items():
+        if data[section]:
+            names[section].append(f"{prefix}{section}.png")
+            paint(data[section], folder / names[section][-1])
+    return names
+
+
+# ---------------------------------------------------------------------------------------------
+# benchmarks.md
+# ---------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Benchmarks
+
+Generated by `tools/analysis_tools/benchmark.py --write-docs`; do not edit.
+
+Times are medians of interleaved samples, every model warmed at the measured shape; q10 and q90 are
+quantiles. Peak memory is that of a fresh process above what it holds with the model and its input
+loaded. Weights are random. A multiply-add counts as one; multiply-adds are of one image's forward
+pass, with the Newton-Raphson iteration where the solver is one. "Ours" is the SOFT++ of the peer's
+size: Tiny for PVT-Tiny and PVTv2-B1, Small for PVTv2-B2, Swin-T, ConvNeXt-T and ResNet-50. SOFT++
+stands for the settings of the dense configs, 256 landmarks at most and the direct solver, unless
+it says Newton. `train` is a forward and a backward pass. "Of product" is the share of the device's
+best matrix product (2 FLOPs to a multiply-add) that the counted multiply-adds reach, "of copy" that
+of its best copy which the bytes read and written by all operators reach; it can exceed 100 % where
+caches help. The rest is the gap to the ceilings.
+"""
+HEADINGS = {
+    "results": "Backbones",
+    "scaling": "Growth with the image",
+    "whole": "Whole detectors and segmentors, test loop",
+    "operator": "Attention layers alone",
+}
+NOTES = {
+    "operator": "64 channels, 2 heads, projections included; each package's own defaults, "
+    "256 landmarks for ours.",
+    "whole": "`model.test_step` on random images, pre- and postprocessing included, with 80 (COCO) "
+    "and 150 (ADE20K) classes.",
+}
+
+
+def group_title(entry: Entry) -> str:
+    """The heading of one table."""
+    words = [entry["task"]] if "task" in entry else []
+    if "tokens" in entry:
+        words.append(f"{entry['tokens']} tokens")
+    else:
+        words.append(f"{entry['size'][0]}x{entry['size'][1]}")
+    words += [f"batch {entry['batch']}", entry["mode"], entry["device"], entry["dtype"]]
+    return ", ".join(words + ["compiled"] * entry["compiled"])
+
+
+def target_rows(data: dict[str, Any]) -> list[list[str]]:
+    """The table of targets; empty if the run has nothing to do with them."""
+    found = targets(data)
+    if all(target.met is None for target in found):
+        return []
+    answers = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [["target", "measured", "wanted", "met"]]
+    for target in found:
+        wanted = f"{'≤' if target.at_most else '≥'} {target.bound:g}"
+        rows.append([target.claim, number(target.measured), wanted, answers[target.met]])
+    return rows
+
+
+def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write `benchmarks.md` and, under `benchmarks/`, its plots."""
+    parts = [INTRODUCTION]
+    for index, data in enumerate(runs, 1):
+        versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+        best = ", ".join(
+            f"{number(value)} GB/s copied (read and written)"
+            if name == "copy_gb_s"
+            else f"{number(value)} TFLOP/s in {name.removesuffix('_tflops')} matrix products"
+            for name, value in data.get("ceilings", {}).items()
+        )
+        parts.append(
+            f"## {data['device']}\n\n{data['threads']} threads, {data['date'][:10]}; {versions}.\n"
+            f"Best of this device, measured alike: {best}.\n\n```\n{data['command']}\n```\n"
+        )
+        if rows := target_rows(data):
+            parts.append(f"### Targets\n\n{markdown(rows)}\n")
+        prefix = f"{index}_" if len(runs) > 1 else ""
+        pictures = plot(data, folder / "benchmarks", prefix)
+        for section, heading in HEADINGS.items():
+            if not data[section]:
+                continue
+            parts.append(f"### {heading}\n")
+            if section in NOTES:
+                parts.append(f"{NOTES[section]}\n")
+            parts += [f"![{heading}](benchmarks/{name})\n" for name in pictures[section]]
+            for _, group in groupby(data[section], of_kind):
+                entries = list(group)
+                rows = table(entries, data.get("ceilings"))
+                parts.append(f"**{group_title(entries[0])}**\n\n{markdown(rows)}\n")
+        if data.get("skipped"):
+            rows = [["left out", "", "reason"]] + [
+                [s["name"], f"{'x'.join(map(str, s['size']))}, {s['mode']}", s["reason"]]
+                for s in data["skipped"]
+            ]
+            parts.append(f"### Left out\n\n{markdown(rows)}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole("\n".join(parts), folder / "benchmarks.md")
+    print(f"wrote {folder / 'benchmarks.md'}")
