@@ -173,6 +173,8 @@ class SoftmaxFreeAttention(nn.Module):
         if self.max_landmarks is not None:
             # The term goes like N / m, constant at a fixed stride: a budget must not change that.
             # The factor is exactly 1 where the budget is not reached.
+            if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
+                hw_shape = (int(hw_shape[0]), int(hw_shape[1]))
             rows, cols = landmark_grid(*hw_shape, self.landmark_stride)
             out = out * (landmarks.shape[2] / (rows * cols))
         return out.transpose(1, 2).flatten(2)
