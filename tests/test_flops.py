@@ -84,11 +84,12 @@ def test_softmax_attention():
     )
 
 
+@pytest.mark.parametrize(("budget", "m"), [(None, 4 * 6), (16, 4 * 4)])
 @pytest.mark.parametrize("solver", ["newton", "direct"])
-def test_attention_layer(solver):
+def test_attention_layer(solver, budget, m):
     """Every product of the layer, by hand: 16x24 tokens, 64 channels in 2 heads, 4x6 landmarks."""
-    layer = SoftmaxFreeAttention(64, 2, 4, 5, normalize=True, solver=solver)
-    n, m, heads, d = 16 * 24, 4 * 6, 2, 32
+    layer = SoftmaxFreeAttention(64, 2, 4, 5, normalize=True, max_landmarks=budget, solver=solver)
+    n, heads, d = 16 * 24, 2, 32
     analysis = FlopAnalyzer(layer, (torch.rand(1, n, 64), torch.tensor([16, 24])))
     layer_forward = layer.forward
     layer.forward = lambda x, hw: layer_forward(x, (16, 24))
@@ -127,13 +128,13 @@ def get_flops(root):
 def test_our_tool(library, get_flops, tmp_path, monkeypatch, capsys):
     pytest.importorskip(f"{library}.models", exc_type=(ImportError, RuntimeError))
     config = tmp_path / "config.py"
-    Config(dict(default_scope=library, model=LIBRARIES[library]())).dump(config)
+    model = LIBRARIES[library](max_landmarks=16)
+    Config(dict(default_scope=library, model=model)).dump(config)
     monkeypatch.setattr("sys.argv", ["get_flops.py", str(config), "--shape", "224", "160"])
     get_flops["main"]()
     table = dict(re.findall(r"^ *(\w+) +([\d.]+)", capsys.readouterr().out, re.MULTILINE))
-    kwargs = LIBRARIES[library]()["backbone"]
-    backbone = SOFTPlusPlus(kwargs["arch"], out_indices=kwargs.get("out_indices", (0, 1, 2, 3)))
-    alone = FlopAnalyzer(backbone.eval(), torch.rand(1, 3, 224, 160)).total()
+    kwargs = {k: v for k, v in model["backbone"].items() if k not in ("type", "out_type")}
+    alone = FlopAnalyzer(SOFTPlusPlus(**kwargs).eval(), torch.rand(1, 3, 224, 160)).total()
     assert float(table["backbone"]) == pytest.approx(alone / 1e9, abs=6e-4)
     assert float(table["newton_raphson_pinv"]) > 0
     assert float(table["model"]) >= float(table["backbone"])

@@ -1,3 +1,4 @@
+# RetinaNet with SOFT++ Medium: a reconstructed recipe, from PVT's, as Tiny's.
 _base_ = "./retinanet_softpp-t_fpn_1x_coco.py"
 
 model = dict(

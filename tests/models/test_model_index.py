@@ -1,4 +1,4 @@
-"""MMPreTrain's own ways to a model by name, through our model index."""
+"""MMPreTrain's own ways to a model by name, through our metafile."""
 
 from pathlib import Path
 
@@ -7,7 +7,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["soft-tiny_8xb128_in1k", "softpp-tiny_8xb128_in1k"]
+PARAMETERS = dict(tiny=13.07, small=24.11, medium=45.81, large=64.70, huge=87.11)  # million
+NAMES = {
+    f"{variant}-{arch}_8xb{128 if arch in ('tiny', 'small') else 32}_in1k": (variant, arch)
+    for variant in ("soft", "softpp")
+    for arch in PARAMETERS
+}
+TINY = "softpp-tiny_8xb128_in1k"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,21 +23,49 @@ def model_index():
 
     register_all_modules()  # other tests leave the scopes of other libraries behind
     ModelHub._register_mmpretrain_models()
-    ModelHub.register_model_index(ROOT / "model-index.yml", config_prefix=ROOT)
+    ModelHub.register_model_index(ROOT / "configs/soft/metafile.yml", config_prefix=ROOT)
     yield
     for name in NAMES:
         del ModelHub._models_dict[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_get_model_and_inference(name):
-    from mmpretrain import get_model, inference_model, list_models
+def test_list_models():
+    from mmpretrain import list_models
 
-    assert name in list_models("soft*")
+    assert list_models("soft*") == sorted(NAMES)
+    assert set(NAMES) <= set(list_models(task="Image Classification"))
+
+
+def test_the_whole_index_is_sound():
+    """Every entry is in a collection of ours and points to files that exist."""
+    modelindex = pytest.importorskip("modelindex")
+    index = modelindex.load_model_index.load(str(ROOT / "model-index.yml"))
+    index.build_models_with_collections()
+    models = {model.name: model for model in index.models}
+    assert set(NAMES) < set(models)
+    assert len(models) == len(index.models)
+    for name, model in models.items():
+        assert not model.check_errors, name
+        assert (ROOT / model.config).stem == name
+        assert (ROOT / model.config).is_file()
+        assert (ROOT / model.readme).is_file()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if arch == "tiny" else [pytest.mark.long])
+        for name, (_, arch) in NAMES.items()
+    ],
+)
+def test_get_model_and_inference(name):
+    from mmpretrain import get_model, inference_model
+
+    variant, arch = NAMES[name]
     model = get_model(name)
-    assert type(model.backbone).__name__ == {"soft": "SOFT"}.get(
-        name[: name.index("-")], "SOFTPlusPlus"
-    )
+    assert type(model.backbone).__name__ == dict(soft="SOFT", softpp="SOFTPlusPlus")[variant]
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert parameters == pytest.approx(PARAMETERS[arch], abs=0.006)
     norm = model.backbone.stages[0].blocks[0].attn.landmark_norm
     model.init_weights()
     torch.testing.assert_close(norm.weight, torch.full_like(norm.weight, 0.3))  # not reset
@@ -42,9 +76,9 @@ def test_get_model_and_inference(name):
 def test_inferencer(tmp_path):
     from mmpretrain import ImageClassificationInferencer, get_model
 
-    model = get_model(NAMES[1])
+    model = get_model(TINY)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
-    inferencer = ImageClassificationInferencer(NAMES[1], str(tmp_path / "weights.pth"))
+    inferencer = ImageClassificationInferencer(TINY, str(tmp_path / "weights.pth"))
     image = np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)
     (result,) = inferencer(image, show=False)
     assert 0 <= result["pred_label"] < 1000

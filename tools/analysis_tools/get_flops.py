@@ -50,6 +50,23 @@ def build(config: Config, shape: tuple[int, int]) -> nn.Module:
     return model
 
 
+def analyse(config: Config, shape: tuple[int, int]) -> tuple[nn.Module, FlopAnalyzer]:
+    """Count the multiply-adds of one random image; the counts are in the analyzer.
+
+    Args:
+        config: of mmdet, mmseg or mmpretrain.
+        shape: (height, width) of the image.
+    """
+    # One warning for each operator that is not counted.
+    MMLogger.get_instance("get_flops", log_level="ERROR").setLevel(logging.ERROR)
+    flops.register()  # also for configs of other backbones, to compare with
+    with torch.no_grad():
+        model = build(config, shape)
+        analysis = FlopAnalyzer(model, torch.rand(1, 3, *shape))
+        analysis.total()  # traces, and keeps the counts
+    return model, analysis
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -68,14 +85,9 @@ def main() -> None:
     shape = (args.shape[0], args.shape[-1])
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
-    # One warning for each operator that is not counted.
-    MMLogger.get_instance("get_flops", log_level="ERROR").setLevel(logging.ERROR)
-    flops.register()  # also for configs of other backbones, to compare with
-    with torch.no_grad():
-        model = build(config, shape)
-        analysis = FlopAnalyzer(model, torch.rand(1, 3, *shape))
-        rows = [(name, analysis.total(name)) for name in ("", *dict(model.named_children()))]
-        operators = analysis.by_operator()
+    model, analysis = analyse(config, shape)
+    rows = [(name, analysis.total(name)) for name in ("", *dict(model.named_children()))]
+    operators = analysis.by_operator()
     parameters = parameter_count(model)
     print(f"{'':32}{'GMACs':>10}{'params (M)':>12}   at {shape[0]}x{shape[1]}")
     for name, macs in rows:

@@ -27,3 +27,6 @@ class SOFTPlusPlusNoAttention(SOFTPlusPlus):
         for module in self.modules():
             if isinstance(module, SoftmaxFreeAttention):
                 module.attend = attend_nothing
+                # Without effect, and DDP wants a gradient for all that could have one.
+                for part in (module.query, module.landmark_conv, module.landmark_norm):
+                    part.requires_grad_(False)

@@ -1,0 +1,165 @@
+"""The model zoo: its tables are current, and its parameters are the published ones."""
+
+import importlib.util
+import logging
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from mmengine.analysis import FlopAnalyzer
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from mmsoft.models import SOFTPlusPlus
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+pytest.importorskip("mmpretrain.models", exc_type=(ImportError, RuntimeError))
+
+IMAGENET = dict(tiny=13.07, small=24.11, medium=45.81, large=64.70, huge=87.11)  # million
+PUBLISHED = dict(
+    retinanet=dict(t=23, s=34, m=55, l=74),
+    mask=dict(t=33, s=44, m=65, l=84),
+    upernet=dict(s=54, m=76),
+)
+CHEAP = {
+    "soft": "soft-tiny_8xb128_in1k",
+    "retinanet": "retinanet_softpp-t_fpn_1x_coco",
+    "mask_rcnn": "mask-rcnn_softpp-t_fpn_1x_coco",
+    "upernet": "upernet_softpp-t_8xb2-160k_ade20k-512x512",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scope():
+    yield
+    init_default_scope("mmengine")
+
+
+@pytest.fixture(scope="module")
+def zoo(root):
+    spec = importlib.util.spec_from_file_location("model_zoo", root / "tools/dev/model_zoo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["model_zoo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def counts(zoo):
+    """Parameters as counted now, FLOPs as the metafiles have them."""
+    return zoo.count_all(zoo.read_counts())
+
+
+def test_tables_and_metafiles_are_current(zoo, counts):
+    assert zoo.stale(zoo.render(counts)) == [], "run python tools/dev/model_zoo.py"
+
+
+@pytest.mark.parametrize("folder", CHEAP)
+def test_flops_are_current(zoo, folder):
+    (shape,) = (f.shape for f in zoo.FOLDERS if f.name == folder)
+    config = Config.fromfile(zoo.ROOT / "configs" / folder / f"{CHEAP[folder]}.py")
+    found = zoo.read_counts()[CHEAP[folder]]
+    assert zoo.count_flops(config, shape) == (found.flops, found.inverse)
+
+
+@pytest.mark.long
+def test_all_flops_are_current(zoo):
+    assert zoo.count_all() == zoo.read_counts()
+
+
+def test_parameters_of_the_classifiers(counts):
+    found = {name: count for name, count in counts.items() if name.startswith("soft")}
+    assert len(found) == 10
+    for name, count in found.items():
+        arch = name[name.index("-") + 1 : name.index("_")]
+        assert count.parameters / 1e6 == pytest.approx(IMAGENET[arch], abs=0.006), name
+
+
+def test_parameters_of_detectors_and_segmentors(counts):
+    checked = 0
+    for name, count in counts.items():
+        if (word := name.replace("-", "_").split("_")[0]) in PUBLISHED:
+            size = name[name.index("softpp-") + len("softpp-")]
+            if size in PUBLISHED[word]:
+                assert count.parameters / 1e6 == pytest.approx(PUBLISHED[word][size], abs=0.6), name
+                checked += 1
+    assert checked == 4 + 7 + 2
+
+
+@pytest.mark.parametrize(("budget", "solver"), [(None, "newton"), (4, "direct")])
+def test_cost_of_the_operator_is_what_is_traced(zoo, budget, solver):
+    MMLogger.get_current_instance().setLevel(logging.ERROR)  # of operators that are not counted
+    backbone = SOFTPlusPlus("tiny", max_landmarks=budget, solver=solver).eval()
+    traced = FlopAnalyzer(backbone, torch.rand(1, 3, 120, 200)).by_operator()
+    landmarks, macs = zoo.operator_macs((120, 200), budget, solver, "tiny")
+    assert landmarks == (budget or 3 * 6)
+    assert macs["kernel products"] == traced["gaussian_kernel_product"]
+    assert macs["pseudo-inverse"] == sum(traced[name] for name in zoo.INVERSE) > 0
+
+
+# ---------------------------------------------------------- the tool, on a copy of the files
+
+
+@pytest.fixture
+def copy(zoo, root, tmp_path, monkeypatch):
+    shutil.copytree(root / "configs", tmp_path / "configs")
+    for name in ("README.md", "model-index.yml"):
+        shutil.copy(root / name, tmp_path)
+    monkeypatch.setattr(zoo, "ROOT", tmp_path)
+    return tmp_path
+
+
+def run(zoo, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["model_zoo.py", *arguments])
+    zoo.main()
+
+
+def test_stale_files_are_named_and_mended(zoo, counts, copy, monkeypatch, capsys):
+    name = CHEAP["retinanet"]
+    count = counts[name]
+    changed = counts | {name: replace(count, parameters=count.parameters + 10**7)}
+    monkeypatch.setattr(zoo, "count_all", lambda known: changed)
+    before = (copy / "README.md").read_text()
+    with pytest.raises(SystemExit) as caught:
+        run(zoo, monkeypatch, "--check")
+    files = ["configs/retinanet/metafile.yml", "configs/retinanet/README.md", "README.md"]
+    assert caught.value.code.startswith(f"stale: {', '.join(files)};")
+    assert before == (copy / "README.md").read_text()  # --check writes nothing
+
+    run(zoo, monkeypatch)
+    assert capsys.readouterr().out.splitlines() == [f"wrote {file}" for file in files]
+    lines = set(before.splitlines()) ^ set((copy / "README.md").read_text().splitlines())
+    assert len(lines) == 2  # one row, as it was and as it is
+    assert all(name in line for line in lines)
+    assert zoo.read_counts()[name].parameters == count.parameters + 10**7
+    run(zoo, monkeypatch, "--check")
+    assert sorted(p.name for p in copy.iterdir()) == ["README.md", "configs", "model-index.yml"]
+
+
+def test_a_config_without_an_entry_is_named(zoo, copy):
+    shutil.copy(
+        copy / f"configs/retinanet/{CHEAP['retinanet']}.py", copy / "configs/retinanet/x.py"
+    )
+    with pytest.raises(ValueError, match=r"configs/upernet and the table .* differ in x$"):
+        zoo.count_all(zoo.read_counts())
+
+
+def test_missing_markers_are_named(zoo, copy, monkeypatch):
+    (copy / "README.md").write_text("nothing\n")
+    with pytest.raises(SystemExit, match=r"error: .*README.md must have one line <!-- model zoo"):
+        run(zoo, monkeypatch)
+
+
+def test_published_figures_are_marked_as_the_authors(zoo):
+    for folder in zoo.FOLDERS:
+        content = yaml.safe_load((folder.path / "metafile.yml").read_text())
+        for model in content["Models"]:
+            _, *published = folder.models[model["Name"]]
+            results = model.get("Results", [])
+            assert [v for r in results for v in r["Metrics"].values()] == published
+            assert all("(published by the authors)" in k for r in results for k in r["Metrics"])

@@ -1,0 +1,144 @@
+"""One training step and one prediction of each config given, each in a fresh process.
+
+    python train_step.py LIBRARY CONFIG...
+
+The library is imported once and the process forks for every config, so that none finds what another
+left behind, and the first to import mmsoft is the config. One line of JSON per config: its name,
+and what is wrong or nothing.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+
+SIZE = 128
+
+
+def mmdet_batch(config):
+    from mmdet.testing import demo_mm_inputs
+
+    head = config.model.get("bbox_head") or config.model.roi_head.bbox_head
+    return demo_mm_inputs(2, [(3, SIZE, SIZE)] * 2, num_classes=head.num_classes, with_mask=True)
+
+
+def mmseg_batch(config):
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    config.model.data_preprocessor.size = (SIZE, SIZE)  # to which it pads
+    samples = []
+    for _ in range(2):
+        shape = (SIZE, SIZE)
+        sample = SegDataSample(metainfo=dict(img_shape=shape, ori_shape=shape))
+        classes = torch.randint(config.model.decode_head.num_classes, (1, *shape))
+        sample.gt_sem_seg = PixelData(data=classes)
+        samples.append(sample)
+    return images(), samples
+
+
+def mmpretrain_batch(config):
+    from mmpretrain.structures import DataSample
+
+    return images(), [DataSample().set_gt_label(i) for i in range(2)]
+
+
+def images():
+    return list(torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8))
+
+
+def check_prediction(library, result):
+    """Of one image."""
+    if library == "mmdet":
+        instances = result.pred_instances
+        assert len(instances) > 0
+        assert torch.isfinite(instances.bboxes).all()
+        assert ((instances.scores >= 0) & (instances.scores <= 1)).all()
+        assert "masks" not in instances or instances.masks.shape[1:] == (SIZE, SIZE)
+    elif library == "mmseg":
+        assert torch.isfinite(result.seg_logits.data).all()
+        assert result.pred_sem_seg.data.shape == (1, SIZE, SIZE)
+    else:
+        assert abs(float(result.pred_score.sum()) - 1) < 1e-4
+
+
+def check(library, path):
+    """Raise, or give a list of what is wrong."""
+    torch.manual_seed(0)
+    config = Config.fromfile(path)
+    assert config.default_scope == library, config.default_scope
+    init_default_scope(library)
+    batch = {"mmdet": mmdet_batch, "mmseg": mmseg_batch, "mmpretrain": mmpretrain_batch}[library]
+    data = batch(config)
+    if not isinstance(data, dict):
+        data = dict(zip(("inputs", "data_samples"), data))
+    if library == "mmdet":
+        test_cfg = config.model.test_cfg
+        test_cfg.get("rcnn", test_cfg).score_thr = 0  # an untrained detector is sure of nothing
+    if "rcnn" in (config.model.get("train_cfg") or {}):
+        config.model.train_cfg.rcnn.sampler.num = 64  # 512 takes seconds on a CPU
+    # What the Runner does to a model.
+    if "data_preprocessor" in config:
+        config.model.setdefault("data_preprocessor", config.data_preprocessor)
+    model = revert_sync_batchnorm(MODELS.build(config.model))
+    model.init_weights()
+
+    model.train()
+    for module in model.modules():
+        if type(module).__name__ == "DropPath":
+            module.drop_prob = 0  # so that no block is left out by chance
+    losses = model(**model.data_preprocessor(data, training=True), mode="loss")
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    problems = []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        if parameter.grad is None:
+            problems.append(f"{name} is unused")
+        elif not torch.isfinite(parameter.grad).all():
+            problems.append(f"the gradient of {name} is not finite")
+        elif not parameter.grad.any():
+            problems.append(f"the gradient of {name} is zero")
+
+    if config.optim_wrapper.type == "AmpOptimWrapper":
+        config.optim_wrapper.type = "OptimWrapper"  # MMEngine asserts a GPU for it
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    updated = [p for group in wrapper.optimizer.param_groups for p in group["params"]]
+    if sorted(map(id, updated)) != sorted(map(id, model.parameters())):
+        problems.append("the optimizer does not have every parameter once")
+
+    model.eval()
+    with torch.no_grad():
+        results = model.val_step(data)
+    assert len(results) == 2
+    for result in results:
+        check_prediction(library, result)
+    return problems
+
+
+def main(library, paths):
+    torch.set_num_threads(1)
+    __import__(f"{library}.models")
+    assert "mmsoft" not in sys.modules
+    for path in paths:
+        sys.stdout.flush()
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            continue
+        try:
+            problems = check(library, path)
+        except BaseException:
+            problems = [traceback.format_exc()]
+        print(json.dumps(dict(config=path, problems=problems)), flush=True)
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
