@@ -8,8 +8,9 @@ model = dict(
         _delete_=True,
         type="mmsoft.SOFTPlusPlus",
         arch="tiny",
-        # See README.md beside this file for the cost that decided these two.
-        max_landmarks=256,
+        # See README.md beside this file for the cost that decided these three.
+        max_landmarks=49,
+        max_keys=4096,
         solver="direct",
         drop_path_rate=0.1,
         norm_cfg=dict(type="SyncBN"),  # as in the heads

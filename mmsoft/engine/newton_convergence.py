@@ -103,7 +103,7 @@ class NewtonConvergenceHook(Hook):
     def _advice(self, stage: int, residual: float, state: BlockState) -> str:
         advice = "take solver='direct'"
         if state.layer.max_landmarks is None:
-            advice += ", or a landmark budget such as max_landmarks=256"
+            advice += ", or a landmark budget such as max_landmarks=49"
         return (
             f"the inverse of stage {stage} does not converge: after {state.layer.newton_steps} "
             f"Newton-Raphson steps the residual is {residual:.2g}, above {self.threshold:g} "

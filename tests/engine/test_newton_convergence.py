@@ -101,7 +101,7 @@ def test_one_warning_with_advice(tmp_path):
     (warning,) = warnings(tmp_path)
     assert "WARNING" in warning
     assert "after 2 Newton-Raphson steps" in warning
-    assert "solver='direct', or a landmark budget such as max_landmarks=256" in warning
+    assert "solver='direct', or a landmark budget such as max_landmarks=49" in warning
     assert len(logged(tmp_path)) == 4  # the logging goes on
 
 

@@ -109,10 +109,10 @@ def test_ours_are_the_dense_default(models):
     for name in models.OURS:
         model = models.BACKBONES[f"softpp-{name}"].make()
         layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
-        assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("direct", 256)}
+        assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("direct", 49)}
     newton = models.BACKBONES["softpp-tiny-newton"].make()
     layers = [m for m in newton.modules() if isinstance(m, SoftmaxFreeAttention)]
-    assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("newton", 256)}
+    assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("newton", 49)}
 
 
 PEERS = {  # channels of the features and published parameters (M), with their classifier or not

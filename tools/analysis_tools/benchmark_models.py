@@ -228,7 +228,7 @@ class OnSquareGrid(nn.Module):
 
 def _softpp(tokens: int) -> nn.Module:
     # Stage 1 of the dense models.
-    options: dict = dict(normalize=True, max_landmarks=256, solver="direct")
+    options: dict = dict(normalize=True, max_landmarks=49, solver="direct")
     return OnSquareGrid(SoftmaxFreeAttention(DIMS, HEADS, 8, 9, **options))
 
 
@@ -254,10 +254,10 @@ def _nystromformer(tokens: int) -> nn.Module:
 
 
 # Projections included, each with the package's own defaults: projections to 256 (Linformer), 110
-# random features (Performer), 256 landmarks (Nystromformer, and ours).
+# random features (Performer), 256 landmarks (Nystromformer), 49 (ours).
 OPERATORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "softpp": ("SOFT++", _softpp),
-    "softmax": ("full softmax", lambda tokens: SoftmaxAttention(DIMS, HEADS)),
+    "softmax": ("full softmax", lambda tokens: OnSquareGrid(SoftmaxAttention(DIMS, HEADS))),
     "linformer": ("Linformer", _linformer),
     "performer": ("Performer", _performer),
     "nystromformer": ("Nyströmformer", _nystromformer),

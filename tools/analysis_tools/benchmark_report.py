@@ -457,7 +457,7 @@ quantiles. Peak memory is that of a fresh process above what it holds with the m
 loaded. Weights are random. A multiply-add counts as one; multiply-adds are of one image's forward
 pass, with the Newton-Raphson iteration where the solver is one. "Ours" is the SOFT++ of the peer's
 size: Tiny for PVT-Tiny and PVTv2-B1, Small for PVTv2-B2, Swin-T, ConvNeXt-T and ResNet-50. SOFT++
-stands for the settings of the dense configs, 256 landmarks at most and the direct solver, unless
+stands for the settings of the dense configs, 49 landmarks at most and the direct solver, unless
 it says Newton. `train` is a forward and a backward pass. "Of product" is the share of the device's
 best matrix product (2 FLOPs to a multiply-add) that the counted multiply-adds reach, "of copy" that
 of its best copy which the bytes read and written by all operators reach; it can exceed 100 % where
@@ -471,7 +471,7 @@ HEADINGS = {
 }
 NOTES = {
     "operator": "64 channels, 2 heads, projections included; each package's own defaults, "
-    "256 landmarks for ours.",
+    "49 landmarks for ours.",
     "whole": "`model.test_step` on random images, pre- and postprocessing included, with 80 (COCO) "
     "and 150 (ADE20K) classes.",
 }
