@@ -106,7 +106,7 @@ def check(library, path):
         elif not parameter.grad.any():
             problems.append(f"the gradient of {name} is zero")
 
-    if config.optim_wrapper.type == "AmpOptimWrapper":
+    if config.optim_wrapper.get("type") == "AmpOptimWrapper":
         config.optim_wrapper.type = "OptimWrapper"  # MMEngine asserts a GPU for it
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     updated = [p for group in wrapper.optimizer.param_groups for p in group["params"]]
