@@ -9,7 +9,7 @@ then sees an ordinary OpenMMLab checkpoint.
 import argparse
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -172,7 +172,32 @@ def check_arch(
         if found[:compared] != arch[key][:compared]:
             contradictions.append(f"{key} {found} but the config has {arch[key]}")
     if contradictions:
-        raise ValueError(f"the checkpoint has {'; '.join(contradictions)}")
+        raise ValueError(
+            f"the checkpoint has {'; '.join(contradictions)}; change the arch of the config's "
+            "backbone, or name another checkpoint"
+        )
+
+
+def check_is_ours(
+    weights: Mapping[str, Tensor], prefix: str, names: Collection[str], variant: str
+) -> None:
+    """Check that weights without position embeddings are at most a part of a backbone's.
+
+    Args:
+        weights: a state dict.
+        prefix: what precedes the backbone's own names in it.
+        names: the backbone's own names.
+        variant: what to call the backbone in the message.
+
+    Raises:
+        ValueError: there are others under the prefix, so they are of another backbone.
+    """
+    strange = [k for k in weights if k.startswith(prefix) and k[len(prefix) :] not in names]
+    if strange:
+        raise ValueError(
+            f"the checkpoint holds no {variant} backbone but keys such as {_summary(strange)}; "
+            "name a checkpoint of this config's model, or change the config's backbone"
+        )
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:

@@ -218,8 +218,27 @@ def test_another_architecture_is_refused_by_load_from(released):
         load_checkpoint(model, released)
 
 
+def test_another_backbone_is_refused_by_load_from(tmp_path):
+    """Swin's names begin like ours; that some fit must not hide that most do not."""
+    others = ["stages.0.blocks.0.norm1.weight", "stages.0.blocks.0.attn.w_msa.qkv.weight"]
+    file = tmp_path / "swin.pth"
+    torch.save({"state_dict": {f"backbone.{name}": torch.zeros(32) for name in others}}, file)
+    model = torch.nn.Module()
+    model.backbone = SOFTPlusPlus(ARCH)
+    message = r"no SOFT\+\+ backbone but keys such as backbone\.stages\.0\.blocks\.0\.attn\.w_msa"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(model, str(file))
+    # A part of our own weights, or none, is what whoever made it wants.
+    own = model.state_dict()
+    part = {name: own[name] for name in own if name.startswith("backbone.stages.3.blocks")}
+    model.load_state_dict(part, strict=False)
+    model.load_state_dict({"head.weight": torch.zeros(1)}, strict=False)
+
+
 def test_another_variant_is_refused(released, tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint is of SOFT\+\+ but the config has SOFT$"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint is of SOFT\+\+ but the config has SOFT; change the type"
+    ):
         SOFT(ARCH, init_cfg=pretrained(released)).init_weights()
     torch.save(SOFT(ARCH).state_dict(), tmp_path / "own.pth")
     with pytest.raises(ValueError, match=r"checkpoint is of SOFT but the config has SOFT\+\+"):

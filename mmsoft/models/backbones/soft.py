@@ -9,7 +9,7 @@ from mmengine.model import BaseModule, PretrainedInit, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmsoft.checkpoint import check_arch, load_backbone
+from mmsoft.checkpoint import check_arch, check_is_ours, load_backbone
 from mmsoft.ops.attention import SOLVERS
 from mmsoft.registry import MODELS
 
@@ -247,14 +247,19 @@ class SOFT(BaseModule):
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
     ) -> None:
-        """Refuse a checkpoint of another architecture or variant, which MMEngine would only log.
+        """Refuse a checkpoint of another backbone, architecture or variant: MMEngine only logs it.
 
         A state dict with but a few of our parameters is left to whoever made it.
         """
         if f"{prefix}stages.0.pos_embed" in state_dict:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
+        else:
+            check_is_ours(state_dict, prefix, self.state_dict().keys(), self.variant)
         if (variant := local_metadata.get("variant")) not in (None, self.variant):
-            raise ValueError(f"the checkpoint is of {variant} but the config has {self.variant}")
+            raise ValueError(
+                f"the checkpoint is of {variant} but the config has {self.variant}; change the "
+                "type of the config's backbone, or name another checkpoint"
+            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _frozen_modules(self) -> list[nn.Module]:
