@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,42 @@ def run_outside(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wheel(root, tmp_path_factory):
+    """The wheel, built from the source distribution so that both are tried."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = "import sys; from setuptools.build_meta import {0} as build; build(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", build.format("build_sdist"), str(folder)],
+        cwd=root,
+        check=True,
+        capture_output=True,
+    )
+    (sdist,) = folder.glob("mmsoft-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    subprocess.run(
+        [sys.executable, "-c", build.format("build_wheel"), str(folder)],
+        cwd=folder / sdist.name[: -len(".tar.gz")],
+        check=True,
+        capture_output=True,
+    )
+    return next(folder.glob("mmsoft-*.whl"))
+
+
+@pytest.fixture
+def fresh_python(wheel, tmp_path):
+    """The Python of a new environment with the wheel installed.
+
+    It sees the packages of this environment, after its own.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    ours = str(Path(pytest.__file__).parents[1])
+    (site_packages / "outer.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+    return python

@@ -1,10 +1,7 @@
 """The package: import, versions, registry, config prefix, checkpoints, wheel."""
 
-import os
 import re
 import subprocess
-import sys
-import tarfile
 import zipfile
 from importlib import metadata
 
@@ -180,29 +177,6 @@ def test_getattr_reaches_only_the_statistics(tmp_path, name):
 # ------------------------------------------------------------------------------------ wheel
 
 
-@pytest.fixture(scope="module")
-def wheel(root, tmp_path_factory):
-    """The wheel, built from the source distribution so that both are tried."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = "import sys; from setuptools.build_meta import {0} as build; build(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", build.format("build_sdist"), str(folder)],
-        cwd=root,
-        check=True,
-        capture_output=True,
-    )
-    (sdist,) = folder.glob("mmsoft-*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
-    subprocess.run(
-        [sys.executable, "-c", build.format("build_wheel"), str(folder)],
-        cwd=folder / sdist.name[: -len(".tar.gz")],
-        check=True,
-        capture_output=True,
-    )
-    return next(folder.glob("mmsoft-*.whl"))
-
-
 def test_wheel_carries_configs_tools_and_model_index(wheel, root):
     tracked = subprocess.run(
         ["git", "ls-files", "mmsoft", "configs", "tools", "model-index.yml"],
@@ -217,22 +191,6 @@ def test_wheel_carries_configs_tools_and_model_index(wheel, root):
         names = set(archive.namelist())
     assert wanted <= names
     assert not [name for name in names if name.startswith(("tests", "configs", "tools"))]
-
-
-@pytest.fixture
-def fresh_python(wheel, tmp_path):
-    """The Python of a new environment with the wheel installed.
-
-    It sees the packages of this environment, after its own.
-    """
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
-    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    ours = os.path.dirname(os.path.dirname(torch.__file__))
-    (site_packages / "outer.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    return python
 
 
 DETECTOR = """

@@ -1,0 +1,82 @@
+"""Two processes train as one process with twice the batch does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from true_layout import make_coco
+
+torch = pytest.importorskip("torch")
+
+# What would make the two differ by right is off: random flips, stochastic depth, and shuffling. The
+# rate neither warms up nor is small, so that the second iteration shows a fault of the first.
+CONFIG = """
+_base_ = "{root}/configs/retinanet/retinanet_softpp-t_fpn_1x_coco.py"
+model = dict(backbone=dict(drop_path_rate=0.0))
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="PackDetInputs"),
+]
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(shuffle=False),
+    dataset=dict(data_root="data/coco/", filter_cfg=dict(min_size=1), pipeline=train_pipeline),
+)
+train_cfg = dict(max_epochs=1)
+val_cfg = val_dataloader = val_evaluator = None
+param_scheduler = []
+default_hooks = dict(checkpoint=None)
+randomness = dict(seed=0)
+"""
+
+
+def share_boxes(annotation_file):
+    """Give every second image the boxes of the one before it.
+
+    RetinaNet divides its loss by the number of positive anchors of the process's own images, so the
+    mean over processes is that of one process only if every process has as many. Equal boxes in
+    images of equal size have; the pictures differ, hence the gradients too.
+    """
+    content = json.loads(annotation_file.read_text())
+    kept = [a for a in content["annotations"] if a["image_id"] % 2]
+    copies = [dict(a, id=a["id"] + 10000, image_id=a["image_id"] + 1) for a in kept]
+    content["annotations"] = kept + copies
+    annotation_file.write_text(json.dumps(content))
+
+
+def distance(one, other):
+    """The largest relative distance of two dicts' tensors."""
+    assert one.keys() == other.keys()
+    return max(float((one[k] - other[k]).norm() / other[k].norm().clamp_min(1e-12)) for k in one)
+
+
+def test_two_gloo_processes_equal_one_with_twice_the_batch(root, tmp_path):
+    pytest.importorskip("mmdet")
+    share_boxes(make_coco(tmp_path) / "annotations/instances_train2017.json")
+    (tmp_path / "config.py").write_text(CONFIG.format(root=root))
+
+    def train(processes):
+        script = root / "tests/distributed_worker.py"
+        command = [sys.executable, script, "config.py", f"{processes}", f"--processes={processes}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        files = [tmp_path / f"{processes}/rank{rank}.pth" for rank in range(processes)]
+        return [torch.load(file) for file in files]
+
+    (single,) = train(1)
+    first, second = train(2)
+    assert first["wrapper"] == "MMDistributedDataParallel"
+    assert len(single["gradients"]) == len(first["gradients"]) == 2
+    for iteration in range(2):
+        # Each process saw its own image ...
+        ours = [rank["losses"][iteration]["loss"] for rank in (first, second)]
+        assert abs(ours[0] - ours[1]) > 1e-3 * ours[0]
+        # ... and the mean is what one process with both sees.
+        assert sum(ours) / 2 == pytest.approx(single["losses"][iteration]["loss"], rel=1e-5)
+        assert distance(first["gradients"][iteration], single["gradients"][iteration]) < 1e-5
+    assert distance(first["parameters"], single["parameters"]) < 1e-5
+    assert distance(first["parameters"], second["parameters"]) == 0

@@ -1,0 +1,128 @@
+"""The three libraries' inferencers on a JPEG, each in a process of its own.
+
+MMPreTrain's and the others' do not share one: the first leaves its default scope behind.
+"""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from true_layout import make_shapes
+
+# Builds the config's model, changes its weights so that the answer is known, and saves it with what
+# MMEngine puts into a checkpoint.
+SAVE = """
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+torch.manual_seed(0)
+config = Config.fromfile({config!r})
+init_default_scope(config.default_scope)
+model = MODELS.build(config.model)
+model.init_weights()
+weights = model.state_dict()
+{change}
+meta = dict(dataset_meta={meta}, cfg=config.pretty_text)
+torch.save(dict(state_dict=weights, meta=meta), "checkpoint.pth")
+"""
+
+DETECT = """
+from mmdet.apis import DetInferencer
+inferencer = DetInferencer({model}weights="checkpoint.pth", device="cpu")
+inferencer("photo.jpg", out_dir="out", pred_score_thr=0.0)
+"""
+
+SEGMENT = """
+from mmseg.apis import MMSegInferencer
+inferencer = MMSegInferencer(model={config!r}, weights="checkpoint.pth", device="cpu")
+inferencer("photo.jpg", out_dir="out")
+"""
+
+CLASSIFY = """
+import json
+from mmpretrain import ImageClassificationInferencer
+{register}
+inferencer = ImageClassificationInferencer({model!r}, pretrained="checkpoint.pth", device="cpu")
+(result,) = inferencer("photo.jpg", show_dir="out")
+print("RESULT", result["pred_label"], result["pred_class"])
+"""
+
+REGISTER = """
+from mmpretrain.apis import ModelHub
+ModelHub.register_model_index({index!r}, config_prefix={root!r})
+"""
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An ordinary picture, as an array; the file is photo.jpg."""
+    (scene,) = (make_shapes(tmp_path, 1, 1, 160) / "coco/val2017").iterdir()
+    scene.rename(tmp_path / "photo.jpg")
+    return cv2.imread(str(tmp_path / "photo.jpg"))
+
+
+@pytest.fixture
+def run(run_outside):
+    def run(program):
+        done = run_outside("-W", "ignore", "-c", program)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+# Without a config the inferencer takes the one that the checkpoint holds.
+@pytest.mark.parametrize("given", ["config", "checkpoint alone"])
+def test_detector(given, photo, run, root, tmp_path):
+    pytest.importorskip("mmdet")
+    config = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
+    # Every anchor scores about one half instead of one hundredth.
+    change = 'weights["bbox_head.retina_cls.bias"].zero_()'
+    run(SAVE.format(config=config, change=change, meta="config.metainfo"))
+    run(DETECT.format(model=f"model={config!r}, " if given == "config" else ""))
+    prediction = json.loads((tmp_path / "out/preds/photo.json").read_text())
+    assert 0 < len(prediction["bboxes"]) <= 100
+    assert np.allclose(prediction["scores"], 0.5, atol=0.4)
+    painted = cv2.imread(str(tmp_path / "out/vis/photo.jpg"))
+    assert painted.shape == photo.shape
+    x0, y0, x1, y1 = np.clip(np.round(prediction["bboxes"][0]).astype(int), 0, 159)
+    change = np.abs(painted.astype(int) - photo).max(2)
+    assert change[y0 : y1 + 1, x0 : x1 + 1].max() > 50
+
+
+def test_segmentor(photo, run, root, tmp_path):
+    pytest.importorskip("mmseg")
+    config = str(root / "configs/demo/upernet_softpp-mini_shapes.py")
+    change = 'weights["decode_head.conv_seg.bias"][3] = 100'
+    run(SAVE.format(config=config, change=change, meta="dict(config.dataset.metainfo)"))
+    run(SEGMENT.format(config=config))
+    labels = cv2.imread(str(tmp_path / "out/pred/00000000_pred.png"), cv2.IMREAD_GRAYSCALE)
+    assert labels.shape == photo.shape[:2]
+    assert (labels == 3).all()
+    # Painted in that class's colour, of which the inferencer lays 80 percent over the picture.
+    painted = cv2.imread(str(tmp_path / "out/vis/photo.jpg"))
+    colour = np.array([245, 180, 40])[::-1]
+    expected = 0.8 * colour + 0.2 * photo
+    assert np.median(np.abs(painted - expected)) < 8
+
+
+@pytest.mark.parametrize("given", ["config", "name"])
+def test_classifier(given, photo, run, root, tmp_path):
+    pytest.importorskip("mmpretrain")
+    name = "softpp-tiny_8xb128_in1k"
+    config = str(root / f"configs/soft/{name}.py")
+    change = 'weights["head.fc.bias"][7] = 100'
+    run(
+        "from mmpretrain.datasets.categories import IMAGENET_CATEGORIES\n"
+        + SAVE.format(config=config, change=change, meta="dict(classes=IMAGENET_CATEGORIES)")
+    )
+    index = str(root / "model-index.yml")
+    register = REGISTER.format(index=index, root=str(root)) if given == "name" else ""
+    model = config if given == "config" else name
+    output = run(CLASSIFY.format(model=model, register=register))
+    assert "RESULT 7 cock" in output
+    painted = cv2.imread(str(tmp_path / "out/photo.png"))
+    # The class is written over the picture in its upper left corner.
+    corner = (slice(0, photo.shape[0] // 4), slice(0, photo.shape[1] // 2))
+    assert np.abs(painted[corner].astype(int) - photo[corner]).max() > 50

@@ -1,0 +1,72 @@
+"""Small data sets on disk in the layout that the stock configs expect under ``data/``."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / "tools/dataset_converters/make_shapes.py"
+
+# COCO numbers its 80 categories from 1 to 90 and leaves these out.
+COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+SHAPE_IDS = (1, 3, 44, 67, 90)  # what the five shapes count as
+
+
+def make_shapes(folder: Path, train: int, val: int, size: int) -> Path:
+    """Generate `train` and `val` scenes of `size` pixels; gives the folder of both layouts."""
+    out = folder / "shapes"
+    sizes = [f"--train={train}", f"--val={val}", f"--size={size}"]
+    command = [sys.executable, str(SCRIPT), str(out), *sizes]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def make_coco(folder: Path, train: int = 4, val: int = 2, size: int = 96) -> Path:
+    """Make ``data/coco`` in `folder`: the shapes under the names of five of the 80 categories."""
+    from mmdet.datasets import CocoDataset
+
+    coco = folder / "data/coco"
+    coco.parent.mkdir(exist_ok=True)
+    shapes = make_shapes(folder, train, val, size)
+    os.replace(shapes / "coco", coco)
+    shutil.rmtree(shapes)
+    names = CocoDataset.METAINFO["classes"]
+    for path in coco.glob("annotations/*.json"):
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            annotation["category_id"] = SHAPE_IDS[annotation["category_id"] - 1]
+        content["categories"] = [
+            {"id": i, "name": name} for i, name in zip(COCO_IDS, names, strict=True)
+        ]
+        path.write_text(json.dumps(content))
+    return coco
+
+
+def make_ade20k(folder: Path, train: int = 4, val: int = 2, size: int = 96) -> Path:
+    """Make ``data/ade/ADEChallengeData2016`` in `folder`: six of the 150 classes occur."""
+    ade = folder / "data/ade/ADEChallengeData2016"
+    ade.parent.mkdir(parents=True)
+    shapes = make_shapes(folder, train, val, size)
+    os.replace(shapes / "ade", ade)
+    shutil.rmtree(shapes)
+    return ade
+
+
+def make_imagenet(folder: Path, scenes: int = 8, size: int = 96) -> Path:
+    """Make ``data/imagenet`` in `folder`: 1000 folders per split, one image each.
+
+    MMPreTrain's data set refuses any other number of folders. The images are `scenes` different
+    ones, linked; a run on a few is had by ``*_dataloader.dataset.indices=N``.
+    """
+    imagenet = folder / "data/imagenet"
+    shapes = make_shapes(folder, scenes, 1, size)
+    pictures = sorted((shapes / "coco/train2017").iterdir())
+    for split in ("train", "val"):
+        for label in range(1000):
+            target = imagenet / split / f"n{label:08d}"
+            target.mkdir(parents=True)
+            os.link(pictures[label % scenes], target / f"{target.name}_1.JPEG")
+    shutil.rmtree(shapes)
+    return imagenet
