@@ -53,8 +53,14 @@ def error_of(root, tmp_path):
             "data/cocoa/annotations/instances_train2017.json",
             marks=pytest.mark.long,
         ),
-        ("mmseg", SEGMENTOR, [], "data/ade/ADEChallengeData2016/images/training"),
-        ("mmpretrain", CLASSIFIER, [], "data/imagenet/train"),
+        pytest.param(
+            "mmseg",
+            SEGMENTOR,
+            [],
+            "data/ade/ADEChallengeData2016/images/training",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("mmpretrain", CLASSIFIER, [], "data/imagenet/train", marks=pytest.mark.long),
     ],
 )
 def test_missing_data_set_or_wrong_data_root(package, config, options, named, error_of):

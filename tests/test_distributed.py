@@ -1,6 +1,7 @@
 """Two processes train as one process with twice the batch does."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -49,11 +50,14 @@ def share_boxes(annotation_file):
 
 
 def distance(one, other):
-    """The largest relative distance of two dicts' tensors."""
+    """The relative distance of two dicts' tensors, taken as one vector each, and the largest."""
     assert one.keys() == other.keys()
-    return max(float((one[k] - other[k]).norm() / other[k].norm().clamp_min(1e-12)) for k in one)
+    squares = {k: (float((one[k] - other[k]).norm()), float(other[k].norm())) for k in one}
+    whole = [math.hypot(*values) for values in zip(*squares.values(), strict=True)]
+    return whole[0] / whole[1], max(off / max(norm, 1e-12) for off, norm in squares.values())
 
 
+@pytest.mark.long
 def test_two_gloo_processes_equal_one_with_twice_the_batch(root, tmp_path):
     pytest.importorskip("mmdet")
     share_boxes(make_coco(tmp_path) / "annotations/instances_train2017.json")
@@ -77,6 +81,8 @@ def test_two_gloo_processes_equal_one_with_twice_the_batch(root, tmp_path):
         assert abs(ours[0] - ours[1]) > 1e-3 * ours[0]
         # ... and the mean is what one process with both sees.
         assert sum(ours) / 2 == pytest.approx(single["losses"][iteration]["loss"], rel=1e-5)
-        assert distance(first["gradients"][iteration], single["gradients"][iteration]) < 1e-5
-    assert distance(first["parameters"], single["parameters"]) < 1e-5
-    assert distance(first["parameters"], second["parameters"]) == 0
+        whole, largest = distance(first["gradients"][iteration], single["gradients"][iteration])
+        assert whole < 1e-5
+        assert largest < 1e-4  # of a single tensor, however small: float32
+    assert distance(first["parameters"], single["parameters"])[0] < 1e-5
+    assert distance(first["parameters"], second["parameters"]) == (0, 0)

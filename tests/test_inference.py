@@ -73,7 +73,9 @@ def run(run_outside):
 
 
 # Without a config the inferencer takes the one that the checkpoint holds.
-@pytest.mark.parametrize("given", ["config", "checkpoint alone"])
+@pytest.mark.parametrize(
+    "given", ["config", pytest.param("checkpoint alone", marks=pytest.mark.long)]
+)
 def test_detector(given, photo, run, root, tmp_path):
     pytest.importorskip("mmdet")
     config = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
@@ -107,7 +109,7 @@ def test_segmentor(photo, run, root, tmp_path):
     assert np.median(np.abs(painted - expected)) < 8
 
 
-@pytest.mark.parametrize("given", ["config", "name"])
+@pytest.mark.parametrize("given", ["config", pytest.param("name", marks=pytest.mark.long)])
 def test_classifier(given, photo, run, root, tmp_path):
     pytest.importorskip("mmpretrain")
     name = "softpp-tiny_8xb128_in1k"

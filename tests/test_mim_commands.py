@@ -2,10 +2,10 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
 
+import cv2
 import pytest
 from true_layout import make_ade20k, make_coco, make_imagenet
 
@@ -104,6 +104,12 @@ def scalars(work_dir):
     return [entry for entry in map(json.loads, text.splitlines()) if "loss" in entry]
 
 
+def is_painted(file):
+    """Whether `file` is a picture with something on it."""
+    picture = cv2.imread(str(file))
+    return picture is not None and picture.std() > 5
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_size_config_trains_resumes_and_tests(family, root, tmp_path):
@@ -140,4 +146,42 @@ def test_full_size_config_trains_resumes_and_tests(family, root, tmp_path):
     output = mim(tmp_path, "test", package, config, "--checkpoint", checkpoint, *common)
     (report,) = (tmp_path / "test").glob("*/*.json")
     assert 0 <= json.loads(report.read_text())[case["metric"]] <= 100
-    assert re.search(rf"Load checkpoint from {checkpoint}", output)
+    assert f"Load checkpoint from {checkpoint}" in output
+
+    plot = [] if package == "mmseg" else ["plot_curve"]  # the one script knows no sub-commands
+    log = max((tmp_path / "work").glob("*/vis_data/scalars.json"))
+    mim(tmp_path, "run", package, "analyze_logs", *plot, log, "--keys", "loss", "--out", "loss.png")
+    assert is_painted(tmp_path / "loss.png")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_print_config(family, root, tmp_path):
+    case = FAMILIES[family]
+    pytest.importorskip(case["package"])
+    config = root / "configs" / case["config"]
+    output = mim(tmp_path, "run", case["package"], "print_config", config)
+    assert "type='mmsoft.SOFTPlusPlus'" in output
+    assert "train_dataloader = dict(" in output
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_browse_dataset(family, root, tmp_path):
+    case = FAMILIES[family]
+    package = case["package"]
+    pytest.importorskip(package)
+    case["data"](tmp_path)
+    config = root / "configs" / case["config"]
+    options = [option for option in case["options"] if option.startswith("train_")]
+    flags = ["--output-dir", "painted", "--not-show", "--cfg-options", *options]
+    if package == "mmseg":  # whose own fails
+        script = root / "tools/analysis_tools/browse_seg_dataset.py"
+        command = [sys.executable, str(script), str(config), *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    else:
+        mim(tmp_path, "run", package, "browse_dataset", config, *flags)
+    pictures = [*(tmp_path / "painted").rglob("*.jpg"), *(tmp_path / "painted").rglob("*.JPEG")]
+    assert len(pictures) == 4
+    assert all(is_painted(picture) for picture in pictures)

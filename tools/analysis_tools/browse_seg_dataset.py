@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Paint what a segmentor trains on: MMSegmentation's `browse_dataset`, made to run.
+
+    python tools/analysis_tools/browse_seg_dataset.py CONFIG --output-dir painted --not-show
+
+takes the options of that script. mmseg 1.2.2 hands its visualizer a picture whose memory is not in
+the order that OpenCV writes to, and stops with "Layout of the output array img is incompatible".
+"""
+
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from mmseg.visualization import SegLocalVisualizer
+
+SCRIPT = Path(".mim/tools/analysis_tools/browse_dataset.py")
+
+
+class ContiguousVisualizer(SegLocalVisualizer):
+    """Takes pictures in any memory order."""
+
+    def add_datasample(self, name: str, image: np.ndarray, *args, **kwargs) -> None:
+        """Paint a sample, see the base."""
+        super().add_datasample(name, np.ascontiguousarray(image), *args, **kwargs)
+
+
+def main() -> None:
+    """Run mmseg's script with this visualizer."""
+    from mmseg.registry import VISUALIZERS
+
+    VISUALIZERS.register_module(name="SegLocalVisualizer", module=ContiguousVisualizer, force=True)
+    folder = Path(find_spec("mmseg").origin).parent
+    runpy.run_path(str(folder / SCRIPT), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
