@@ -81,7 +81,7 @@ def test_detector(given, photo, run, root, tmp_path):
     config = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
     # Every anchor scores about one half instead of one hundredth.
     change = 'weights["bbox_head.retina_cls.bias"].zero_()'
-    run(SAVE.format(config=config, change=change, meta="config.metainfo"))
+    run(SAVE.format(config=config, change=change, meta="dict(config.metainfo)"))
     run(DETECT.format(model=f"model={config!r}, " if given == "config" else ""))
     prediction = json.loads((tmp_path / "out/preds/photo.json").read_text())
     assert 0 < len(prediction["bboxes"]) <= 100
