@@ -4,7 +4,8 @@
     python tools/analysis_tools/plot_benchmark.py BENCHMARK.json --out-dir work_dirs/figures
 
 Writes `memory.png` (SOFT, figure 1) from the entries under `operator`, and `tradeoff.png` (figure
-3) from the forward passes under `results`, with the accuracies that the papers state: none were measured here.
+3) from the forward passes under `results`, with the accuracies that the papers state: none were
+measured here.
 """
 
 import argparse
