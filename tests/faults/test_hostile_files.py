@@ -93,6 +93,26 @@ def test_the_runner_refuses_it_too(option, root, shapes, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_config_in_a_checkpoint_is_not_executed(root, shapes, tmp_path):
+    """MMEngine 0.10.7 does so on `--resume`: a plain string, which no unpickler stops."""
+    pytest.importorskip("mmdet")
+    runner = Runner.from_cfg(config(root, shapes, "retinanet", tmp_path))
+    mark = tmp_path / "executed"
+    code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+    content = dict(
+        state_dict=runner.model.state_dict(),
+        meta=dict(epoch=0, iter=1, config=code),
+        message_hub=runner.message_hub.state_dict(),
+    )
+    torch.save(content, tmp_path / "crafted.pth")
+    cfg = config(root, shapes, "retinanet", tmp_path)
+    cfg.resume, cfg.load_from = True, str(tmp_path / "crafted.pth")
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.iter == 2
+    assert not mark.exists()
+
+
 def test_a_config_is_a_program(tmp_path):
     """As documented: MMEngine runs a config, ours or not, so a config is to be read like code."""
     (tmp_path / "config.py").write_text(
