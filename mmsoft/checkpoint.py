@@ -268,7 +268,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     path = Path(path).expanduser()
     _check_archive(path)
     with _refusals(path):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    _check_storages(checkpoint, path)
+    return checkpoint
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
@@ -278,10 +280,11 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     Raises:
         ValueError: see :func:`read_checkpoint`.
     """
-    if Path(filename).expanduser().is_file():
-        _check_archive(Path(filename).expanduser())
-    with _refusals(filename):
+    path = Path(filename).expanduser()
+    _check_archive(path)
+    with _refusals(path):
         checkpoint = _mmengine_load_from_local(filename, map_location)
+    _check_storages(checkpoint, path)
     return convert_released(checkpoint) if is_released(checkpoint) else checkpoint
 
 
@@ -294,6 +297,30 @@ def _check_archive(path: Path) -> None:
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     if not stored or sum(member.file_size for member in members) > path.stat().st_size:
         raise ValueError(f"{path} is refused: its content unpacks to more than the file's size")
+
+
+def _check_storages(checkpoint: Any, path: Path) -> None:
+    """Refuse tensors with more elements than the file holds.
+
+    torch's older format grows a storage to the shape that a tensor claims.
+    """
+    stored: dict[int, int] = {}
+    seen: set[int] = set()
+    todo = [checkpoint]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if type(item) in (Tensor, nn.Parameter) and item.layout == torch.strided:
+            storage = item.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, (list, tuple)):
+            todo += item
+    if sum(stored.values()) > path.stat().st_size:
+        raise ValueError(f"{path} is refused: its tensors claim more bytes than the file has")
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class CheckpointHook(_CheckpointHook):
     leaves a truncated file (open-mmlab/mmdetection issue 4835) and, with ``max_keep_ckpts=1``,
     nothing to resume from. Here a checkpoint gets its name when all of it is on the disk, only then
     does the old one go, and ``--resume`` takes the newest complete checkpoint whatever
-    ``last_checkpoint`` says.
+    ``last_checkpoint`` says. Nor does resuming execute what a checkpoint holds.
 
     Registered under MMEngine's own name once the models of this package are imported, so that every
     config gets it. Runs with ``FlexibleRunner``, and checkpoints that do not go to a local folder,
@@ -58,6 +58,16 @@ class CheckpointHook(_CheckpointHook):
         if getattr(runner, "_resume", False) and runner._load_from is None:
             self._mend_last_checkpoint(runner)
             barrier()
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Drop a config that the checkpoint holds, which MMEngine would execute on ``--resume``.
+
+        Checkpoints of MMCV 1 have one under this name, and crafted ones may; MMEngine's do not, and
+        it only compares numbers of GPUs in it.
+        """
+        meta = checkpoint.get("meta")
+        if isinstance(meta, dict) and meta.pop("config", None) is not None:
+            runner.logger.warning("the config in the checkpoint's meta was dropped, not executed")
 
     @master_only
     def _mend_last_checkpoint(self, runner: Any) -> None:

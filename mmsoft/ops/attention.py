@@ -38,11 +38,12 @@ def _check(q: Tensor, v: Tensor, landmarks: Tensor, solver: str, steps: int) -> 
         raise ValueError(
             f"landmarks must have the head dimension of q, {q.shape[3]}, got {landmarks.shape[3]}"
         )
-    if landmarks.shape[2] < 1 or q.shape[2] < 1:
-        raise ValueError(
-            "q and landmarks must have at least one token, "
-            f"got {q.shape[2]} and {landmarks.shape[2]}"
-        )
+    for name, tensor in (("q", q), ("v", v), ("landmarks", landmarks)):
+        if tensor.shape[1] < 1 or tensor.shape[2] < 1 or tensor.shape[3] < 1:
+            raise ValueError(
+                f"{name} must have at least one token, head and channel, "
+                f"got shape {tuple(tensor.shape)}"
+            )
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
     if not isinstance(steps, int) or steps < 1:
