@@ -30,7 +30,7 @@ torch.save(dict(state_dict=weights, meta=meta), "checkpoint.pth")
 DETECT = """
 from mmdet.apis import DetInferencer
 inferencer = DetInferencer({model}weights="checkpoint.pth", device="cpu")
-inferencer("photo.jpg", out_dir="out", pred_score_thr=0.0)
+inferencer("photo.jpg", out_dir="out", pred_score_thr=0.0, no_save_pred=False)
 """
 
 SEGMENT = """
@@ -80,7 +80,9 @@ def test_detector(given, photo, run, root, tmp_path):
     pytest.importorskip("mmdet")
     config = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
     # Every anchor scores about one half instead of one hundredth.
-    change = 'weights["bbox_head.retina_cls.bias"].zero_()'
+    change = "; ".join(
+        f'weights["bbox_head.retina_cls.{name}"].zero_()' for name in ("weight", "bias")
+    )
     run(SAVE.format(config=config, change=change, meta="dict(config.metainfo)"))
     run(DETECT.format(model=f"model={config!r}, " if given == "config" else ""))
     prediction = json.loads((tmp_path / "out/preds/photo.json").read_text())

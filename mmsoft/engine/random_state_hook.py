@@ -68,7 +68,8 @@ def _start_worker(
 
 def _set_random_state(*keys: int) -> None:
     """Seed the generators of Python, NumPy and torch, each from a well-mixed hash of ``keys``."""
-    a, b, c = map(int, np.random.SeedSequence(keys).generate_state(3))
+    # Their number too: NumPy takes (0, 0) and (0, 0, 0) for the same.
+    a, b, c = map(int, np.random.SeedSequence((len(keys), *keys)).generate_state(3))
     random.seed(a)
     np.random.seed(b)  # noqa: NPY002  (OpenMMLab's transforms draw from it)
     torch.manual_seed(c)

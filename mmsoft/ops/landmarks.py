@@ -163,6 +163,8 @@ def landmark_patches(
     """
     if not isinstance(q, Tensor):
         raise TypeError(f"q must be a tensor, got {type(q).__name__}")
+    if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
+        hw_shape = (int(hw_shape[0]), int(hw_shape[1]))
     ints = (int, torch.SymInt)
     if (
         not isinstance(hw_shape, (tuple, list))

@@ -134,9 +134,7 @@ def test_accumulated_gradients_name_every_sample(root, folder):
     runner = Runner.from_cfg(cfg)
     weight = runner.model.backbone.stages[1].pos_embed
     once = weight.register_hook(lambda gradient: (once.remove(), gradient / 0)[1])
-    what = (
-        r"iteration 2 the gradient is not finite in 1 parameters, among them .*stages.1.pos_embed"
-    )
+    what = r"iteration 2 the gradient is not finite in \d+ parameters, among them backbone\S*"
     with pytest.raises(FloatingPointError, match=rf"{what}; .*00000001.jpg, .*{VICTIM}"):
         runner.train()
     assert weights_are_finite(runner)

@@ -116,7 +116,7 @@ def test_a_config_in_a_checkpoint_is_not_executed(root, shapes, tmp_path):
 def test_a_config_is_a_program(tmp_path):
     """As documented: MMEngine runs a config, ours or not, so a config is to be read like code."""
     (tmp_path / "config.py").write_text(
-        f"import pathlib\npathlib.Path({str(tmp_path / 'executed')!r}).touch()\nx = 1\n"
+        f"x = __import__('pathlib').Path({str(tmp_path / 'executed')!r}).touch()\n"
     )
     Config.fromfile(tmp_path / "config.py")
     assert (tmp_path / "executed").exists()
@@ -193,7 +193,7 @@ def test_a_shape_that_is_not_stored_is_refused(way, shape, expanded, legacy, wei
         (lambda t: t.tolist(), TypeError, "must be a tensor, the checkpoint has list"),
         (lambda t: None, TypeError, "must be a tensor, the checkpoint has NoneType"),
         (lambda t: t.to_sparse(), ValueError, "must be dense"),
-        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), ValueError, "not quantized"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), ValueError, "must be dense"),
         (lambda t: t[0], ValueError, r"has shape \(3136, 32\) in the checkpoint but \(1, 3136"),
         (lambda t: t.sum(), ValueError, r"has shape \(\) in the checkpoint"),
         (lambda t: t[:, :0], ValueError, "must have a square grid"),

@@ -69,7 +69,12 @@ def run(tmp_path):
             train_cfg=dict(by_epoch=True, max_epochs=epochs),
             optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.1)),
             default_hooks=dict(
-                checkpoint=dict(type="CheckpointHook", max_keep_ckpts=1, **checkpoint)
+                checkpoint={
+                    "type": "CheckpointHook",
+                    "interval": 1,
+                    "max_keep_ckpts": 1,
+                    **checkpoint,
+                }
             ),
             custom_hooks=[*hooks, *([StopAt(stop)] if stop is not None else [])],
             randomness=dict(seed=seed),

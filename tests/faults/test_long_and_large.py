@@ -90,7 +90,8 @@ def test_inference_at_4096_fits_in_16_gib(root):
     assert peak < 16
 
 
-@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("train", [False, True])
 def test_compile_does_not_recompile_without_bound(train):
     """As users call it: sizes and batches are static at first, then dynamic."""
     torch._dynamo.reset()

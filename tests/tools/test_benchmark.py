@@ -129,7 +129,8 @@ PEERS = {  # channels of the features and published parameters (M), with their c
 def test_peers_are_those_of_the_libraries(models, name):
     if name == "convnext-tiny":
         pytest.importorskip("mmpretrain")
-    model = models.build_model(models.Case("backbone", name, (64, 64))).eval()
+    model = models.build_model(models.Case("backbone", name, (64, 64)))
+    model.eval()  # returns None in some of the libraries' backbones
     channels, parameters = PEERS[name]
     with torch.no_grad():
         shapes = [tuple(out.shape[1:]) for out in model(torch.randn(1, 3, 64, 64))]
@@ -143,6 +144,7 @@ def test_peers_are_those_of_the_libraries(models, name):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_writes_everything(command, tmp_path):
     pytest.importorskip("mmseg")
     backbones = "--models softpp-tiny pvtv2-b1 --sizes 64 --modes forward train"
