@@ -79,7 +79,7 @@ def run(run_outside):
 def test_detector(given, photo, run, root, tmp_path):
     pytest.importorskip("mmdet")
     config = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
-    # Every anchor scores about one half instead of one hundredth.
+    # Every anchor scores one half instead of one hundredth.
     change = "; ".join(
         f'weights["bbox_head.retina_cls.{name}"].zero_()' for name in ("weight", "bias")
     )

@@ -56,6 +56,7 @@ def run(tmp_path):
     count = iter(range(100))
 
     def run(epochs=4, *, resume=False, stop=None, hooks=(), workers=1, seed=0, **checkpoint):
+        checkpoint.setdefault("interval", 1)
         runner = Runner(
             Toy(),
             work_dir=str(tmp_path / "work"),
@@ -69,12 +70,7 @@ def run(tmp_path):
             train_cfg=dict(by_epoch=True, max_epochs=epochs),
             optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.1)),
             default_hooks=dict(
-                checkpoint={
-                    "type": "CheckpointHook",
-                    "interval": 1,
-                    "max_keep_ckpts": 1,
-                    **checkpoint,
-                }
+                checkpoint=dict(type="CheckpointHook", max_keep_ckpts=1, **checkpoint)
             ),
             custom_hooks=[*hooks, *([StopAt(stop)] if stop is not None else [])],
             randomness=dict(seed=seed),
