@@ -2,9 +2,9 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -64,8 +64,7 @@ def wheel(root, tmp_path_factory):
         capture_output=True,
     )
     (sdist,) = folder.glob("mmsoft-*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(sdist, folder)
     subprocess.run(
         [sys.executable, "-c", build.format("build_wheel"), str(folder)],
         cwd=folder / sdist.name[: -len(".tar.gz")],
