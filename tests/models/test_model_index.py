@@ -48,7 +48,8 @@ def test_the_whole_index_is_sound():
         assert not model.check_errors, name
         assert (ROOT / model.config).stem == name
         assert (ROOT / model.config).is_file()
-        assert (ROOT / model.readme).is_file()
+    for collection in index.collections:
+        assert (ROOT / collection.readme).is_file()
 
 
 @pytest.mark.parametrize(

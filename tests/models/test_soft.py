@@ -85,7 +85,7 @@ def test_arch_as_a_dict(mini):
         ("giant", ValueError, r"arch 'giant' is unknown; choose 'tiny' \('t'\)"),
         (3, TypeError, "arch must be a name or a dict, got int"),
         (dict(depths=[1, 1, 1, 1]), ValueError, r"lacks \['embed_dims', 'num_heads'\]"),
-        (dict(ARCH, mlp_ratio=4), ValueError, r"unknown keys \['mlp_ratio'\]"),
+        (dict(ARCH, mlp_ratio=4), ValueError, "unknown keys 'mlp_ratio'"),
         (dict(ARCH, depths=[1, 1, 1]), ValueError, r"\['depths'\] must list 4 .*\[1, 1, 1\]"),
         (dict(ARCH, depths=[1, 1, 0, 1]), ValueError, r"\['depths'\] must hold positive"),
         (dict(ARCH, num_heads=[1, 2, 3, 3]), ValueError, "128 is no multiple of its num_heads 3"),
@@ -427,7 +427,7 @@ def test_detection_size():
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (64, 64)])
 def test_not_a_batch_of_images(mini, shape):
-    with pytest.raises(ValueError, match=r"x must be \[B, C, H, W\], got shape"):
+    with pytest.raises(ValueError, match=r"x must be \[B, 3, H, W\] with .* got shape"):
         mini()(torch.randn(shape))
 
 

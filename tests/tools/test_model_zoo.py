@@ -145,7 +145,7 @@ def test_a_config_without_an_entry_is_named(zoo, copy):
     shutil.copy(
         copy / f"configs/retinanet/{CHEAP['retinanet']}.py", copy / "configs/retinanet/x.py"
     )
-    with pytest.raises(ValueError, match=r"configs/upernet and the table .* differ in x$"):
+    with pytest.raises(ValueError, match=r"configs/retinanet and the table .* differ in x$"):
         zoo.count_all(zoo.read_counts())
 
 

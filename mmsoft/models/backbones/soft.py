@@ -57,7 +57,7 @@ def resolve_arch(arch: str | dict) -> dict[str, list[int]]:
     if missing := required - set(arch):
         raise ValueError(f"arch lacks {sorted(missing)}")
     if unknown := set(arch) - required - set(_OPTIONAL_ARCH):
-        raise ValueError(f"arch has unknown keys {sorted(map(repr, unknown))}")
+        raise ValueError(f"arch has unknown keys {', '.join(sorted(map(repr, unknown)))}")
     resolved = {**_OPTIONAL_ARCH, **arch}
     for key, values in resolved.items():
         length = _STAGES - 1 if key in _OPTIONAL_ARCH else _STAGES
