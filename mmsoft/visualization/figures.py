@@ -325,13 +325,20 @@ def draw_memory(operators: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     return figure
 
 
+def _family(result: Mapping[str, Any]) -> tuple[str, str]:
+    """A backbone's family and its size: SOFT++ and Tiny, Swin and T."""
+    family, _, size = result.get("label", result["backbone"]).replace(" ", "-").rpartition("-")
+    return family, size
+
+
 def draw_tradeoff(
     results: Sequence[Mapping[str, Any]], accuracies: Mapping[str, float], title: str = ""
 ) -> Any:
     """Published accuracy against measured throughput, and against parameters.
 
     Args:
-        results: with ``backbone``, ``images_per_second`` and ``params_m``.
+        results: with ``backbone``, ``images_per_second``, ``params_m`` and optionally ``label``,
+            the name for people. What comes before the last space or hyphen is the family.
         accuracies: published top-1 accuracy in percent by backbone; other backbones are left out.
         title: above everything.
 
@@ -346,7 +353,8 @@ def draw_tradeoff(
         raise ValueError("no backbone under 'results' has a published accuracy; nothing to draw")
     families: dict[str, list[Mapping[str, Any]]] = {}
     for result in drawn:
-        families.setdefault(result["backbone"].rpartition("-")[0], []).append(result)
+        family, _ = _family(result)
+        families.setdefault(family, []).append(result)
     figure = _new_figure(9.6, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
     panels = (("images_per_second", "throughput (images/s)"), ("params_m", "parameters (M)"))
@@ -359,7 +367,7 @@ def draw_tradeoff(
             # Families take turns on either side of their line, because neighbours lie close.
             side = dict(xytext=(-6, 7), ha="right") if i % 2 else dict(xytext=(7, -13), ha="left")
             for member, a, b in zip(members, x, y):
-                name = member["backbone"].rpartition("-")[2]
+                name = _family(member)[1]
                 where = dict(textcoords="offset points", **side)
                 ax.annotate(name, (a, b), fontsize=8, color=COLOURS[i % 7], **where)
         ax.set_xlabel(label)

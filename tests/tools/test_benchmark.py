@@ -157,7 +157,7 @@ def test_writes_everything(command, tmp_path):
         (name, mode) for mode in ("forward", "train") for name in ("softpp-tiny", "pvtv2-b1")
     ]
     assert [e["size"] for e in data["scaling"]] == [[96, 96]] * 2
-    assert [e["task"] for e in data["whole"]] == ["RetinaNet"] * 3 + ["UperNet"] * 3
+    assert [e["task"] for e in data["whole"]] == ["RetinaNet"] * 4 + ["UperNet"] * 4
     names = {e["name"] for e in data["operator"]}
     assert {"softpp", "softmax"} <= names
     for skipped in data["skipped"]:  # only the peers of an extra that is not installed
@@ -172,6 +172,7 @@ def test_writes_everything(command, tmp_path):
         assert entry["images_per_second"] == pytest.approx(1000 / entry["median_ms"])
     plots = {path.name for path in (tmp_path / "out").glob("*.png")}
     names = {"backbones_cpu_float32.png", "scaling.png", "whole.png", "operator.png"}
+    names |= {"memory.png", "tradeoff.png"}
     assert plots == names
 
     done = command("--write-docs", "out/benchmark.json", "--out", "docs")
@@ -239,6 +240,7 @@ def data():
     whole = [
         measured("softpp-tiny", 500.0, 1.0, task="RetinaNet"),
         measured("pvtv2-b1", 600.0, 1.0, task="RetinaNet"),
+        measured("softpp-small", 500.0, 1.0, task="RetinaNet"),
         measured("swin-tiny", 400.0, 1.0, task="RetinaNet"),
     ]
     about = dict(device="a processor", threads=2, versions={"torch": "2"}, date="2026-01-01T00:00")
@@ -284,7 +286,7 @@ def test_targets(report, data):
         "SOFT++ Tiny: peak memory per pixel at 4096x4096 over 1024x1024": (0.625, True),
         "800x1344: time of Newton over that of direct": (1.5, True),
         "RetinaNet: images/s with SOFT++ Tiny over those with PVTv2-B1": (1.2, True),
-        "RetinaNet: images/s with SOFT++ Tiny over those with Swin-T": (0.8, False),
+        "RetinaNet: images/s with SOFT++ Small over those with Swin-T": (0.8, False),
     }
     assert [t for t in found.values() if t.measured is None and t.met is not None] == []
     assert len(found) == 30

@@ -108,8 +108,9 @@ def test_cost_of_the_operator_is_what_is_traced(zoo, budget, solver):
 @pytest.fixture
 def copy(zoo, root, tmp_path, monkeypatch):
     shutil.copytree(root / "configs", tmp_path / "configs")
-    for name in ("README.md", "model-index.yml"):
-        shutil.copy(root / name, tmp_path)
+    for name in ("README.md", "model-index.yml", "docs/model_zoo.md", "docs/benchmarks/cpu.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
     monkeypatch.setattr(zoo, "ROOT", tmp_path)
     return tmp_path
 
@@ -138,7 +139,8 @@ def test_stale_files_are_named_and_mended(zoo, counts, copy, monkeypatch, capsys
     assert all(name in line for line in lines)
     assert zoo.read_counts()[name].parameters == count.parameters + 10**7
     run(zoo, monkeypatch, "--check")
-    assert sorted(p.name for p in copy.iterdir()) == ["README.md", "configs", "model-index.yml"]
+    left = sorted(p.name for p in copy.iterdir())
+    assert left == ["README.md", "configs", "docs", "model-index.yml"]
 
 
 def test_a_config_without_an_entry_is_named(zoo, copy):

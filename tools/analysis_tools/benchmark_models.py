@@ -304,6 +304,7 @@ class Whole:
 
 WHOLE = {
     "retinanet_softpp-tiny": Whole("RetinaNet", "softpp-tiny", lambda: _retinanet(OURS["tiny"])),
+    "retinanet_softpp-small": Whole("RetinaNet", "softpp-small", lambda: _retinanet(OURS["small"])),
     "retinanet_pvtv2-b1": Whole(
         "RetinaNet", "pvtv2-b1", lambda: _retinanet("mmdet::pvt/retinanet_pvtv2-b1_fpn_1x_coco.py")
     ),
@@ -316,6 +317,11 @@ WHOLE = {
         "UperNet",
         "softpp-tiny",
         lambda: _upernet("upernet/upernet_softpp-t_8xb2-160k_ade20k-512x512.py"),
+    ),
+    "upernet_softpp-small": Whole(
+        "UperNet",
+        "softpp-small",
+        lambda: _upernet("upernet/upernet_softpp-s_8xb2-160k_ade20k-512x512.py"),
     ),
     "upernet_pvtv2-b1": Whole("UperNet", "pvtv2-b1", _upernet_pvtv2_b1),
     "upernet_swin-tiny": Whole(

@@ -13,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 
+from benchmark_models import BACKBONES
+
 from mmsoft.visualization import draw_memory, draw_tradeoff, save_figure
 
 # ImageNet-1k top-1 at 224x224 without other data, in percent, as each paper states it.
@@ -66,28 +68,35 @@ def forward_passes(results: list[dict]) -> list[dict]:
     return max(groups.values(), key=len, default=[])
 
 
-def draw(path: str, out_dir: Path) -> list[Path]:
-    """Write the figures for which the JSON has entries."""
-    data = read(path)
+def labelled(entry: dict) -> dict:
+    """A backbone's entry with its name for people, where the benchmark tool has one."""
+    known = BACKBONES.get(entry["backbone"])
+    return {**entry, "label": known.label} if known else entry
+
+
+def draw(data: dict, out_dir: Path, prefix: str = "") -> dict[str, Path]:
+    """Write the figures for which the data have entries.
+
+    Args:
+        data: of the benchmark tool.
+        prefix: before the names of the files.
+
+    Returns:
+        The files: "operator" -> memory against tokens, "results" -> accuracy against throughput.
+    """
     device, date = data.get("device", "unknown device"), data.get("date", "undated")
-    written = []
-    if data.get("operator"):
-        first = data["operator"][0].get("dtype")
-        operators = [entry for entry in data["operator"] if entry.get("dtype") == first]
+    written = {}
+    operators = [entry for entry in data.get("operator", []) if entry["peak_mib"]]
+    if operators:
+        operators = [e for e in operators if e.get("dtype") == operators[0].get("dtype")]
         figure = draw_memory(operators, title=f"Memory of one attention layer, {device}")
-        written.append(save_figure(figure, out_dir / "memory.png"))
+        written["operator"] = save_figure(figure, out_dir / f"{prefix}memory.png")
     passes = forward_passes(data.get("results", []))
-    if passes:
-        unknown = sorted({p["backbone"] for p in passes} - set(PUBLISHED))
-        if unknown:
-            names = ", ".join(unknown)
-            print(f"not drawn, no published accuracy known: {names}", file=sys.stderr)
+    if any(entry["backbone"] in PUBLISHED for entry in passes):
         height, width = passes[0]["size"]
-        title = f"{device}, {height}x{width}, batch {passes[0]['batch']}, {date}"
-        figure = draw_tradeoff(passes, PUBLISHED, title=title)
-        written.append(save_figure(figure, out_dir / "tradeoff.png"))
-    if not written:
-        raise ValueError(f"{path} has neither operator measurements nor forward passes")
+        title = f"{device}, {height}x{width}, batch {passes[0]['batch']}, {date[:10]}"
+        figure = draw_tradeoff([*map(labelled, passes)], PUBLISHED, title=title)
+        written["results"] = save_figure(figure, out_dir / f"{prefix}tradeoff.png")
     return written
 
 
@@ -98,7 +107,18 @@ def main() -> int:
     parser.add_argument("--out-dir", type=Path, default=Path(), help="default: this folder")
     args = parser.parse_args()
     try:
-        print(*draw(args.json, args.out_dir), sep="\n")
+        data = read(args.json)
+        written = draw(data, args.out_dir)
+        if not written:
+            raise ValueError(
+                f"{args.json} has neither operators with a peak_mib nor forward passes of backbones "
+                "with a published accuracy"
+            )
+        unknown = {entry["backbone"] for entry in forward_passes(data.get("results", []))}
+        if unknown := unknown - set(PUBLISHED):
+            names = ", ".join(sorted(unknown))
+            print(f"not drawn, no published accuracy known: {names}", file=sys.stderr)
+        print(*written.values(), sep="\n")
     except (ImportError, OSError, ValueError) as error:
         print(f"plot_benchmark: {error}", file=sys.stderr)
         return 1

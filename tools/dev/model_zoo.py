@@ -5,8 +5,9 @@
     python tools/dev/model_zoo.py --check   # the same, but only name what is stale
 
 That is: the tables of `README.md` and of `configs/*/README.md` (between `<!-- NAME -->` and
-`<!-- /NAME -->`), `configs/*/metafile.yml` and `model-index.yml`. Parameters and FLOPs are counted
-on the built models. What is typed stands below: what each config is, and what the papers report.
+`<!-- /NAME -->`), `configs/*/metafile.yml` and `model-index.yml`, and the table of
+`docs/model_zoo.md`, from the benchmark kept beside it. Parameters and FLOPs are counted on the built
+models. What is typed stands below: what each config is, and what the papers report.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from mmsoft.ops import landmark_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools" / "analysis_tools"))
+from benchmark_report import overview, read_json  # noqa: E402
 from get_flops import analyse  # noqa: E402
 
 SOFT_PAPER = dict(
@@ -418,6 +420,9 @@ def render(counts: dict[str, Counts]) -> dict[Path, str]:
     files[ROOT / "model-index.yml"] = HEAD + yaml.safe_dump(index, sort_keys=False)
     readme = ROOT / "README.md"
     files[readme] = between(readme, "model zoo", zoo_table(counts), readme.read_text())
+    page = ROOT / "docs" / "model_zoo.md"
+    measured = overview(read_json(ROOT / "docs" / "benchmarks" / "cpu.json"))
+    files[page] = between(page, "measured", measured, page.read_text())
     return files
 
 
