@@ -10,7 +10,7 @@ model = dict(
         arch="tiny",
         # See README.md beside this file for the cost that decided these three.
         max_landmarks=49,
-        max_keys=4096,
+        max_keys=2048,
         solver="direct",
         drop_path_rate=0.1,
         norm_cfg=dict(type="SyncBN"),  # as in the heads

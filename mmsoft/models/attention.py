@@ -159,7 +159,9 @@ class SoftmaxFreeAttention(nn.Module):
                 f"x must have H*W = {hw_shape[0]}*{hw_shape[1]} tokens, got {x.shape[1]}"
             )
         q, v = self.queries_and_values(x)
-        out = self.attend(q, v, hw_shape) + self.convolve_values(v, hw_shape)
+        out, convolved = self.attend(q, v, hw_shape), self.convolve_values(v, hw_shape)
+        # In place where nothing is kept for a backward pass: large fresh memory is slow.
+        out = out + convolved if torch.is_grad_enabled() else out.add_(convolved)
         return self.drop(self.proj(out))
 
     def landmark_share(self, landmarks: Tensor, hw_shape: tuple[int, int]) -> float:
@@ -184,9 +186,8 @@ class SoftmaxFreeAttention(nn.Module):
             normalize=self.normalize,
             solver=self.solver,
             steps=self.newton_steps,
+            scale=self.landmark_share(landmarks, hw_shape) if self.max_landmarks else 1.0,
         )
-        if self.max_landmarks is not None:
-            out = out * self.landmark_share(landmarks, hw_shape)
         return out.transpose(1, 2).flatten(2)
 
 

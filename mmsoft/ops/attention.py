@@ -58,11 +58,12 @@ def softmax_free_attention(
     normalize: bool = True,
     solver: str = "newton",
     steps: int = 20,
+    scale: float = 1.0,
 ) -> Tensor:
     r"""SOFT and SOFT++ attention (arXiv 2110.11945, equation 8; arXiv 2207.03341, equation 14).
 
     .. math::
-        K\, D^{-1/2} A^\dagger D^{-1/2} K^\top v, \quad
+        c\, K\, D^{-1/2} A^\dagger D^{-1/2} K^\top v, \quad
         K = e^{-\|q_i - l_j\|^2 / 2},\ A = e^{-\|l_i - l_j\|^2 / 2},\ D = \mathrm{diag}(A 1)
 
     Keys equal queries. Linear in ``N``: no ``[N, m]`` matrix is ever stored. The arithmetic runs in
@@ -77,6 +78,7 @@ def softmax_free_attention(
             regularised solve that is faster and as stable, for training from scratch. See
             :mod:`mmsoft.ops.inverse`.
         steps: Newton-Raphson steps, 20 in the release; ``'direct'`` has none.
+        scale: the factor ``c``, which costs nothing here: it multiplies ``m`` rows, not ``N``.
 
     Returns:
         ``[B, heads, N, d_v]`` in the dtype of ``v``, finite for finite arguments. Its memory runs
@@ -92,9 +94,9 @@ def softmax_free_attention(
         landmarks = landmarks.to(compute_dtype(q, landmarks))
         a = gaussian_gram(landmarks)
         s = gaussian_kernel_product(landmarks, q, v)  # K^T v: [B, heads, m, d_v]
-        scale = a.sum(-1, keepdim=True).rsqrt() if normalize else None
-        if scale is not None:
-            s = scale * s
+        root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
+        if root is not None:
+            s = root * s
         if solver == "direct":
             s = tikhonov_pinv_product(a, s)
         else:
@@ -102,8 +104,7 @@ def softmax_free_attention(
             if not normalize:
                 a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
             s = newton_raphson_pinv(a, alpha, cubic, steps) @ s
-        if scale is not None:
-            s = scale * s
+        s = scale * s if root is None else scale * root * s
         out = gaussian_kernel_product(q, landmarks, s)
     if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
         out = out.clamp(-65504, 65504)

@@ -92,6 +92,7 @@ def softmax_free_attention(
     normalize: bool = True,
     solver: str = "newton",
     steps: int = 20,
+    scale: float = 1.0,
 ) -> Tensor:
     """:func:`mmsoft.ops.softmax_free_attention` by the book, ``[N, m]`` and all."""
     kernel = gaussian_kernel(q, landmarks)
@@ -108,9 +109,9 @@ def softmax_free_attention(
         ridged = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         pinv = with_theoretical_gradient(ridged, newton_raphson(ridged.detach(), alpha, steps))
     if normalize:
-        scale = a.sum(-1).rsqrt()
-        pinv = scale[..., :, None] * pinv * scale[..., None, :]
-    return kernel @ (pinv @ (kernel.mT @ v))
+        root = a.sum(-1).rsqrt()
+        pinv = root[..., :, None] * pinv * root[..., None, :]
+    return scale * kernel @ (pinv @ (kernel.mT @ v))
 
 
 def attention_matrix(q: Tensor, landmarks: Tensor, **kwargs: Any) -> Tensor:

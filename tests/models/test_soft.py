@@ -581,3 +581,29 @@ def test_trains_under_ddp_without_looking_for_unused_parameters(out_indices, tmp
         assert all(p.grad.isfinite().all() for p in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("max_keys", [None, 4])
+def test_parts_of_an_evaluation_make_the_whole(mini, monkeypatch, max_keys):
+    """Without gradients a CPU takes the tokens in turns: 7 at a time here, an uneven last part."""
+    backbone, x = mini(max_keys=max_keys, max_landmarks=4).eval(), image(80, 112)
+    whole = [out.detach() for out in backbone(x)]
+    monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 7 * DIMS[0])
+    with torch.no_grad():
+        for part, out in zip(backbone(x), whole):
+            assert torch.allclose(part, out, atol=1e-5)
+            assert part.stride() == out.stride()
+        for out in backbone(x[:0]):
+            assert out.shape[0] == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            halves = backbone(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [out.dtype for out in backbone(x)] == [out.dtype for out in halves]
+
+
+def test_evaluation_leaves_its_input_alone(mini):
+    x = image()
+    before = x.clone()
+    with torch.no_grad():
+        mini().eval()(x)
+    assert torch.equal(x, before)

@@ -57,6 +57,19 @@ def test_float64_is_exact(shape, normalize, solver):
         torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-9 * float(truth.abs().max()))
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scale_is_a_factor(normalize):
+    tensors = arguments(SHAPES[0])
+    kwargs = dict(normalize=normalize, scale=0.3)
+    for ours, truth in zip(
+        run(softmax_free_attention, tensors, **kwargs), run(reference, tensors, **kwargs)
+    ):
+        torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-9 * float(truth.abs().max()))
+    out = softmax_free_attention(*tensors, normalize=normalize)
+    scaled = softmax_free_attention(*tensors, **kwargs)
+    torch.testing.assert_close(scaled, 0.3 * out)
+
+
 @pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=pytest.mark.long)])
 def test_as_many_landmarks_as_the_release_has_for_detection(solver):
     """m = 1050: the strided grid of an 800x1344 image."""

@@ -215,7 +215,7 @@ def measured(backbone, median, peak, size=(800, 1344), batch=1, mode="forward", 
     times = dict(median_ms=median, q10_ms=median, q90_ms=median, peak_mib=peak)
     rate = dict(images_per_second=1000 * batch / median)
     where = dict(backbone=backbone, size=list(size), batch=batch, mode=mode)
-    return {**where, **kind, **times, **rate, **more}
+    return {**where, **kind, **times, **rate, "params_m": 10.0, **more}
 
 
 @pytest.fixture

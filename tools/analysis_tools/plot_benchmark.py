@@ -79,6 +79,7 @@ def draw(data: dict, out_dir: Path, prefix: str = "") -> dict[str, Path]:
 
     Args:
         data: of the benchmark tool.
+        out_dir: where the files go.
         prefix: before the names of the files.
 
     Returns:
@@ -111,8 +112,8 @@ def main() -> int:
         written = draw(data, args.out_dir)
         if not written:
             raise ValueError(
-                f"{args.json} has neither operators with a peak_mib nor forward passes of backbones "
-                "with a published accuracy"
+                f"{args.json} has neither operators with a peak_mib nor forward passes of "
+                "backbones with a published accuracy"
             )
         unknown = {entry["backbone"] for entry in forward_passes(data.get("results", []))}
         if unknown := unknown - set(PUBLISHED):

@@ -6,8 +6,8 @@
 
 That is: the tables of `README.md` and of `configs/*/README.md` (between `<!-- NAME -->` and
 `<!-- /NAME -->`), `configs/*/metafile.yml` and `model-index.yml`, and the table of
-`docs/model_zoo.md`, from the benchmark kept beside it. Parameters and FLOPs are counted on the built
-models. What is typed stands below: what each config is, and what the papers report.
+`docs/model_zoo.md`, from the benchmark kept beside it. Parameters and FLOPs are counted on the
+built models. What is typed stands below: what each config is, and what the papers report.
 """
 
 import argparse

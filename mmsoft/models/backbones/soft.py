@@ -92,7 +92,7 @@ class SOFT(BaseModule):
         max_landmarks: keep at most this many landmarks, evenly spread; ``None`` lets them grow
             with the image, as released (the cost of the inverse then grows with their cube).
         max_keys: limit of the number of keys in stage 4, whose attention is otherwise quadratic; a
-            larger grid is averaged for keys and values. 4096 leaves images up to 2048x2048 alone.
+            larger grid is averaged for keys and values. 2048 leaves images up to 1440x1440 alone.
             ``None`` for no limit, as released.
         solver: ``'newton'`` or ``'direct'``, see :func:`mmsoft.ops.softmax_free_attention`.
         newton_steps: Newton-Raphson steps, part of the model; 20 in the release.
