@@ -22,7 +22,7 @@ demo: setup  ## Train, test and paint a small detector and segmenter on generate
 
 # pytest comes last, so that its summary ends the output. One thread per worker: with more, the
 # workers' threads wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
 
 test: lint typecheck  ## Lint, check types, run the tests
 	$(PYTEST) tests

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from .gaussian import compute_dtype, gaussian_gram, gaussian_kernel_product
+from .gaussian import (
+    compute_dtype,
+    fits_one_block,
+    gaussian_gram,
+    gaussian_kernel,
+    gaussian_kernel_product,
+)
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
 
 SOLVERS = ("newton", "direct")
@@ -66,8 +72,9 @@ def softmax_free_attention(
         c\, K\, D^{-1/2} A^\dagger D^{-1/2} K^\top v, \quad
         K = e^{-\|q_i - l_j\|^2 / 2},\ A = e^{-\|l_i - l_j\|^2 / 2},\ D = \mathrm{diag}(A 1)
 
-    Keys equal queries. Linear in ``N``: no ``[N, m]`` matrix is ever stored. The arithmetic runs in
-    float32 (float64 for float64 arguments) whatever autocast says.
+    Keys equal queries. Linear in ``N``: no ``[N, m]`` matrix is ever stored, but for one of at most
+    2 MiB where there is no backward pass. The arithmetic runs in float32 (float64 for float64
+    arguments) whatever autocast says.
 
     Args:
         q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.
@@ -93,7 +100,13 @@ def softmax_free_attention(
     with torch.autocast(q.device.type, enabled=False):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
         a = gaussian_gram(landmarks)
-        s = gaussian_kernel_product(landmarks, q, v)  # K^T v: [B, heads, m, d_v]
+        # Of a few tokens the kernel need not be computed twice.
+        small = not torch.is_grad_enabled() and fits_one_block(q, landmarks)
+        kernel = gaussian_kernel(q.to(a.dtype), landmarks) if small else None
+        if kernel is None:
+            s = gaussian_kernel_product(landmarks, q, v)  # K^T v: [B, heads, m, d_v]
+        else:
+            s = kernel.mT @ v.to(a.dtype)
         root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
         if root is not None:
             s = root * s
@@ -105,7 +118,10 @@ def softmax_free_attention(
                 a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
             s = newton_raphson_pinv(a, alpha, cubic, steps) @ s
         s = scale * s if root is None else scale * root * s
-        out = gaussian_kernel_product(q, landmarks, s)
+        if kernel is None:
+            out = gaussian_kernel_product(q, landmarks, s)
+        else:
+            out = (kernel @ s).transpose(1, 2).contiguous().transpose(1, 2)
     if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
         out = out.clamp(-65504, 65504)
     return out.to(v.dtype)

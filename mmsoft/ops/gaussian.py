@@ -44,6 +44,16 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     return torch.exp((x @ y.mT - 0.5 * squared).clamp(max=0))
 
 
+def fits_one_block(x: Tensor, y: Tensor) -> bool:
+    """Whether the kernel of ``x [B, h, n, d]`` and ``y [B, h, m, d]`` is no more than one block.
+
+    False on a GPU, and wherever the answer would tie a traced program to these sizes.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
+        return False
+    return x[..., 0].numel() * y.shape[-2] <= _BLOCK_ELEMENTS["cpu"]
+
+
 def gaussian_gram(x: Tensor) -> Tensor:
     """The kernel matrix of ``x [..., m, d]`` with itself, ``[..., m, m]``: its diagonal exactly 1.
 
@@ -65,10 +75,9 @@ class _Stream:
         short = short.to(dtype).clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
         self.centre = short.mean(-2, keepdim=True)
         self.short = short - self.centre
-        one = torch.ones_like(short[..., :1])
+        self.one = torch.ones_like(short[..., :1])
         half = self.short.square().sum(-1, keepdim=True).mul_(-0.5)
-        self.short_augmented = torch.cat((self.short, half, one), -1).mT
-        self.short_with_one = torch.cat((self.short, one), -1)
+        self.short_augmented = torch.cat((self.short, half, self.one), -1).mT
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yield batch slice, token slice, ``[x, 1]`` of centred tokens, kernel ``[b, h, n', m]``.
@@ -80,7 +89,8 @@ class _Stream:
         budget = _BLOCK_ELEMENTS.get(self.long.device.type, _BLOCK_ELEMENTS_DEVICE)
         samples = max(1, min(batch, budget // max(1, heads * m * min(n, 256))))
         rows = min(n, max(32, budget // max(1, samples * heads * m)))
-        buffer = self.centre.new_ones((samples, heads, rows, d + 2))
+        buffer = self.centre.new_empty((samples, heads, rows, d + 2))
+        buffer[..., d] = 1
         for b in range(0, batch, samples):
             bs = slice(b, b + samples)
             for start in range(0, n, rows):
@@ -151,7 +161,8 @@ def _stream_backward(
     dtype = stream.short.dtype
     d = stream.short.shape[-1]
     short_w = short_w.to(dtype)
-    pulled = torch.zeros_like(stream.short_with_one)  # W^T [x, 1]
+    short_with_one = torch.cat((stream.short, stream.one), -1)
+    pulled = torch.zeros_like(short_with_one)  # W^T [x, 1]
     if d_short_w is not None:
         d_short_w.zero_()
     for bs, ns, tokens, kernel in stream:
@@ -161,7 +172,7 @@ def _stream_backward(
         if d_short_w is not None:
             d_short_w[bs] += kernel.mT @ block_w
         weight = (block_w @ short_w[bs].mT).mul_(kernel)
-        push = weight @ stream.short_with_one[bs]
+        push = weight @ short_with_one[bs]
         d_long[bs, :, ns] = torch.addcmul(push[..., :d], push[..., d:], tokens[..., :d], value=-1)
         pulled[bs] += weight.mT @ tokens
     d_short.copy_(torch.addcmul(pulled[..., :d], pulled[..., d:], stream.short, value=-1))

@@ -357,6 +357,7 @@ def draw_tradeoff(
         families.setdefault(family, []).append(result)
     figure = _new_figure(9.6, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
+    lines = [family for family, members in families.items() if len(members) > 1]
     panels = (("images_per_second", "throughput (images/s)"), ("params_m", "parameters (M)"))
     for ax, (key, label) in zip(axes, panels):
         for i, (family, members) in enumerate(families.items()):
@@ -364,12 +365,15 @@ def draw_tradeoff(
             x = [member[key] for member in members]
             y = [accuracies[member["backbone"]] for member in members]
             ax.plot(x, y, color=COLOURS[i % 7], marker=MARKERS[i % 7], label=family)
+            if len(members) == 1:
+                continue  # the legend names it
             # Families take turns on either side of their line, because neighbours lie close.
-            side = dict(xytext=(-6, 7), ha="right") if i % 2 else dict(xytext=(7, -13), ha="left")
+            up = lines.index(family) % 2 == 0
+            right = up == (key == "images_per_second")
+            where = dict(xytext=(6 if right else -6, 5 if up else -12), textcoords="offset points")
             for member, a, b in zip(members, x, y):
-                name = _family(member)[1]
-                where = dict(textcoords="offset points", **side)
-                ax.annotate(name, (a, b), fontsize=8, color=COLOURS[i % 7], **where)
+                style = dict(fontsize=8, color=COLOURS[i % 7], ha="left" if right else "right")
+                ax.annotate(_family(member)[1], (a, b), **where, **style)
         ax.set_xlabel(label)
         ax.margins(0.15)
         ax.grid(alpha=0.3)

@@ -103,6 +103,24 @@ def test_low_precision_loses_no_more_than_plain_torch(shape, normalize, solver, 
         assert error(mine, exact) <= allowed, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
+@pytest.mark.parametrize("spread", [1.0, 0.03])
+def test_without_gradients_a_small_kernel_is_computed_once(normalize, solver, spread, dtype):
+    """The same output in the same memory, with no more error, whichever way it is computed."""
+    tensors = arguments((2, 2, 300, 30, 32), spread, dtype)
+    kwargs = dict(normalize=normalize, solver=solver)
+    truth = reference(*(t.double() for t in tensors), **kwargs)
+    with torch.no_grad():
+        out = softmax_free_attention(*tensors, **kwargs)
+        assert softmax_free_attention(*(t[:0] for t in tensors), **kwargs).shape[0] == 0
+    streamed = softmax_free_attention(*(t.requires_grad_() for t in tensors), **kwargs).detach()
+    assert out.dtype == streamed.dtype
+    assert out.stride() == streamed.stride()
+    floor = 4 * torch.finfo(dtype).eps
+    assert error(out, truth) <= max(2 * error(streamed, truth), floor)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_the_arithmetic_in_float32(dtype):
     q, v, landmarks = arguments((2, 2, 300, 30, 32), 0.5, torch.float32)

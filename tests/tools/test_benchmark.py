@@ -306,3 +306,24 @@ def test_docs_refuse_other_files(report, tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"other\.json.*{words}"):
         report.read_json(path)
+
+
+def test_a_group_measured_again_replaces_the_old_one(report, data):
+    again = dict(data, scaling=[], whole=[], command="y", date="2026-02-01T00:00")
+    again["results"] = [measured("softpp-tiny", 50.0, 1.0, (512, 512), 2, "train")]
+    (merged,) = report.merge([data, again])
+    assert (merged["command"], merged["date"][:10]) == ("x\ny", "2026-02-01")
+    assert merged["scaling"] == data["scaling"]
+    assert merged["results"] == data["results"][:7] + again["results"] + data["results"][9:]
+    assert len(data["results"]) == 10  # arguments are left alone
+    assert len(report.merge([data, dict(again, device="another")])) == 2
+
+
+def test_the_page_and_its_plots_are_of_the_kept_runs(report, root, tmp_path):
+    runs = sorted((root / "docs/benchmarks").glob("*.json"))
+    report.write_docs([report.read_json(path) for path in runs], tmp_path)
+    page = (tmp_path / "benchmarks.md").read_text()
+    again = "run python tools/analysis_tools/benchmark.py --write-docs docs/benchmarks/*.json"
+    assert page == (root / "docs/benchmarks.md").read_text(), again
+    drawn = {path.name for path in (tmp_path / "benchmarks").glob("*.png")}
+    assert drawn == {path.name for path in (root / "docs/benchmarks").glob("*.png")}

@@ -108,9 +108,9 @@ def test_cost_of_the_operator_is_what_is_traced(zoo, budget, solver):
 @pytest.fixture
 def copy(zoo, root, tmp_path, monkeypatch):
     shutil.copytree(root / "configs", tmp_path / "configs")
-    for name in ("README.md", "model-index.yml", "docs/model_zoo.md", "docs/benchmarks/cpu.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / name, tmp_path / name)
+    shutil.copytree(root / "docs", tmp_path / "docs")
+    for name in ("README.md", "model-index.yml"):
+        shutil.copy(root / name, tmp_path)
     monkeypatch.setattr(zoo, "ROOT", tmp_path)
     return tmp_path
 

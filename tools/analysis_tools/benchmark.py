@@ -142,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="JSON",
-        help="measure nothing; write benchmarks.md from these files into --out (default: docs)",
+        help="measure nothing; write benchmarks.md from these files into --out (default: docs); of "
+        "the same device, groups of a later file replace those of an earlier one",
     )
     return p
 

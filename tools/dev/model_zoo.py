@@ -6,7 +6,7 @@
 
 That is: the tables of `README.md` and of `configs/*/README.md` (between `<!-- NAME -->` and
 `<!-- /NAME -->`), `configs/*/metafile.yml` and `model-index.yml`, and the table of
-`docs/model_zoo.md`, from the benchmark kept beside it. Parameters and FLOPs are counted on the
+`docs/model_zoo.md`, from the benchmarks kept beside it. Parameters and FLOPs are counted on the
 built models. What is typed stands below: what each config is, and what the papers report.
 """
 
@@ -32,7 +32,7 @@ from mmsoft.ops import landmark_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools" / "analysis_tools"))
-from benchmark_report import overview, read_json  # noqa: E402
+from benchmark_report import merge, overview, read_json  # noqa: E402
 from get_flops import analyse  # noqa: E402
 
 SOFT_PAPER = dict(
@@ -421,8 +421,9 @@ def render(counts: dict[str, Counts]) -> dict[Path, str]:
     readme = ROOT / "README.md"
     files[readme] = between(readme, "model zoo", zoo_table(counts), readme.read_text())
     page = ROOT / "docs" / "model_zoo.md"
-    measured = overview(read_json(ROOT / "docs" / "benchmarks" / "cpu.json"))
-    files[page] = between(page, "measured", measured, page.read_text())
+    files_measured = sorted((ROOT / "docs" / "benchmarks").glob("cpu*.json"))
+    measured = merge([read_json(path) for path in files_measured])[0]
+    files[page] = between(page, "measured", overview(measured), page.read_text())
     return files
 
 

@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""Print where the time of a config's backbone goes, operator by operator.
+
+    python tools/analysis_tools/profile_operators.py CONFIG --shape 800 1344
+
+A forward pass on a random image without gradients, after two to warm up, by torch's profiler. Times
+are of the operators themselves, without what they call; on a GPU those of its kernels.
+"""
+
+import argparse
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch.profiler import ProfilerActivity, profile
+
+
+def measure(
+    config: Config, shape: tuple[int, int], batch: int, device: str
+) -> list[tuple[str, int, float]]:
+    """Profile the backbone.
+
+    Args:
+        config: of mmdet, mmseg or mmpretrain.
+        shape: (height, width) of the images.
+        batch: their number.
+        device: of torch.
+
+    Returns:
+        Name, number of calls and milliseconds of each operator, the slowest first.
+    """
+    init_default_scope(config.get("default_scope", "mmdet"))
+    model = revert_sync_batchnorm(MODELS.build(config.model.backbone)).eval().to(device)
+    images = torch.rand(batch, 3, *shape, device=device)
+    activities = [ProfilerActivity.CPU]
+    if on_gpu := images.is_cuda:
+        activities.append(ProfilerActivity.CUDA)
+    with torch.no_grad():
+        for _ in range(2):
+            model(images)
+        with profile(activities=activities) as found:
+            model(images)
+    rows = [
+        (
+            event.key.removeprefix("aten::"),
+            event.count,
+            (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3,
+        )
+        for event in found.key_averages()
+    ]
+    return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="config file of mmdet, mmseg or mmpretrain")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs="+",
+        default=[224],
+        help="height and width, or one number for both (default: 224)",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--top", type=int, default=12, help="rows (default: 12)")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
+    args = parser.parse_args()
+    if len(args.shape) > 2 or min(args.shape) < 1:
+        parser.error(f"--shape takes one or two positive numbers, got {args.shape}")
+    if args.batch < 1 or args.top < 1:
+        parser.error("--batch and --top take positive numbers")
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    rows = measure(config, (args.shape[0], args.shape[-1]), args.batch, args.device)
+    total = sum(time for _, _, time in rows)
+    kept, rest = rows[: args.top], rows[args.top :]
+    if rest:
+        kept.append(("the rest", sum(row[1] for row in rest), sum(row[2] for row in rest)))
+    print(f"{'operator':44}{'calls':>7}{'ms':>10}{'share':>8}")
+    for name, count, time in kept:
+        print(f"{name[:42]:44}{count:7d}{time:10.1f}{time / total:8.1%}")
+    print(f"{'sum':44}{'':7}{total:10.1f}")
+
+
+if __name__ == "__main__":
+    main()
