@@ -83,7 +83,10 @@ def fresh_python(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    # With a checkout on PYTHONPATH pip would take the package for installed.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-m", "pip", "--python", python, *install]
+    subprocess.run(command, env=environment, check=True)
     (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     ours = str(Path(pytest.__file__).parents[1])
     (site_packages / "outer.pth").write_text(f"import site; site.addsitedir({ours!r})\n")

@@ -78,7 +78,7 @@ def test_two_gloo_processes_equal_one_with_twice_the_batch(root, tmp_path):
     for iteration in range(2):
         # Each process saw its own image ...
         ours = [rank["losses"][iteration]["loss"] for rank in (first, second)]
-        assert abs(ours[0] - ours[1]) > 1e-3 * ours[0]
+        assert abs(ours[0] - ours[1]) > 1e-4 * ours[0]
         # ... and the mean is what one process with both sees.
         assert sum(ours) / 2 == pytest.approx(single["losses"][iteration]["loss"], rel=1e-5)
         whole, largest = distance(first["gradients"][iteration], single["gradients"][iteration])

@@ -75,6 +75,7 @@ FAMILIES = {
         options=[
             "train_dataloader.batch_size=2",
             "train_dataloader.dataset.indices=4",
+            "param_scheduler.1.begin=0",  # of 10: a cosine that begins after the end is refused
             "val_dataloader.dataset.indices=2",
             "test_dataloader.dataset.indices=2",
         ],

@@ -31,3 +31,7 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=5e-5, by_epoch=True, begin=10),
 ]
 custom_hooks = [dict(type="EMAHook", momentum=4e-5, priority="ABOVE_NORMAL")]
+# The base's has the scope of its package, which browse_dataset hands to the constructor.
+visualizer = dict(
+    _delete_=True, type="UniversalVisualizer", vis_backends=[dict(type="LocalVisBackend")]
+)
