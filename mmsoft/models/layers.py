@@ -32,10 +32,6 @@ class ConvNormAct(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
-        # As the images are: a convolution of 512 channels spends a third of its time at 224x224 on
-        # copying its weight otherwise.
-        weight = self.conv.weight
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.norm = _build_norm(norm_cfg, out_channels)
         self.act = nn.ReLU(inplace=True)
 
