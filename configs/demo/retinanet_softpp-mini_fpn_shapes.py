@@ -1,5 +1,7 @@
 # RetinaNet with a small SOFT++ backbone on the generated shapes, from random initialization.
 _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+# Before anything else, so that inferencers can load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

@@ -1,5 +1,7 @@
 # UperNet with a small SOFT++ backbone on the generated shapes, from random initialization.
 _base_ = "mmseg::upernet/upernet_r18_4xb4-160k_ade20k-512x512.py"
+# Before anything else, so that inferencers can load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
 
 norm_cfg = dict(type="BN", requires_grad=True)
 # MMSegmentation starts the classifiers at 0.01: the shapes' rows then begin alike, and the many

@@ -1,6 +1,8 @@
 # RetinaNet with SOFT++ Tiny, COCO 1x. The authors released no recipe: this is a reconstruction from
 # PVT's, of the same lab (AdamW 1e-4 with weight decay 1e-4; 8 GPUs with 2 images each).
 _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+# Before anything else, so that inferencers can load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

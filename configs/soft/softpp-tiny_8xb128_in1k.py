@@ -1,5 +1,7 @@
 # SOFT++ Tiny on ImageNet-1k by the authors' released recipe.
 _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
+# Before anything else, so that inferencers can load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

@@ -2,6 +2,8 @@
 # Swin's, on which such results are commonly built (AdamW 6e-5 with weight decay 0.01; 8 GPUs with 2
 # images each).
 _base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
+# Before anything else, so that inferencers can load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
