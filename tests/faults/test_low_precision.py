@@ -1,5 +1,7 @@
 """bfloat16 and float16 against float32: no NaN, and the same course of the loss."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -40,10 +42,34 @@ def smooth(losses):
     return np.convolve(losses, np.full(25, 1 / 25), "valid")
 
 
+def apart(*curves):
+    """The largest mean distance of two of the loss curves."""
+    return max(np.abs(smooth(a) - smooth(b)).mean() for a, b in combinations(curves, 2))
+
+
+@pytest.fixture
+def float32_boxes(monkeypatch):
+    """mmcv's NMS and RoIAlign for CPUs know float32 alone.
+
+    Autocast converts for torchvision's (pytorch/vision 8049); nobody told it of mmcv's.
+    """
+    from mmcv.ops import RoIAlign
+    from mmcv.ops.nms import NMSop
+
+    suppress, align = NMSop.forward, RoIAlign.forward
+    suppress = torch.amp.custom_fwd(suppress, device_type="cpu", cast_inputs=torch.float32)
+    monkeypatch.setattr(NMSop, "forward", staticmethod(suppress))
+    monkeypatch.setattr(
+        RoIAlign,
+        "forward",
+        lambda self, x, rois: align(self, x.float(), rois.float()).to(x.dtype),
+    )
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("solver", ["newton", "direct"])
 @pytest.mark.parametrize("model", ["mask_rcnn", "upernet"])
-def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path):
+def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path, float32_boxes):
     def run(dtype, seed=0):
         cfg = config(root, shapes, model, tmp_path)
         cfg.model.backbone.update(solver=solver)
@@ -53,9 +79,9 @@ def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path):
     low = run(torch.bfloat16)
     assert np.isfinite(low).all()
     assert smooth(low)[-1] < 0.9 * smooth(low)[0]  # it learns
-    # Noise: how far two float32 runs are apart that see the images in another order.
-    noise = np.abs(smooth(run(None, seed=1)) - smooth(reference)).mean()
-    distance = np.abs(smooth(low) - smooth(reference)).mean()
+    # Noise: how far float32 runs are apart that see the images in another order.
+    noise = apart(reference, *(run(None, seed) for seed in (1, 2)))
+    distance = apart(reference, low)
     print(f"{model}, {solver}: distance {distance:.4f}, noise {noise:.4f}, loss {low[-25:].mean()}")
     assert distance <= noise
 
