@@ -236,7 +236,7 @@ def main():
     text = PAGE.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     partial = PAGE.with_name(PAGE.name + ".partial")
-    partial.write_text(f"{text[:start]}\n{table}\n{text[end:]}")
+    partial.write_text(f"{text[:start]}\n\n{table}\n\n{text[end:]}")
     partial.replace(PAGE)
 
 

@@ -23,7 +23,7 @@ def plain_loop(cfg, dtype, seed):
     torch.manual_seed(0)  # the same weights whatever the seed
     runner.model.init_weights()
     model, loader = runner.model.train(), iter(runner.train_dataloader)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(ITERATIONS):
         data = model.data_preprocessor(next(loader), True)
