@@ -7,6 +7,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+pytest.importorskip("mmpretrain")
+
 PARAMETERS = dict(tiny=13.07, small=24.11, medium=45.81, large=64.70, huge=87.11)  # million
 NAMES = {
     f"{variant}-{arch}_8xb{128 if arch in ('tiny', 'small') else 32}_in1k": (variant, arch)
