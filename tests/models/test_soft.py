@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from released import ARCH, images
@@ -13,7 +14,7 @@ from torch import nn
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.backbones.soft import ARCHS, resolve_arch
-from mmsoft.models.layers import SOFTBlock, SoftmaxBlock, Stage, resize_pos_embed
+from mmsoft.models.layers import SOFTBlock, SoftmaxBlock, Stage, TanhGELU, resize_pos_embed
 
 DIMS = ARCH["embed_dims"]
 SIZES = [(33, 33), (17, 900), (112, 137), (511, 511), (32, 32), (31, 2), (5, 70), (1, 1)]
@@ -581,6 +582,29 @@ def test_trains_under_ddp_without_looking_for_unused_parameters(out_indices, tmp
         assert all(p.grad.isfinite().all() for p in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+def test_tanh_gelu():
+    """The form of the evaluation errs no more than torch's own, and never gives NaN."""
+    limits = torch.finfo(torch.float32)
+    extremes = [0, -0.0, limits.tiny, limits.max, limits.min, 1e19, -1e19, 9, -9, -30]
+    x = torch.cat((torch.tensor(extremes), 3 * torch.randn(20000)))
+    before = x.clone()
+    exact = F.gelu(x.double(), approximate="tanh")
+    its_own = F.gelu(x, approximate="tanh")
+    with torch.no_grad():
+        ours = TanhGELU()(x)
+    assert torch.equal(x, before)
+    assert torch.isfinite(ours).all()
+    ordinary = slice(len(extremes), None)
+    torch.testing.assert_close(ours[: len(extremes)].double(), exact[: len(extremes)])
+    error = (its_own - exact)[ordinary].abs().max()
+    assert (ours - exact)[ordinary].abs().max() <= 2 * error
+    # With a backward pass, and in another dtype, it is torch's.
+    assert torch.equal(TanhGELU()(x.requires_grad_()), its_own)
+    with torch.no_grad():
+        half = x[ordinary].bfloat16()
+        assert torch.equal(TanhGELU()(half), F.gelu(half, approximate="tanh"))
 
 
 @pytest.mark.parametrize("max_keys", [None, 4])
