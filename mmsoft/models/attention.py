@@ -84,7 +84,7 @@ class SoftmaxFreeAttention(nn.Module):
             bias=False,
         )
         self.proj = nn.Linear(embed_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
 
     def extra_repr(self) -> str:
         return (
@@ -117,10 +117,11 @@ class SoftmaxFreeAttention(nn.Module):
 
     def queries_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled queries, which are the keys too, and values of ``x``; all ``[B, H*W, C]``."""
-        # The weight is scaled, not the activation: it is the smaller of the two.
+        # The product scales at no cost; of a linear layer either factor would need another pass.
         scale = self.head_dims**-0.25
-        q = F.linear(x, self.query.weight * scale, self.query.bias * scale)
-        return q, self.value(x)
+        weight, bias = self.query.weight, self.query.bias
+        q = torch.addmm(bias, x.flatten(0, 1), weight.mT, beta=scale, alpha=scale)
+        return q.unflatten(0, x.shape[:2]), self.value(x)
 
     def sample_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Landmarks of the queries ``[B, H*W, C]``: ``[B, heads, m, d]``."""
@@ -216,7 +217,7 @@ class SoftmaxAttention(nn.Module):
         self.query = nn.Linear(embed_dims, embed_dims)
         self.key_value = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, max_keys={self.max_keys}"

@@ -37,11 +37,17 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         ``[..., n, m]`` in (0, 1], differentiable.
     """
-    centre = y.detach().clamp(-_COORDINATE_MAX, _COORDINATE_MAX).mean(-2, keepdim=True)
-    x = x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX) - centre
-    y = y.clamp(-_COORDINATE_MAX, _COORDINATE_MAX) - centre
-    squared = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    return torch.exp((x @ y.mT - 0.5 * squared).clamp(max=0))
+    y = y.clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
+    centre = y.detach().mean(-2, keepdim=True)
+    return _near_zero(x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX).sub_(centre), y.sub_(centre))
+
+
+def _near_zero(x: Tensor, y: Tensor) -> Tensor:
+    """The kernel of centred points. In place, because large fresh memory is slow."""
+    half = y.square().sum(-1).mul_(0.5)
+    half_x = half if x is y else x.square().sum(-1).mul_(0.5)
+    exponent = (x @ y.mT).sub_(half_x[..., :, None]).sub_(half[..., None, :])
+    return exponent.clamp_(max=0).exp_()
 
 
 def fits_one_block(x: Tensor, y: Tensor) -> bool:
@@ -60,8 +66,10 @@ def gaussian_gram(x: Tensor) -> Tensor:
     Rounding leaves the distance of a large point from itself positive, and without a diagonal a row
     may sum to 0.
     """
+    x = x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
+    x = x - x.detach().mean(-2, keepdim=True)
     eye = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-    return gaussian_kernel(x, x).masked_fill(eye, 1)
+    return _near_zero(x, x).masked_fill(eye, 1)
 
 
 class _Stream:
