@@ -46,7 +46,7 @@ def _near_zero(x: Tensor, y: Tensor) -> Tensor:
     """The kernel of centred points. In place, because large fresh memory is slow."""
     half = y.square().sum(-1).mul_(0.5)
     half_x = half if x is y else x.square().sum(-1).mul_(0.5)
-    exponent = (x @ y.mT).sub_(half_x[..., :, None]).sub_(half[..., None, :])
+    exponent = (x @ y.mT).sub_(half_x[..., :, None] + half[..., None, :])  # symmetric if x is y
     return exponent.clamp_(max=0).exp_()
 
 

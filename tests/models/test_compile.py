@@ -47,7 +47,8 @@ def test_few_graphs_serve_every_size(options):
     assert counter.frame_count <= 3
 
 
-@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("solver", ["direct", "newton"])
 def test_compiled_training_step(solver):
     """Forward and backward, traced once, at two sizes."""
     model = SOFTPlusPlus(ARCH, max_landmarks=16, solver=solver, norm_eval=True).train()
