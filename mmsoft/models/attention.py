@@ -84,7 +84,7 @@ class SoftmaxFreeAttention(nn.Module):
             bias=False,
         )
         self.proj = nn.Linear(embed_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
 
     def extra_repr(self) -> str:
         return (
@@ -217,7 +217,7 @@ class SoftmaxAttention(nn.Module):
         self.query = nn.Linear(embed_dims, embed_dims)
         self.key_value = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, max_keys={self.max_keys}"

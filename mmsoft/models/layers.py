@@ -103,13 +103,12 @@ class Mlp(nn.Sequential):
     """Linear, an activation, linear, with ``4 * embed_dims`` hidden channels."""
 
     def __init__(self, embed_dims: int, act: nn.Module, drop_rate: float):
-        drops = [nn.Dropout(drop_rate) if drop_rate else nn.Identity() for _ in range(2)]
         super().__init__(
             nn.Linear(embed_dims, 4 * embed_dims),
             act,
-            drops[0],
+            nn.Dropout(drop_rate),
             nn.Linear(4 * embed_dims, embed_dims),
-            drops[1],
+            nn.Dropout(drop_rate),
         )
 
 

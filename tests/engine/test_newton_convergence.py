@@ -69,7 +69,8 @@ def logged(tmp_path):
 
 
 def test_residuals_are_logged_at_the_interval(tmp_path):
-    runner = runner_of(tmp_path, dict(interval=2))
+    steps = 8  # not yet converged: residuals well above rounding
+    runner = runner_of(tmp_path, dict(interval=2), newton_steps=steps)
     runner.train()
     entries = logged(tmp_path)
     assert [entry["step"] for entry in entries] == [2, 4]
@@ -79,14 +80,15 @@ def test_residuals_are_logged_at_the_interval(tmp_path):
     for stage in range(3):
         values = torch.cat(
             [
-                newton_residuals(state.landmarks)[-1].flatten()
+                newton_residuals(state.landmarks, steps=steps)[-1].flatten()
                 for (s, _), state in states.items()
                 if s == stage
             ]
         )
+        assert values.min() > 1e-3
         mean, largest = (entries[1][f"newton_residual/stage{stage}{end}"] for end in ("", "_max"))
-        assert mean == pytest.approx(values.mean().item(), rel=1e-3, abs=1e-7)
-        assert largest == pytest.approx(values.max().item(), rel=1e-3, abs=1e-7)
+        assert mean == pytest.approx(values.mean().item(), rel=1e-3)
+        assert largest == pytest.approx(values.max().item(), rel=1e-3)
     assert not any(module._forward_pre_hooks for module in runner.model.modules())
 
 

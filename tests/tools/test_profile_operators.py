@@ -14,7 +14,9 @@ model = dict(backbone=dict(type="mmsoft.SOFTPlusPlus", arch=arch))
 @pytest.fixture
 def run(root, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.py").write_text(CONFIG)
-    main = runpy.run_path(str(root / "tools/analysis_tools/profile_operators.py"))["main"]
+    tools = root / "tools/analysis_tools"
+    monkeypatch.syspath_prepend(tools)
+    main = runpy.run_path(str(tools / "profile_operators.py"))["main"]
 
     def run(*arguments):
         command = ["profile_operators.py", str(tmp_path / "config.py"), *arguments]

@@ -67,9 +67,9 @@ def analyse(config: Config, shape: tuple[int, int]) -> tuple[nn.Module, FlopAnal
     return model, analysis
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The command line of a tool that runs a config's model on a random image."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file of mmdet, mmseg or mmpretrain")
     parser.add_argument(
         "--shape",
@@ -79,12 +79,22 @@ def main() -> None:
         help="height and width, or one number for both (default: 224)",
     )
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Config, tuple[int, int]]:
+    """Read the command line of such a tool: arguments, config, (height, width)."""
     args = parser.parse_args()
     if len(args.shape) > 2 or min(args.shape) < 1:
         parser.error(f"--shape takes one or two positive numbers, got {args.shape}")
-    shape = (args.shape[0], args.shape[-1])
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
+    return args, config, (args.shape[0], args.shape[-1])
+
+
+def main() -> None:
+    """Run the command line."""
+    _, config, shape = parse(make_parser(__doc__.splitlines()[0]))
     model, analysis = analyse(config, shape)
     rows = [(name, analysis.total(name)) for name in ("", *dict(model.named_children()))]
     operators = analysis.by_operator()

@@ -7,10 +7,9 @@ A forward pass on a random image without gradients, after two to warm up, by tor
 are of the operators themselves, without what they call; on a GPU those of its kernels.
 """
 
-import argparse
-
 import torch
-from mmengine.config import Config, DictAction
+from get_flops import make_parser, parse
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch.profiler import ProfilerActivity, profile
@@ -31,7 +30,8 @@ def measure(
         Name, number of calls and milliseconds of each operator, the slowest first.
     """
     init_default_scope(config.get("default_scope", "mmdet"))
-    model = revert_sync_batchnorm(MODELS.build(config.model.backbone)).eval().to(device)
+    model = revert_sync_batchnorm(MODELS.build(config.model.backbone)).to(device)
+    model.eval()  # which returns nothing in some of mmdet's backbones
     images = torch.rand(batch, 3, *shape, device=device)
     activities = [ProfilerActivity.CPU]
     if on_gpu := images.is_cuda:
@@ -54,27 +54,14 @@ def measure(
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="config file of mmdet, mmseg or mmpretrain")
-    parser.add_argument(
-        "--shape",
-        type=int,
-        nargs="+",
-        default=[224],
-        help="height and width, or one number for both (default: 224)",
-    )
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--top", type=int, default=12, help="rows (default: 12)")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
-    args = parser.parse_args()
-    if len(args.shape) > 2 or min(args.shape) < 1:
-        parser.error(f"--shape takes one or two positive numbers, got {args.shape}")
+    args, config, shape = parse(parser)
     if args.batch < 1 or args.top < 1:
         parser.error("--batch and --top take positive numbers")
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
-    rows = measure(config, (args.shape[0], args.shape[-1]), args.batch, args.device)
+    rows = measure(config, shape, args.batch, args.device)
     total = sum(time for _, _, time in rows)
     kept, rest = rows[: args.top], rows[args.top :]
     if rest:
