@@ -38,12 +38,20 @@ def test_every_page_is_in_the_navigation_and_links_lead_somewhere(root, pages):
             assert target.startswith("https://") or (path.parent / target).is_file(), target
 
 
+def source_with_neighbours(tool):
+    """The text of a tool and of the modules beside it that it imports, where options may be."""
+    source = tool.read_text()
+    names = re.findall(r"^(?:from|import) (\w+)", source, re.M)
+    beside = (tool.parent / f"{name}.py" for name in names)
+    return source + "".join(path.read_text() for path in beside if path.is_file())
+
+
 def test_commands_name_tools_and_options_that_exist(root, pages):
     found = 0
     for text in pages.values():
         for command in re.findall(r"^python (tools/(?:.*\\\n)*.*)$", text, re.M):
             words = command.replace("\\\n", " ").split()
-            source = (root / words[0]).read_text()
+            source = source_with_neighbours(root / words[0])
             for option in (word.partition("=")[0] for word in words if word.startswith("--")):
                 assert f'"{option}"' in source, f"{words[0]} {option}"
             found += 1
