@@ -84,3 +84,4 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=0, begin=0, end=3, convert_to_iter_based=True),
 ]
 default_hooks = dict(checkpoint=dict(interval=3, max_keep_ckpts=1))
+randomness = dict(seed=0)

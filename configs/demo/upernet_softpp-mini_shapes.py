@@ -14,16 +14,23 @@ model = dict(
         _delete_=True,
         type="mmsoft.SOFTPlusPlus",
         arch=dict(embed_dims=[32, 64, 96, 128], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4]),
+        solver="direct",  # as in the ADE20K configs; an eighth less time for an iteration
     ),
     decode_head=dict(
         in_channels=[32, 64, 96, 128],
         channels=32,
         num_classes=6,
+        dropout_ratio=0,  # under six passes over the data: nothing to regularize
         norm_cfg=norm_cfg,
         init_cfg=init_cfg,
     ),
     auxiliary_head=dict(
-        in_channels=96, channels=32, num_classes=6, norm_cfg=norm_cfg, init_cfg=init_cfg
+        in_channels=96,
+        channels=32,
+        num_classes=6,
+        dropout_ratio=0,
+        norm_cfg=norm_cfg,
+        init_cfg=init_cfg,
     ),
 )
 
@@ -64,13 +71,14 @@ val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(pipeline=test_pi
 test_dataloader = val_dataloader
 
 # Schedule
-train_cfg = dict(max_iters=1200, val_interval=1200)
+train_cfg = dict(max_iters=1400, val_interval=1400)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(_delete_=True, max_norm=1),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=1200),
+    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=1400),
 ]
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=600, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=700, max_keep_ckpts=1))
+randomness = dict(seed=0)
