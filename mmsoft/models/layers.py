@@ -78,6 +78,22 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], target: tuple[int
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def as_image(tokens: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    """Copy tokens ``[B, H*W, C]`` to an image ``[B, C, H, W]`` with the strides of a new tensor.
+
+    Contiguous, because operators of mmcv such as RoIAlign read raw memory without asking for the
+    strides of what they get.
+    """
+    layout = torch.contiguous_format
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or tokens.device.type != "cpu" or len(tokens) == 0:
+        image = tokens.mT.clone(memory_format=layout)
+    else:  # torch transposes a matrix in blocks, three times as fast as it permutes a batch
+        images = [matrix.mT.clone(memory_format=layout) for matrix in tokens]
+        image = torch.stack(images) if len(images) > 1 else images[0][None]
+    return image.unflatten(2, hw_shape)
+
+
 class TanhGELU(nn.GELU):
     """GELU in its tanh approximation, ``x (1 + tanh u) / 2``.
 

@@ -13,7 +13,7 @@ from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors, load_bac
 from mmsoft.ops.attention import SOLVERS
 from mmsoft.registry import MODELS
 
-from ..layers import SOFTBlock, SoftmaxBlock, Stage, patch_embedding, stem
+from ..layers import SOFTBlock, SoftmaxBlock, Stage, as_image, patch_embedding, stem
 
 # SOFT++ (arXiv 2207.03341), table 2. Small's stage 3 has 7 blocks: the release says 20, which fits
 # neither the published parameters nor those of the detectors.
@@ -303,7 +303,7 @@ class SOFT(BaseModule):
 
         Returns:
             One tensor per entry of ``out_indices``: ``[B, C_i, ceil(H/s), ceil(W/s)]`` with s = 4,
-            8, 16, 32, in channels-last memory; or the class token ``[B, C_4]``.
+            8, 16, 32; or the class token ``[B, C_4]``. All are contiguous.
 
         Raises:
             TypeError, ValueError: ``x`` is no batch of images, or not of the model's dtype.
@@ -316,11 +316,11 @@ class SOFT(BaseModule):
             if stage.cls_token is not None:
                 tokens = self.norm(tokens)
                 if self.out_type == "cls_token":
-                    return (tokens[:, 0],)
+                    return (tokens[:, 0].contiguous(),)
                 tokens = tokens[:, 1:]
-            x = tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)
             if i in self.out_indices:
-                outs.append(x)
+                outs.append(as_image(tokens, hw_shape))
+            x = tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)  # a channels-last view
         return tuple(outs)
 
     def _check_images(self, x: Tensor) -> None:
