@@ -1,9 +1,11 @@
-"""Real training runs on generated data, small and in this process, for tests/faults/."""
+"""Real training runs on generated data, small and in this process."""
 
 import itertools
 import subprocess
 import sys
 
+import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.utils import get_installed_path
@@ -124,6 +126,31 @@ def train(config):
     runner.call_hook = call_hook
     runner.train()
     return runner, losses
+
+
+def plain_loop(cfg, iterations, dtype=None, seed=0):
+    """The losses of AdamW at 1e-3 without MMEngine's wrapper, whose AMP asks for a GPU.
+
+    The seed decides on the order of the images; the weights are the same whatever it is.
+    """
+    cfg.train_dataloader.sampler.update(seed=seed, shuffle=True)
+    runner = Runner.from_cfg(cfg)
+    torch.manual_seed(0)
+    runner.model.init_weights()
+    model, loader = runner.model.train(), iter(runner.train_dataloader)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(iterations):
+        data = model.data_preprocessor(next(loader), True)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss, _ = model.parse_losses(model(**data, mode="loss"))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10, error_if_nonfinite=True)
+        optimizer.step()
+        losses.append(loss.item())
+    assert weights_are_finite(runner)
+    return np.array(losses)
 
 
 def weights_are_finite(runner):

@@ -5,8 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from fault_runs import config, weights_are_finite
-from mmengine.runner import Runner
+from fault_runs import config, plain_loop, train, weights_are_finite
 
 import mmsoft.models  # noqa: F401
 
@@ -14,28 +13,6 @@ for library in ("mmdet", "mmseg"):
     pytest.importorskip(library)
 
 ITERATIONS = 200
-
-
-def plain_loop(cfg, dtype, seed):
-    """The losses of 200 iterations without MMEngine's wrapper, whose AMP asks for a GPU."""
-    cfg.train_dataloader.sampler.update(seed=seed, shuffle=True)
-    runner = Runner.from_cfg(cfg)
-    torch.manual_seed(0)  # the same weights whatever the seed
-    runner.model.init_weights()
-    model, loader = runner.model.train(), iter(runner.train_dataloader)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    losses = []
-    for _ in range(ITERATIONS):
-        data = model.data_preprocessor(next(loader), True)
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss, _ = model.parse_losses(model(**data, mode="loss"))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10, error_if_nonfinite=True)
-        optimizer.step()
-        losses.append(float(loss))
-    assert weights_are_finite(runner)
-    return np.array(losses)
 
 
 def smooth(losses):
@@ -73,7 +50,7 @@ def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path, flo
     def run(dtype, seed=0):
         cfg = config(root, shapes, model, tmp_path)
         cfg.model.backbone.update(solver=solver)
-        return plain_loop(cfg, dtype, seed)
+        return plain_loop(cfg, ITERATIONS, dtype, seed)
 
     reference = run(None)
     low = run(torch.bfloat16)
@@ -91,8 +68,6 @@ def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path, flo
 @pytest.mark.parametrize("model", ["mask_rcnn", "upernet"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_amp_of_the_runner(model, dtype, root, shapes, tmp_path):
-    from fault_runs import train
-
     cfg = config(root, shapes, model, tmp_path, iterations=ITERATIONS)
     cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype)
     cfg.custom_hooks = [dict(type="mmsoft.FiniteGradientHook")]

@@ -1,0 +1,23 @@
+"""Mask R-CNN learns: its RoI features are the backbone's, and its loss falls like Swin's."""
+
+import pytest
+from fault_runs import SOFTPP, SWIN, config, make_data, plain_loop
+
+pytest.importorskip("mmdet")
+
+ITERATIONS = 120
+
+
+@pytest.fixture(scope="module")
+def shapes(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    make_data(root, folder)
+    return folder
+
+
+def test_learns_as_well_as_with_swin(root, shapes, tmp_path):
+    ours = plain_loop(config(root, shapes, "mask_rcnn", tmp_path, backbone=SOFTPP), ITERATIONS)
+    swin = plain_loop(config(root, shapes, "mask_rcnn", tmp_path, backbone=SWIN), ITERATIONS)
+    print(f"{ours[:10].mean():.2f} -> {ours[-10:].mean():.2f}; Swin {swin[-10:].mean():.2f}")
+    assert ours[-10:].mean() <= 0.6 * ours[:10].mean()
+    assert ours[-10:].mean() <= swin[-10:].mean()
