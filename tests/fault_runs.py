@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from mmengine.utils import get_installed_path
 from released import ARCH
 
 CONFIGS = {
+    "mask_rcnn": ("mmdet", "mask-rcnn_softpp-mini_fpn_shapes.py"),
     "retinanet": ("mmdet", "retinanet_softpp-mini_fpn_shapes.py"),
     "upernet": ("mmseg", "upernet_softpp-mini_shapes.py"),
 }
@@ -30,56 +30,20 @@ def make_data(root, folder):
     subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=folder, check=True)
 
 
-def mask_rcnn():
-    """What Mask R-CNN has beyond the demo's RetinaNet, small enough for a CPU."""
-    folder = get_installed_path("mmdet") + "/.mim/configs/mask_rcnn/"
-    config = Config.fromfile(folder + "mask-rcnn_r50_fpn_1x_coco.py")
-    config.merge_from_dict(
-        dict(
-            model=dict(
-                neck=dict(out_channels=32, num_outs=4),
-                rpn_head=dict(
-                    in_channels=32,
-                    feat_channels=32,
-                    anchor_generator=dict(strides=[4, 8, 16, 32]),
-                ),
-                roi_head=dict(
-                    bbox_roi_extractor=dict(out_channels=32, featmap_strides=[4, 8, 16]),
-                    bbox_head=dict(in_channels=32, fc_out_channels=64, num_classes=5),
-                    mask_roi_extractor=dict(out_channels=32, featmap_strides=[4, 8, 16]),
-                    mask_head=dict(
-                        num_convs=1, in_channels=32, conv_out_channels=32, num_classes=5
-                    ),
-                ),
-                train_cfg=dict(
-                    rpn=dict(sampler=dict(num=32)),
-                    rpn_proposal=dict(nms_pre=100, max_per_img=50),
-                    rcnn=dict(sampler=dict(num=32)),
-                ),
-                test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50)),
-            )
-        )
-    )
-    return config.model
-
-
 def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterations=2):
     """A config of the demo, cut to `iterations` iterations of two images and nothing else.
 
-    `name` is one of CONFIGS or 'mask_rcnn'; `changes` is merged last.
+    `name` is one of CONFIGS; `changes` is merged last.
     """
-    library, file = CONFIGS.get(name, CONFIGS["retinanet"])
+    library, file = CONFIGS[name]
     config = Config.fromfile(root / "configs/demo" / file)
-    if name == "mask_rcnn":
-        config.model = mask_rcnn()
-        for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-            for step in loader.dataset.pipeline:
-                if step.type == "LoadAnnotations":
-                    step.with_mask = True
     backbone = dict(backbone or SOFTPP)
     dims = [32, 64, 96, 128]
     if backbone["type"] == "SwinTransformer":
         backbone["type"], dims = f"{library}.SwinTransformer", [32, 64, 128, 256]
+    if "out_indices" in config.model.backbone:
+        backbone["out_indices"] = config.model.backbone.out_indices
+        dims = [dims[i] for i in backbone["out_indices"]]
     config.model.backbone = backbone
     if library == "mmseg":
         config.model.data_preprocessor.size = (64, 64)

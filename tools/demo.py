@@ -1,16 +1,19 @@
-"""Train, test and paint a small detector and a small segmenter on generated data.
+"""Train, test and paint a small Mask R-CNN and a small UperNet on generated data.
 
     python tools/demo.py                                    # the demo: minutes on two cores
     python tools/demo.py --variant softpp-mini-no-attention # the same without the attention term
     python tools/demo.py --variant pvt-t                    # the same with PVT-Tiny as backbone
+    python tools/demo.py --seed 1                           # the demo from another seed
 
 Each step is a plain `mim` command, printed before it runs. Everything goes to work_dirs/demo (a
-variant's to work_dirs/demo-VARIANT), made anew by every call: `summary.json`, `loss_curves.png`,
+variant's to work_dirs/demo-VARIANT, another seed's to work_dirs/demo...-seed1), made anew by every call: `summary.json`, `loss_curves.png`,
 `predictions/` with painted validation images, and under `detection/` and `segmentation/` the logs
 and checkpoints. The data, data/shapes, are kept from call to call.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -26,6 +29,8 @@ import matplotlib
 import numpy as np
 import torch
 from mmengine import Config, load
+from pycocotools.coco import COCO
+from pycocotools.mask import decode
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -34,9 +39,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = "data/shapes"
 VARIANTS = ("softpp-mini", "softpp-mini-no-attention", "pvt-t")
 NEEDED_BYTES = 500e6  # data, checkpoints and pictures take less
+MAX_SEED = 9
 PAINTED = 12  # validation images painted one by one
 OVERVIEW = 4  # of these, painted in one picture too
 SCORE = 0.4  # detections below this score are not painted
+LABELS = dict(box_ap="box AP", mask_ap="mask AP", miou="mIoU")
 PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
 NOISE = re.compile(
     r"\b(lr|time|data_time|grad_norm|memory|base_lr|loss_\w+|(?:decode|aux)\.\w+): \S+\s*"
@@ -54,8 +61,7 @@ class Task:
     name: str
     package: str
     config: str
-    metric: str  # mmengine's name of the figure to report
-    label: str  # the figure's name for people
+    metrics: dict[str, str]  # summary.json's name of a figure: mmengine's
     scale: float  # from mmengine's unit to 0..1
     out: str  # what `mim test --out` writes
 
@@ -66,12 +72,11 @@ class Task:
 
 def tasks(variant: str) -> list[Task]:
     """The two models of a variant."""
-    det, seg = f"retinanet_{variant}_fpn_shapes.py", f"upernet_{variant}_shapes.py"
+    det, seg = f"mask-rcnn_{variant}_fpn_shapes.py", f"upernet_{variant}_shapes.py"
+    aps = dict(box_ap="coco/bbox_mAP", mask_ap="coco/segm_mAP")
     return [
-        Task(
-            "detection", "mmdet", f"configs/demo/{det}", "coco/bbox_mAP", "box AP", 1, "results.pkl"
-        ),
-        Task("segmentation", "mmseg", f"configs/demo/{seg}", "mIoU", "mIoU", 0.01, "results"),
+        Task("detection", "mmdet", f"configs/demo/{det}", aps, 1, "results.pkl"),
+        Task("segmentation", "mmseg", f"configs/demo/{seg}", dict(miou="mIoU"), 0.01, "results"),
     ]
 
 
@@ -115,20 +120,21 @@ def mim(title: str, arguments: list[str], log: Path) -> None:
         raise DemoError(f"`mim {shlex.join(arguments[:3])} ...` failed{last_error} (see {log})")
 
 
-def train_and_test(task: Task, work_dir: Path) -> float:
-    """Run `mim train` and `mim test`; give the metric, 0 to 1."""
+def train_and_test(task: Task, work_dir: Path, seed: int) -> dict[str, float]:
+    """Run `mim train` and `mim test`; give the metrics, 0 to 1."""
     folder = task.folder(work_dir)
     folder.mkdir(parents=True)
     gpus = ["--gpus", "1" if torch.cuda.is_available() else "0"]
     where = folder.relative_to(ROOT)
     common = [task.package, task.config, *gpus, "--work-dir", str(where)]
-    mim(f"{task.name}: training", ["train", *common], folder / "train.log")
+    options = ["--cfg-options", f"randomness.seed={seed}"] if seed else []  # 0 is the configs'
+    mim(f"{task.name}: training", ["train", *common, *options], folder / "train.log")
     checkpoint = Path((folder / "last_checkpoint").read_text()).relative_to(ROOT)
     extra = ["--checkpoint", str(checkpoint), "--out", str(where / task.out)]
     mim(f"{task.name}: testing", ["test", *common, *extra], folder / "test.log")
     # MMEngine names the folder of a run by the time: the last one is the test's.
     metrics = json.loads(max(folder.glob("*/*.json")).read_text())
-    return round(metrics[task.metric] * task.scale, 4)
+    return {name: round(metrics[key] * task.scale, 4) for name, key in task.metrics.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -154,12 +160,14 @@ def paint_curves(all_tasks: list[Task], work_dir: Path) -> None:
             top.plot([entry.get("iter", entry["step"]) for entry in losses], values, label=name)
         top.set(title=f"{task.name}: training", xlabel="iteration", ylabel="loss", ylim=(0, None))
         top.legend()
-        scores = [entry for entry in entries if task.metric in entry]
-        values = [entry[task.metric] * task.scale for entry in scores]
-        bottom.plot([entry["step"] for entry in scores], values, "o-")
+        for name, key in task.metrics.items():
+            scores = [entry for entry in entries if key in entry]
+            values = [entry[key] * task.scale for entry in scores]
+            bottom.plot([entry["step"] for entry in scores], values, "o-", label=LABELS[name])
         unit = "epoch" if task.package == "mmdet" else "iteration"
-        bottom.set(title=f"{task.name}: validation", xlabel=unit, ylabel=task.label, ylim=(0, 1))
+        bottom.set(title=f"{task.name}: validation", xlabel=unit, ylim=(0, 1))
         bottom.set_xlim(0, None)
+        bottom.legend()
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.savefig(work_dir / "loss_curves.png", dpi=110)
@@ -184,11 +192,14 @@ def paint(rows: list[list], titles: list[str], legend: list, path: Path) -> None
     plt.close(figure)
 
 
-def show_boxes(picture, colours, boxes=(), labels=(), scores=None):
-    """A panel: the picture with boxes and, if given, their scores."""
+def show_objects(picture, colours, boxes=(), labels=(), masks=(), scores=None):
+    """A panel: the picture with masks, boxes and, if given, their scores."""
 
     def panel(axis) -> None:
         axis.imshow(picture, interpolation="bicubic")
+        for mask, label in zip(masks, labels, strict=True):
+            colour = np.broadcast_to(colours[label], (*mask.shape, 3))
+            axis.imshow(np.dstack([colour, 0.55 * mask]), interpolation="nearest")
         for i, (x1, y1, x2, y2) in enumerate(boxes):
             colour, corner = colours[labels[i]], (x1, y1)
             axis.add_patch(plt.Rectangle(corner, x2 - x1, y2 - y1, fill=False, ec=colour, lw=2.2))
@@ -229,24 +240,26 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
         for name, colour in zip(meta.classes[1:], colours, strict=True)
     ]
 
-    truth = json.loads((ROOT / DATA / "coco/annotations/instances_val2017.json").read_text())
-    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(ROOT / DATA / "coco/annotations/instances_val2017.json")
     rows = {"detection": [], "segmentation": []}
     results = load(detection.folder(work_dir) / detection.out)
     for result in sorted(results, key=lambda result: result["img_id"])[:PAINTED]:
         ident = result["img_id"]
-        picture = read_picture(ROOT / DATA / "coco/val2017" / files[ident])
-        own = [a for a in truth["annotations"] if a["image_id"] == ident]
+        picture = read_picture(ROOT / DATA / "coco/val2017" / truth.imgs[ident]["file_name"])
+        own = truth.imgToAnns[ident]
         corners = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in own)]
-        found = {key: value.numpy() for key, value in result["pred_instances"].items()}
-        keep = found["scores"] >= SCORE
-        boxes, labels, scores = (found[key][keep] for key in ("bboxes", "labels", "scores"))
+        found = result["pred_instances"]
+        keep = found["scores"].numpy() >= SCORE
+        boxes, labels, scores = (found[k].numpy()[keep] for k in ("bboxes", "labels", "scores"))
+        masks = [decode(mask) for mask, kept in zip(found["masks"], keep, strict=True) if kept]
         truth_labels = [a["category_id"] - 1 for a in own]
+        truth_masks = [truth.annToMask(a) for a in own]
         rows["detection"].append(
             [
-                show_boxes(picture, colours),
-                show_boxes(picture, colours, corners, truth_labels),
-                show_boxes(picture, colours, boxes, labels, scores),
+                show_objects(picture, colours),
+                show_objects(picture, colours, corners, truth_labels, truth_masks),
+                show_objects(picture, colours, boxes, labels, masks, scores),
             ]
         )
     for path in sorted((ROOT / DATA / "ade/annotations/validation").iterdir())[:PAINTED]:
@@ -255,7 +268,7 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
         # Both files count from 1: 0 is "unlabelled" in ADE20K.
         pair = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) - 1 for file in maps]
         rows["segmentation"].append(
-            [show_boxes(picture, colours), *(show_classes(picture, m, palette) for m in pair)]
+            [show_objects(picture, colours), *(show_classes(picture, m, palette) for m in pair)]
         )
 
     titles = ["image", "ground truth", "prediction"]
@@ -271,28 +284,29 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
 
 
 def print_table() -> None:
-    """Print every variant that has a summary."""
-    print(f"\n{'backbone':26} {'box AP':>7} {'mask AP':>8} {'mIoU':>7} {'minutes':>8}")
+    """Print every run that has a summary."""
+    print(f"\n{'backbone':26} {'seed':>4} {'box AP':>7} {'mask AP':>8} {'mIoU':>7} {'minutes':>8}")
     for variant in VARIANTS:
-        path = place(variant) / "summary.json"
-        if path.is_file():
-            summary = json.loads(path.read_text())
-            mask_ap = "-" if summary["mask_ap"] is None else f"{summary['mask_ap']:.3f}"
-            print(
-                f"{variant:26} {summary['box_ap']:7.3f} {mask_ap:>8} {summary['miou']:7.3f} "
-                f"{summary['seconds'] / 60:8.1f}"
-            )
+        for seed in range(MAX_SEED + 1):
+            path = place(variant, seed) / "summary.json"
+            if path.is_file():
+                summary = json.loads(path.read_text())
+                print(
+                    f"{variant:26} {seed:4} {summary['box_ap']:7.3f} {summary['mask_ap']:8.3f} "
+                    f"{summary['miou']:7.3f} {summary['seconds'] / 60:8.1f}"
+                )
 
 
-def place(variant: str) -> Path:
-    """The folder of a variant's results."""
-    return ROOT / "work_dirs" / ("demo" if variant == VARIANTS[0] else f"demo-{variant}")
+def place(variant: str, seed: int) -> Path:
+    """The folder of a run's results."""
+    name = "demo" if variant == VARIANTS[0] else f"demo-{variant}"
+    return ROOT / "work_dirs" / (f"{name}-seed{seed}" if seed else name)
 
 
-def demo(variant: str) -> None:
+def demo(variant: str, seed: int = 0) -> None:
     """Run everything."""
     start = time.time()
-    work_dir = place(variant)
+    work_dir = place(variant, seed)
     if work_dir.exists():
         shutil.rmtree(work_dir)
     work_dir.mkdir(parents=True)
@@ -304,11 +318,9 @@ def demo(variant: str) -> None:
         )
     make_data()
     detection, segmentation = tasks(variant)
-    summary = {
-        "box_ap": train_and_test(detection, work_dir),
-        "mask_ap": None,  # RetinaNet predicts no masks
-        "miou": train_and_test(segmentation, work_dir),
-    }
+    summary = {}
+    for task in (detection, segmentation):
+        summary |= train_and_test(task, work_dir, seed)
     print("\n== painting", flush=True)
     paint_curves([detection, segmentation], work_dir)
     paint_predictions([detection, segmentation], work_dir)
@@ -324,9 +336,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variant", choices=VARIANTS, default=VARIANTS[0], help="the backbone")
+    parser.add_argument(
+        "--seed", type=int, choices=range(MAX_SEED + 1), default=0, help="of weights and order"
+    )
     args = parser.parse_args()
     try:
-        demo(args.variant)
+        demo(args.variant, args.seed)
     except DemoError as error:
         sys.exit(f"\nerror: {error}")
     except OSError as error:  # a full disk, most of all

@@ -1,4 +1,4 @@
-_base_ = "./retinanet_softpp-mini_fpn_shapes.py"
+_base_ = "./mask-rcnn_softpp-mini_fpn_shapes.py"
 
 # Lets torch 2.6 and newer load the checkpoints that MMEngine writes.
 custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
@@ -8,7 +8,8 @@ model = dict(
         _delete_=True,
         type="PyramidVisionTransformer",
         num_layers=[2, 2, 2, 2],
+        out_indices=(1, 2, 3),
         init_cfg=None,
     ),
-    neck=dict(in_channels=[64, 128, 320, 512]),
+    neck=dict(in_channels=[128, 320, 512]),
 )

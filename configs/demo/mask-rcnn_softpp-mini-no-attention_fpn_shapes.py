@@ -1,4 +1,4 @@
-_base_ = "./retinanet_softpp-mini_fpn_shapes.py"
+_base_ = "./mask-rcnn_softpp-mini_fpn_shapes.py"
 
 __import__("sys").path.append("{{ fileDirname }}/../../tools/analysis_tools")
 custom_imports = dict(imports=["no_attention"], allow_failed_imports=False)

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
+encode = pytest.importorskip("pycocotools.mask").encode
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,17 @@ def test_pictures(demo, workplace):
         folder = task.folder(work_dir) / "20260101_000000/vis_data"
         folder.mkdir(parents=True)
         entries = [{"loss": 2 / i, "loss_cls": 1 / i, "iter": i, "step": i} for i in range(1, 5)]
-        entries.append({task.metric: 0.5 / task.scale, unit: 4, "step": 4})
+        entries.append(
+            dict.fromkeys(task.metrics.values(), 0.5 / task.scale) | {unit: 4, "step": 4}
+        )
         (folder / "scalars.json").write_text("\n".join(map(json.dumps, entries)))
+    mask = np.zeros((64, 64), np.uint8, order="F")
+    mask[10:30, 5:20] = 1
     instances = dict(
         bboxes=torch.tensor([[5.0, 5, 20, 30], [30, 10, 50, 60]]),
         labels=torch.tensor([0, 4]),
         scores=torch.tensor([0.9, 0.1]),
+        masks=[encode(mask)] * 2,
     )
     results = [dict(img_id=i, pred_instances=instances) for i in (1, 2, 3)]
     mmengine.dump(results, detection.folder(work_dir) / detection.out)
