@@ -6,9 +6,10 @@
     python tools/demo.py --seed 1                           # the demo from another seed
 
 Each step is a plain `mim` command, printed before it runs. Everything goes to work_dirs/demo (a
-variant's to work_dirs/demo-VARIANT, another seed's to work_dirs/demo...-seed1), made anew by every call: `summary.json`, `loss_curves.png`,
-`predictions/` with painted validation images, and under `detection/` and `segmentation/` the logs
-and checkpoints. The data, data/shapes, are kept from call to call.
+variant's to work_dirs/demo-VARIANT, that of another seed to a folder that ends in -seedN), made
+anew by every call: `summary.json`, `loss_curves.png`, `predictions/` with painted validation
+images, and under `detection/` and `segmentation/` the logs and checkpoints. The data, data/shapes,
+are kept from call to call.
 """
 
 import argparse
