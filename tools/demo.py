@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -193,21 +194,32 @@ def paint(rows: list[list], titles: list[str], legend: list, path: Path) -> None
     plt.close(figure)
 
 
-def show_objects(picture, colours, boxes=(), labels=(), masks=(), scores=None):
-    """A panel: the picture with masks, boxes and, if given, their scores."""
+def show_picture(axis, picture: np.ndarray, grey: bool) -> None:
+    """Draw a picture, in colour or, where colours are to lie over it, in grey."""
+    pixels = picture.mean(-1) if grey else picture
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+
+
+def show_objects(picture, colours, boxes, labels, masks, scores=None):
+    """A panel: the picture in grey under masks, with boxes and, if given, their scores."""
 
     def panel(axis) -> None:
-        axis.imshow(picture, interpolation="bicubic")
+        show_picture(axis, picture, grey=True)
         for mask, label in zip(masks, labels, strict=True):
             colour = np.broadcast_to(colours[label], (*mask.shape, 3))
-            axis.imshow(np.dstack([colour, 0.55 * mask]), interpolation="nearest")
+            axis.imshow(np.dstack([colour, 0.6 * mask]), interpolation="nearest")
         for i, (x1, y1, x2, y2) in enumerate(boxes):
             colour, corner = colours[labels[i]], (x1, y1)
             axis.add_patch(plt.Rectangle(corner, x2 - x1, y2 - y1, fill=False, ec=colour, lw=2.2))
             if scores is not None:
                 style = dict(fc=colour, ec="none", pad=0.8)
                 text = f"{scores[i]:.2f}"
-                axis.text(*corner, text, color="white", fontsize=10, bbox=style, clip_on=True)
+                # Above the box, or inside it where the picture ends.
+                place = dict(
+                    va="bottom" if y1 > 9 else "top",
+                    ha="left" if x1 < picture.shape[1] - 20 else "right",
+                )
+                axis.text(*corner, text, color="white", fontsize=10, bbox=style, **place)
 
     return panel
 
@@ -216,7 +228,7 @@ def show_classes(picture, index, palette):
     """A panel: the picture in grey under the colours of an index map (0 is background)."""
 
     def panel(axis) -> None:
-        axis.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+        show_picture(axis, picture, grey=True)
         coloured = np.dstack([palette[index], np.where(index > 0, 0.65, 0.0)])
         axis.imshow(coloured, interpolation="nearest")
 
@@ -258,7 +270,7 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
         truth_masks = [truth.annToMask(a) for a in own]
         rows["detection"].append(
             [
-                show_objects(picture, colours),
+                partial(show_picture, picture=picture, grey=False),
                 show_objects(picture, colours, corners, truth_labels, truth_masks),
                 show_objects(picture, colours, boxes, labels, masks, scores),
             ]
@@ -269,7 +281,10 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
         # Both files count from 1: 0 is "unlabelled" in ADE20K.
         pair = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) - 1 for file in maps]
         rows["segmentation"].append(
-            [show_objects(picture, colours), *(show_classes(picture, m, palette) for m in pair)]
+            [
+                partial(show_picture, picture=picture, grey=False),
+                *(show_classes(picture, m, palette) for m in pair),
+            ]
         )
 
     titles = ["image", "ground truth", "prediction"]

@@ -71,7 +71,7 @@ val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(pipeline=test_pi
 test_dataloader = val_dataloader
 
 # Schedule
-train_cfg = dict(max_iters=1400, val_interval=1400)
+train_cfg = dict(max_iters=1400, val_interval=350)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(_delete_=True, max_norm=1),

@@ -44,7 +44,7 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
 # Schedule
-train_cfg = dict(max_epochs=3, val_interval=3)
+train_cfg = dict(max_epochs=3, val_interval=1)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=1),
