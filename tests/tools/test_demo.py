@@ -110,6 +110,19 @@ def test_pictures(demo, workplace):
         assert picture.std() > 10
 
 
+@pytest.mark.long
+def test_retinanet_trains_as_well(demo, root, tmp_path, monkeypatch):
+    """On the demo's data and schedule: its config is not part of the demo itself."""
+    pytest.importorskip("mmdet")
+    (tmp_path / "configs").symlink_to(root / "configs")
+    (tmp_path / "tools").symlink_to(root / "tools")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    demo.make_data()
+    config, work_dir = "configs/demo/retinanet_softpp-mini_fpn_shapes.py", tmp_path / "work_dirs"
+    task = demo.Task("retinanet", "mmdet", config, dict(box_ap="coco/bbox_mAP"), 1, "results.pkl")
+    assert demo.train_and_test(task, work_dir, 0)["box_ap"] >= 0.5
+
+
 def test_a_failing_command_is_one_line_that_names_the_log(demo, workplace):
     log = workplace / "train.log"
     with pytest.raises(demo.DemoError) as caught:
