@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmsoft.registry import HOOKS
 
 if TYPE_CHECKING:
-    from mmsoft.visualization import BlockState
+    from mmsoft.analysis import BlockState
 
 
 @HOOKS.register_module()
@@ -59,7 +59,7 @@ class NewtonConvergenceHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Refuse a model that has nothing to watch."""
         # Here, because visualization builds on models, which import this package.
-        from mmsoft.visualization import attention_blocks
+        from mmsoft.analysis import attention_blocks
 
         layers = attention_blocks(self._model(runner)).values()
         if all(layer.solver != "newton" for layer in layers):
@@ -70,7 +70,7 @@ class NewtonConvergenceHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Start watching the layers if this iteration's turn has come."""
-        from mmsoft.visualization import capture
+        from mmsoft.analysis import capture
 
         self._watching.close()  # a forward pass that failed may have left it open
         if is_main_process() and self.every_n_train_iters(runner, self.interval):
@@ -80,7 +80,7 @@ class NewtonConvergenceHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Compute, log, and warn the first time."""
-        from mmsoft.visualization import newton_residuals
+        from mmsoft.analysis import newton_residuals
 
         states, self._states = self._states, None
         self._watching.close()

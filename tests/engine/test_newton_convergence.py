@@ -11,8 +11,8 @@ from mmengine.registry import DATASETS, HOOKS, MODELS
 from mmengine.runner import Runner
 from released import ARCH
 
+from mmsoft.analysis import capture, newton_residuals
 from mmsoft.engine import NewtonConvergenceHook
-from mmsoft.visualization import capture, newton_residuals
 
 
 @MODELS.register_module()

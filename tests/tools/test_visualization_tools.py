@@ -22,7 +22,7 @@ def folder(root, tmp_path_factory):
     """Data where the configs look for them, and a checkpoint of an untrained model."""
     from mmengine.config import Config
 
-    from mmsoft.visualization import load_model
+    from mmsoft.analysis import load_model
 
     folder = tmp_path_factory.mktemp("look")
     script = root / "tools/dataset_converters/make_shapes.py"
@@ -93,7 +93,7 @@ def test_bad_input_is_one_line(run, root, image, options, message):
 
 @pytest.mark.parametrize("method", ["performer", "nystromformer"])
 def test_a_missing_peer_is_one_line(run, root, image, folder, monkeypatch, method):
-    import mmsoft.visualization.rows as rows
+    import mmsoft.analysis.rows as rows
 
     def missing(module, package):
         raise ImportError(f"{package} cannot be imported; install it with: pip install {package}")

@@ -15,7 +15,7 @@ from mmsoft.visualization import (
     draw_tradeoff,
     save_figure,
 )
-from mmsoft.visualization.figures import DPI
+from mmsoft.visualization.style import DPI
 
 pytest.importorskip("matplotlib")
 

@@ -20,16 +20,10 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from mmengine.utils import ProgressBar
 
-from mmsoft.visualization import (
-    attention_blocks,
-    capture,
-    draw_convergence,
-    load_model,
-    newton_residuals,
-    save_figure,
-)
-from mmsoft.visualization.figures import BAND
-from mmsoft.visualization.spectra import NORMS, STEP_RULES
+from mmsoft.analysis import attention_blocks, capture, load_model, newton_residuals
+from mmsoft.analysis.spectra import NORMS, STEP_RULES
+from mmsoft.visualization import draw_convergence, save_figure
+from mmsoft.visualization.convergence import BAND
 
 
 def parse_args() -> argparse.Namespace:

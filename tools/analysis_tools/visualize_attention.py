@@ -16,17 +16,16 @@ import sys
 import torch
 from mmengine.config import Config, DictAction
 
-from mmsoft.visualization import (
+from mmsoft.analysis import (
     capture,
     choose_block,
-    draw_attention,
     load_image,
     load_model,
     nystromformer_rows,
     performer_rows,
-    save_figure,
     softmax_rows,
 )
+from mmsoft.visualization import draw_attention, save_figure
 
 PEERS = ("softmax", "performer", "nystromformer")
 

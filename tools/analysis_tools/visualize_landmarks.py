@@ -14,19 +14,17 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 
-from mmsoft.ops import landmark_centres
-from mmsoft.visualization import (
+from mmsoft.analysis import (
     capture,
     choose_block,
-    draw_landmarks,
-    draw_spectrum,
     inverse_filter,
     landmark_regions,
     load_image,
     load_model,
-    save_figure,
     spectrum,
 )
+from mmsoft.ops import landmark_centres
+from mmsoft.visualization import draw_landmarks, draw_spectrum, save_figure
 
 SMALLEST = 1e-6  # smallest eigenvalue drawn, relative to the largest
 

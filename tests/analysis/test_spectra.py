@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmsoft.analysis import inverse_filter, landmark_regions, newton_residuals, spectrum
 from mmsoft.ops import (
     gaussian_gram,
     gaussian_kernel,
@@ -12,7 +13,6 @@ from mmsoft.ops import (
     tikhonov_pinv_product,
 )
 from mmsoft.ops.inverse import RIDGE_SOFT
-from mmsoft.visualization import inverse_filter, landmark_regions, newton_residuals, spectrum
 
 
 @pytest.fixture

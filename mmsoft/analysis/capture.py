@@ -40,7 +40,7 @@ class BlockState:
     def attention_rows(self, queries: Sequence[int]) -> Tensor:
         """Rows of the matrix by which the layer multiplies its values: ``[B, heads, n, N]``.
 
-        Those of :func:`mmsoft.visualization.attention_rows`, times the share of landmarks left by a
+        Those of :func:`mmsoft.analysis.attention_rows`, times the share of landmarks left by a
         budget.
         """
         rows = attention_rows(self.q, self.landmarks, queries, **self.options)

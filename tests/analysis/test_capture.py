@@ -6,8 +6,8 @@ from mini_models import LIBRARIES
 from mmengine.registry import MODELS, init_default_scope
 from released import ARCH
 
+from mmsoft.analysis import attention_blocks, capture, choose_block
 from mmsoft.models import SOFT, SOFTPlusPlus
-from mmsoft.visualization import attention_blocks, capture, choose_block
 
 IMAGE = (1, 3, 96, 128)
 

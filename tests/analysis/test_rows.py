@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
+from mmsoft.analysis import attention_rows, nystromformer_rows, performer_rows, softmax_rows
 from mmsoft.ops import reference
-from mmsoft.visualization import attention_rows, nystromformer_rows, performer_rows, softmax_rows
 
 QUERIES = (0, 17, 34, 17)
 

@@ -7,7 +7,7 @@ import torch
 from mini_models import LIBRARIES
 from mmengine.config import Config
 
-from mmsoft.visualization import load_image, load_model
+from mmsoft.analysis import load_image, load_model
 
 HEIGHT, WIDTH = 60, 100
 RESIZED = {

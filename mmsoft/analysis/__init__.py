@@ -1,0 +1,27 @@
+"""Numbers from a model and its images: what the attention layers saw, its rows, its spectrum.
+
+Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from the numbers.
+"""
+
+from .capture import BlockState, attention_blocks, capture, choose_block
+from .inference import ModelImage, load_image, load_model
+from .rows import attention_rows, nystromformer_rows, performer_rows, softmax_rows
+from .spectra import inverse_filter, landmark_regions, newton_residuals, spectrum
+
+__all__ = [
+    "BlockState",
+    "ModelImage",
+    "attention_blocks",
+    "attention_rows",
+    "capture",
+    "choose_block",
+    "inverse_filter",
+    "landmark_regions",
+    "load_image",
+    "load_model",
+    "newton_residuals",
+    "nystromformer_rows",
+    "performer_rows",
+    "softmax_rows",
+    "spectrum",
+]

@@ -1,0 +1,49 @@
+"""Peak memory against the number of tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .style import COLOURS, DASHES, MARKERS, new_figure
+
+
+def draw_memory(operators: Sequence[Mapping[str, Any]], title: str = "") -> Any:
+    """Peak memory against the length of the sequence, a line for each operator.
+
+    Args:
+        operators: with ``name``, ``tokens``, ``peak_mib`` and optionally ``label``, the name for
+            people, and ``mode``: each mode has a panel. Those without a figure are left out.
+        title: above everything.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for entry in operators:
+        if entry.get("peak_mib"):
+            lines = panels.setdefault(entry.get("mode", ""), {})
+            name = entry.get("label", entry["name"])
+            lines.setdefault(name, []).append((entry["tokens"], entry["peak_mib"]))
+    if not panels:
+        raise ValueError("no entry under 'operator' has a peak_mib; nothing to draw")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure = new_figure(1.4 + 4.6 * len(panels), 4.4)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (mode, lines) in zip(axes, panels.items()):
+        for name, points in lines.items():
+            i = names.index(name)
+            style = dict(color=COLOURS[i % 7], marker=MARKERS[i % 7], ls=DASHES[i // 7 % 4])
+            ax.plot(*zip(*sorted(points)), label=name, ms=5, **style)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        ax.set_xlabel("tokens")
+        ax.set_title({"train": "forward and backward"}.get(mode, mode))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("peak memory (MiB)")
+    axes[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure

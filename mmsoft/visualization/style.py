@@ -1,0 +1,69 @@
+"""One style for all figures: palette, figure, file.
+
+Colours are viridis and cividis for quantities and the Okabe-Ito set for lines, which people with
+any kind of colour vision can tell apart. matplotlib is imported when a figure is first drawn.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Extent = tuple[float, float, float, float]
+
+# Okabe and Ito's colours, the dark ones first; with them a marker and a dash pattern each.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+DPI = 100
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, apart from pyplot and its global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "figures need matplotlib; install it with: pip install matplotlib"
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.set_facecolor("white")
+    return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike) -> Path:
+    """Write a figure, whole or not at all; the format is the suffix's, e.g. ``.png``, ``.svg``.
+
+    A PNG has ``DPI`` pixels per inch of the figure.
+
+    Raises:
+        ValueError: the suffix is of no known format.
+    """
+    path = Path(path)
+    kind = path.suffix.lstrip(".").lower()
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"{path} must end in one of {', '.join(sorted(known))}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, format=kind, dpi=DPI)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    """A pale grey version, on which colours show: luma of RGB, ``[H, W, 3]`` in 0..1."""
+    luma = np.asarray(picture) @ np.array([0.299, 0.587, 0.114]) / 255
+    return np.repeat(luma[..., None], 3, 2)
+
+
+def frame(axes: Any, picture: np.ndarray) -> None:
+    """Limit the axes to the picture, whatever was painted over its edges."""
+    height, width = picture.shape[:2]
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
+    axes.locator_params(nbins=4)
