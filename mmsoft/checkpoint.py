@@ -126,7 +126,7 @@ def infer_arch(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, lis
         prefix: what precedes the backbone's own names in it.
 
     Returns:
-        What :func:`mmsoft.models.backbones.soft.resolve_arch` takes, for as many stages as there
+        What :func:`mmsoft.models.backbones.arch.resolve_arch` takes, for as many stages as there
         are. ``landmark_strides`` is missing where landmarks are averages, which leave no weights;
         the heads of stage 4 leave none either and are taken to have 32 channels, as published.
     """

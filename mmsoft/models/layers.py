@@ -1,7 +1,7 @@
 """Patch embeddings, the two kinds of block, and the stage that joins them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -12,8 +12,6 @@ from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from .attention import SoftmaxAttention, SoftmaxFreeAttention
 
 
 def _build_norm(norm_cfg: Any, channels: int) -> nn.Module:
@@ -129,7 +127,14 @@ class Mlp(nn.Sequential):
 
 
 class _Block(nn.Module):
-    """What the two kinds of block share."""
+    """What the two kinds of block share.
+
+    Args:
+        embed_dims: channels ``C``.
+        attn: called as ``attn(tokens [B, N, C], (H, W))``, returns ``[B, N, C]``.
+        drop_path: rate of stochastic depth.
+        drop_rate: dropout in the MLP.
+    """
 
     part_elements = 1 << 18  # of the tokens treated at once, in evaluation on a CPU
 
@@ -157,11 +162,9 @@ class _Block(nn.Module):
 class SOFTBlock(_Block):
     """Post-norm block of stages 1 to 3: ``x = LN(x + attn(x))``, ``x = LN(x + mlp(x))``."""
 
-    def __init__(
-        self, embed_dims: int, num_heads: int, drop_path: float, drop_rate: float, **attn: Any
-    ):
+    def __init__(self, embed_dims: int, attn: nn.Module, drop_path: float, drop_rate: float):
         super().__init__()
-        self.attn = SoftmaxFreeAttention(embed_dims, num_heads, drop_rate=drop_rate, **attn)
+        self.attn = attn
         self.norm1 = nn.LayerNorm(embed_dims)
         self.mlp = Mlp(embed_dims, TanhGELU(), drop_rate)
         self.norm2 = nn.LayerNorm(embed_dims)
@@ -179,17 +182,10 @@ class SOFTBlock(_Block):
 class SoftmaxBlock(_Block):
     """Pre-norm block of stage 4, with ordinary attention."""
 
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        drop_path: float,
-        drop_rate: float,
-        max_keys: int | None = None,
-    ):
+    def __init__(self, embed_dims: int, attn: nn.Module, drop_path: float, drop_rate: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = SoftmaxAttention(embed_dims, num_heads, drop_rate, max_keys)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.mlp = Mlp(embed_dims, nn.GELU(), drop_rate)
         self.drop_path = DropPath(drop_path)
@@ -224,7 +220,7 @@ class Stage(nn.Module):
     def __init__(
         self,
         patch_embed: nn.Module,
-        blocks: list[nn.Module],
+        blocks: Iterable[nn.Module],
         embed_dims: int,
         pos_grid: tuple[int, int],
         with_cls_token: bool,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import mmsoft
 from mmsoft.models import SOFT, SOFTPlusPlus
-from mmsoft.models.backbones.soft import resolve_arch
+from mmsoft.models.backbones.arch import resolve_arch
 from mmsoft.ops import landmark_patches, softmax_free_attention
 
 PACKAGE = str(Path(mmsoft.__file__).parent)

@@ -5,9 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import SOFTBlock
 
 SIDE, CLASSES, DIMS = 16, 8, 64
+
+
+class NoAttention(SoftmaxFreeAttention):
+    def attend(self, q, v, hw_shape):
+        return torch.zeros_like(v)
 
 
 class Lookup(nn.Module):
@@ -17,12 +23,10 @@ class Lookup(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(CLASSES, DIMS)
         self.position = nn.Parameter(0.02 * torch.randn(1, SIDE * SIDE, DIMS))
-        self.block = SOFTBlock(
-            DIMS, 2, 0.0, 0.0, landmark_stride=4, value_kernel=3, normalize=True, solver="direct"
-        )
-        nn.init.zeros_(self.block.attn.value_conv.weight).requires_grad_(False)
-        if not attention:
-            self.block.attn.attend = lambda q, v, hw_shape: torch.zeros_like(v)
+        kind = SoftmaxFreeAttention if attention else NoAttention
+        attn = kind(DIMS, 2, landmark_stride=4, value_kernel=3, normalize=True, solver="direct")
+        nn.init.zeros_(attn.value_conv.weight).requires_grad_(False)
+        self.block = SOFTBlock(DIMS, attn, 0.0, 0.0)
         self.head = nn.Linear(DIMS, CLASSES)
 
     def forward(self, classes, places):

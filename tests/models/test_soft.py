@@ -13,7 +13,7 @@ from torch import nn
 
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
-from mmsoft.models.backbones.soft import ARCHS, resolve_arch
+from mmsoft.models.backbones.arch import ARCHS, resolve_arch
 from mmsoft.models.layers import SOFTBlock, SoftmaxBlock, Stage, TanhGELU, resize_pos_embed
 
 DIMS = ARCH["embed_dims"]
@@ -272,7 +272,7 @@ def test_drop_path_grows_linearly(mini):
 
 def test_drop_path_drops_whole_samples():
     """Stochastic depth: a branch is kept for a sample, and scaled, or not at all."""
-    block = SoftmaxBlock(16, 2, drop_path=0.5, drop_rate=0.0).train()
+    block = SoftmaxBlock(16, SoftmaxAttention(16, 2), drop_path=0.5, drop_rate=0.0).train()
     nn.init.zeros_(block.mlp[3].weight)  # leaves the attention branch alone
     nn.init.zeros_(block.mlp[3].bias)
     x = torch.randn(64, 5, 16)
@@ -560,10 +560,28 @@ def test_readable_repr(variant):
         assert part in text
 
 
+def test_every_softmax_free_attention_is_built_in_one_place():
+    class Convolution(nn.Module):
+        def __init__(self, embed_dims, landmark_stride, **options):
+            super().__init__()
+            self.stride, self.proj = landmark_stride, nn.Linear(embed_dims, embed_dims)
+
+        def forward(self, x, hw_shape):
+            assert x.shape[1] == hw_shape[0] * hw_shape[1]
+            return self.proj(x)
+
+    class Other(SOFTPlusPlus):
+        def build_attention(self, **options):
+            return Convolution(**options)
+
+    model = Other(ARCH)
+    assert not modules(model, SoftmaxFreeAttention)
+    assert [m.stride for m in modules(model, Convolution)] == [8, 4, 4, 2, 2]
+    assert [len(out.shape) for out in model(torch.randn(1, 3, 64, 64))] == [4] * 4
+
+
 def test_layer_refuses_a_wrong_number_of_tokens():
-    layer = SOFTBlock(
-        32, 1, 0.0, 0.0, landmark_stride=2, value_kernel=3, normalize=True, solver="direct"
-    )
+    layer = SoftmaxFreeAttention(32, 1, landmark_stride=2, value_kernel=3, normalize=True)
     with pytest.raises(ValueError, match=r"x must have H\*W = 4\*5 tokens, got 21"):
         layer(torch.zeros(1, 21, 32), (4, 5))
 

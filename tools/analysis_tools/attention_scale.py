@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmsoft.analysis import capture
 from mmsoft.models import SOFT, SOFTPlusPlus
-from mmsoft.models.attention import SoftmaxFreeAttention
 
 SIZES = ((224, 224), (512, 512), (800, 1344))
 
@@ -34,31 +34,14 @@ def smooth_image(size: int = 224, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def attention_scale(model: SOFT, image: Tensor) -> list[tuple[float, float]]:
     """Standard deviations of the attention term and of the values' convolution, block by block."""
-    scales: list[tuple[float, float]] = []
-    layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
-
-    def record(layer: SoftmaxFreeAttention) -> None:
-        attend, convolve = layer.attend, layer.convolve_values
-        seen = {}
-
-        def attend_and_note(*args):
-            seen["attention"] = attend(*args)
-            return seen["attention"]
-
-        def convolve_and_note(*args):
-            out = convolve(*args)
-            scales.append((seen["attention"].std().item(), out.std().item()))
-            return out
-
-        layer.attend, layer.convolve_values = attend_and_note, convolve_and_note
-
-    for layer in layers:
-        record(layer)
-    try:
+    scales = []
+    with capture(model) as states:
         model(image)
-    finally:
-        for layer in layers:
-            del layer.attend, layer.convolve_values
+    for state in states.values():
+        q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
+        attended = state.layer.attend(q, v, state.hw_shape)
+        convolved = state.layer.convolve_values(v, state.hw_shape)
+        scales.append((attended.std().item(), convolved.std().item()))
     return scales
 
 

@@ -27,7 +27,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmsoft import flops
-from mmsoft.models.backbones.soft import resolve_arch
+from mmsoft.models.backbones.arch import resolve_arch
 from mmsoft.ops import landmark_grid
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,7 +1,7 @@
 """The SOFT and SOFT++ backbones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,64 +13,17 @@ from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors, load_bac
 from mmsoft.ops.attention import SOLVERS
 from mmsoft.registry import MODELS
 
+from ..attention import SoftmaxAttention, SoftmaxFreeAttention
 from ..layers import SOFTBlock, SoftmaxBlock, Stage, as_image, patch_embedding, stem
-
-# SOFT++ (arXiv 2207.03341), table 2. Small's stage 3 has 7 blocks: the release says 20, which fits
-# neither the published parameters nor those of the detectors.
-ARCHS: dict[str, dict[str, list[int]]] = {
-    "tiny": dict(embed_dims=[64, 128, 320, 512], depths=[1, 2, 3, 2], num_heads=[2, 4, 10, 16]),
-    "small": dict(embed_dims=[64, 128, 320, 512], depths=[1, 3, 7, 4], num_heads=[2, 4, 10, 16]),
-    "medium": dict(embed_dims=[64, 128, 288, 512], depths=[1, 3, 29, 5], num_heads=[2, 4, 9, 16]),
-    "large": dict(embed_dims=[64, 128, 320, 512], depths=[1, 3, 40, 5], num_heads=[2, 4, 10, 16]),
-    "huge": dict(embed_dims=[64, 128, 352, 512], depths=[1, 5, 49, 5], num_heads=[2, 4, 11, 16]),
-}
-ARCH_ALIASES = {name[0]: name for name in ARCHS}
-_STAGES = 4
-_OPTIONAL_ARCH = dict(landmark_strides=[8, 4, 2], value_kernels=[9, 5, 3])
-_MAX_IMG_SIZE = 1 << 14  # beyond, position embeddings alone would take gigabytes
-OUT_TYPES = ("featmap", "cls_token")
-
-
-def resolve_arch(arch: str | dict) -> dict[str, list[int]]:
-    """Look up and check an architecture.
-
-    Args:
-        arch: a name or alias of ``ARCHS``, or a dict with ``embed_dims``, ``depths``, ``num_heads``
-            (4 positive integers each) and optionally ``landmark_strides``, ``value_kernels`` (3
-            each, for the softmax-free stages).
-
-    Returns:
-        All five lists.
-
-    Raises:
-        TypeError, ValueError: naming what is wrong.
-    """
-    if isinstance(arch, str):
-        name = ARCH_ALIASES.get(arch.lower(), arch.lower())
-        if name not in ARCHS:
-            known = ", ".join(f"'{k}' ('{k[0]}')" for k in ARCHS)
-            raise ValueError(f"arch '{arch}' is unknown; choose {known}, or pass a dict")
-        arch = ARCHS[name]
-    elif not isinstance(arch, dict):
-        raise TypeError(f"arch must be a name or a dict, got {type(arch).__name__}")
-    required = set(ARCHS["tiny"])
-    if missing := required - set(arch):
-        raise ValueError(f"arch lacks {sorted(missing)}")
-    if unknown := set(arch) - required - set(_OPTIONAL_ARCH):
-        raise ValueError(f"arch has unknown keys {', '.join(sorted(map(repr, unknown)))}")
-    resolved = {**_OPTIONAL_ARCH, **arch}
-    for key, values in resolved.items():
-        length = _STAGES - 1 if key in _OPTIONAL_ARCH else _STAGES
-        if not isinstance(values, (list, tuple)) or len(values) != length:
-            raise ValueError(f"arch[{key!r}] must list {length} integers, got {values!r}")
-        if not all(_is_int(value) and value > 0 for value in values):
-            raise ValueError(f"arch[{key!r}] must hold positive integers, got {values!r}")
-    for dims, heads in zip(resolved["embed_dims"], resolved["num_heads"]):
-        if dims % heads:
-            raise ValueError(f"arch['embed_dims'] {dims} is no multiple of its num_heads {heads}")
-    if any(kernel % 2 == 0 for kernel in resolved["value_kernels"]):
-        raise ValueError(f"arch['value_kernels'] must be odd, got {resolved['value_kernels']}")
-    return {key: list(values) for key, values in resolved.items()}
+from .arch import (
+    STAGES,
+    check_choice,
+    check_img_size,
+    check_init_cfg,
+    check_int,
+    check_out_indices,
+    resolve_arch,
+)
 
 
 @MODELS.register_module()
@@ -138,31 +91,31 @@ class SOFT(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ):
-        _check_init_cfg(init_cfg)
+        check_init_cfg(init_cfg)
         super().__init__(init_cfg=init_cfg)
         self.arch_settings = resolve_arch(arch)
-        self.out_indices = _check_out_indices(out_indices, out_type)
+        self.out_indices = check_out_indices(out_indices, out_type)
         self.out_type = out_type
         self.in_channels = in_channels
         self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        _check_choice("solver", solver, SOLVERS)
-        _check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
-        _check_choice("attn_init", attn_init, ("balanced", "released"))
-        _check_int("in_channels", in_channels, 1)
-        _check_int("newton_steps", newton_steps, 1)
-        _check_int("frozen_stages", frozen_stages, -1, _STAGES)
+        check_choice("solver", solver, SOLVERS)
+        check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
+        check_choice("attn_init", attn_init, ("balanced", "released"))
+        check_int("in_channels", in_channels, 1)
+        check_int("newton_steps", newton_steps, 1)
+        check_int("frozen_stages", frozen_stages, -1, STAGES)
         for name, budget in (("max_landmarks", max_landmarks), ("max_keys", max_keys)):
             if budget is not None:
-                _check_int(name, budget, 1)
+                check_int(name, budget, 1)
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
         for name, flag in (("norm_eval", norm_eval), ("with_cp", with_cp)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")
-        size = _check_img_size(img_size)
+        size = check_img_size(img_size)
         if norm_cfg is None:
             norm_cfg = dict(type="BN")
         dims, depths = self.arch_settings["embed_dims"], self.arch_settings["depths"]
@@ -177,29 +130,28 @@ class SOFT(BaseModule):
                 num_heads=self.arch_settings["num_heads"][i],
                 drop_rate=drop_rate,
             )
-            rates = drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
-            is_last = i == _STAGES - 1
-            blocks: list[nn.Module]
+            is_last = i == STAGES - 1
+            block: Callable[..., nn.Module]
+            build: Callable[..., nn.Module]
             if is_last:
-                blocks = [
-                    SoftmaxBlock(drop_path=rate, max_keys=max_keys, **common) for rate in rates
-                ]
+                block, build = SoftmaxBlock, SoftmaxAttention
+                options = dict[str, Any](max_keys=max_keys)
             else:
-                blocks = [
-                    SOFTBlock(
-                        drop_path=rate,
-                        landmark_stride=self.arch_settings["landmark_strides"][i],
-                        value_kernel=self.arch_settings["value_kernels"][i],
-                        normalize=self.normalize,
-                        max_landmarks=max_landmarks,
-                        landmark_sampling=landmark_sampling,
-                        attn_init=attn_init,
-                        solver=solver,
-                        newton_steps=newton_steps,
-                        **common,
-                    )
-                    for rate in rates
-                ]
+                block, build = SOFTBlock, self.build_attention
+                options = dict[str, Any](
+                    landmark_stride=self.arch_settings["landmark_strides"][i],
+                    value_kernel=self.arch_settings["value_kernels"][i],
+                    normalize=self.normalize,
+                    max_landmarks=max_landmarks,
+                    landmark_sampling=landmark_sampling,
+                    attn_init=attn_init,
+                    solver=solver,
+                    newton_steps=newton_steps,
+                )
+            blocks = [
+                block(dims[i], build(**common, **options), rate, drop_rate)
+                for rate in drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
+            ]
             if i == 0:
                 patch_embed = stem(in_channels, dims[0], norm_cfg)
             else:
@@ -207,11 +159,22 @@ class SOFT(BaseModule):
             self.stages.append(
                 Stage(patch_embed, blocks, dims[i], size, is_last, drop_rate, with_cp)
             )
-        if len(self.stages) == _STAGES:
+        if len(self.stages) == STAGES:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self._initialise()
         self._freeze()
         self._register_state_dict_hook(_save_variant)
+
+    def build_attention(self, **options: Any) -> nn.Module:
+        """Build the attention of one block of stages 1 to 3: what to override for another one.
+
+        Args:
+            options: those of :class:`~mmsoft.models.attention.SoftmaxFreeAttention`.
+
+        Returns:
+            A module called as ``attn(tokens [B, H*W, C], (H, W))``, which returns ``[B, H*W, C]``.
+        """
+        return SoftmaxFreeAttention(**options)
 
     def _initialise(self) -> None:
         """Initialise for training from scratch; ``init_cfg`` may load weights over this later."""
@@ -272,7 +235,7 @@ class SOFT(BaseModule):
         frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])
         if self.frozen_stages == 0:
             frozen.append(self.stages[0].get_submodule("patch_embed"))
-        if self.frozen_stages == _STAGES == len(self.stages):
+        if self.frozen_stages == STAGES == len(self.stages):
             frozen.append(self.norm)
         return frozen
 
@@ -399,51 +362,3 @@ def _save_variant(module: SOFT, state_dict: dict, prefix: str, local_metadata: d
 
 def _halve(size: int) -> int:
     return (size + 1) // 2  # a 3x3 convolution of stride 2 and padding 1
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if not _is_int(value):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {bound}, got {value}")
-
-
-def _check_img_size(img_size: Any) -> tuple[int, int]:
-    size = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
-    if len(size) != 2 or not all(_is_int(side) and 0 < side <= _MAX_IMG_SIZE for side in size):
-        raise ValueError(
-            f"img_size must be one or two positive integers up to {_MAX_IMG_SIZE}, got {img_size!r}"
-        )
-    return size
-
-
-def _check_init_cfg(init_cfg: Any) -> None:
-    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
-    if init_cfg is not None and not all(isinstance(cfg, dict) and "type" in cfg for cfg in cfgs):
-        raise TypeError(f"init_cfg must be a dict with 'type', or a list of them, got {init_cfg!r}")
-
-
-def _check_out_indices(out_indices: Any, out_type: str) -> tuple[int, ...]:
-    _check_choice("out_type", out_type, OUT_TYPES)
-    if _is_int(out_indices):
-        out_indices = (out_indices,)
-    if not isinstance(out_indices, Sequence) or not all(map(_is_int, out_indices)):
-        raise TypeError(f"out_indices must list integers, got {out_indices!r}")
-    indices = tuple(i + _STAGES if i < 0 else i for i in out_indices)
-    if not indices or any(i not in range(_STAGES) for i in indices):
-        raise ValueError(f"out_indices must name stages 0 to 3, got {out_indices!r}")
-    if list(indices) != sorted(set(indices)):
-        raise ValueError(f"out_indices must increase, got {out_indices!r}")
-    if out_type == "cls_token" and indices != (_STAGES - 1,):
-        raise ValueError(f"out_type='cls_token' needs out_indices=(3,), got {out_indices!r}")
-    return indices
