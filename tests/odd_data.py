@@ -17,6 +17,8 @@ import numpy as np
 from fault_runs import SOFTPP, SWIN, config, make_data, train
 from PIL import Image
 
+from mmsoft.fileio import write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/robustness.md"
 BEGIN, END = "<!-- odd data: python tests/odd_data.py -->", "<!-- end of odd data -->"
@@ -235,9 +237,8 @@ def main():
         table = page(outcomes(Path(folder), lambda line: print(line, file=sys.stderr, flush=True)))
     text = PAGE.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    partial = PAGE.with_name(PAGE.name + ".partial")
-    partial.write_text(f"{text[:start]}\n\n{table}\n\n{text[end:]}")
-    partial.replace(PAGE)
+    with write_whole(PAGE) as partial:
+        partial.write_text(f"{text[:start]}\n\n{table}\n\n{text[end:]}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mmsoft.fileio import write_whole
+
 Extent = tuple[float, float, float, float]
 
 # Okabe and Ito's colours, the dark ones first; with them a marker and a dash pattern each.
@@ -45,13 +47,8 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise ValueError(f"{path} must end in one of {', '.join(sorted(known))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format=kind, dpi=DPI)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_whole(path) as partial:
+        figure.savefig(partial, format=kind, dpi=DPI)
     return path
 
 

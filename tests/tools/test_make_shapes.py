@@ -218,8 +218,8 @@ def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path):
 
 
 def test_what_a_killed_call_left_is_cleared(tmp_path):
-    (tmp_path / "s.partial/coco").mkdir(parents=True)
-    (tmp_path / "s.partial/coco/stale").touch()
+    (tmp_path / ".partial-s/coco").mkdir(parents=True)
+    (tmp_path / ".partial-s/coco/stale").touch()
     make_shapes.make_dataset(tmp_path / "s", 1, 1, 64, 0)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
     assert not list(tmp_path.rglob("stale"))

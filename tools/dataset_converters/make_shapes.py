@@ -22,15 +22,17 @@ was made with the same parameters is kept as it is.
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 from mmengine.utils import ProgressBar
+
+from mmsoft.fileio import write_whole
 
 VERSION = 2  # raise it when the same parameters no longer give the same pictures
 CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
@@ -79,13 +81,13 @@ def texture(
 
 def dull(rng: np.random.Generator) -> np.ndarray:
     """A colour [3] near grey: earth, stone, bark, sky."""
-    return np.float32(rng.uniform(0.15, 0.85) + rng.normal(0, 0.04, 3))
+    return (rng.uniform(0.15, 0.85) + rng.normal(0, 0.04, 3)).astype(np.float32)
 
 
 def vivid(rng: np.random.Generator) -> np.ndarray:
     """A saturated colour [3] of any hue."""
     colour = rng.permutation([0.0, rng.uniform(0, 1), 1.0])
-    return np.float32(rng.uniform(0.05, 0.2) + rng.uniform(0.5, 0.75) * colour)
+    return (rng.uniform(0.05, 0.2) + rng.uniform(0.5, 0.75) * colour).astype(np.float32)
 
 
 def pattern(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
@@ -257,7 +259,7 @@ def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list
     """Draw one scene: picture (BGR), index map, COCO annotations (no ids yet), JPEG quality."""
     cv2.setNumThreads(1)  # the scenes share the cores already
     rng = np.random.default_rng(seed)
-    shapes = []
+    shapes: list[tuple[int, np.ndarray]] = []
     while not shapes:
         shapes = place(rng, size)
     picture = background(rng, size)
@@ -266,7 +268,7 @@ def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list
     for label, mask in shapes:
         alpha = coverage(mask, size)
         reach = size * rng.uniform(0.005, 0.03)
-        shift = np.float32([[1, 0, reach * math.cos(sun)], [0, 1, reach * math.sin(sun)]])
+        shift = np.array([[1, 0, reach * math.cos(sun)], [0, 1, reach * math.sin(sun)]], np.float32)
         shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (size, size)), (0, 0), reach + 0.5)
         picture *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
         coat = surface(rng, picture, alpha, CLASSES[label])
@@ -364,22 +366,16 @@ def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> bool:
             f"{out} exists and is not this data set (other parameters?): remove it or choose "
             "another folder"
         )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed call left behind
-    try:
-        partial.mkdir(parents=True)
+    with write_whole(out) as partial:
+        partial.mkdir()
         with ProcessPoolExecutor() as pool:
             for split, count in (("train", train), ("val", val)):
                 write_split(pool, partial, split, count, size, seed)
         (partial / stamp.name).write_text(json.dumps(parameters, indent=2) + "\n")
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return True
 
 
-def at_least(smallest: int):
+def at_least(smallest: int) -> Callable[[str], int]:
     """An argparse type: an integer that is not below `smallest`."""
 
     def integer(text: str) -> int:

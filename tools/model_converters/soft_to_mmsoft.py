@@ -6,12 +6,12 @@ is. Convert it to share or inspect it, or for programs that do not import mmsoft
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
 from mmsoft.checkpoint import convert_released, is_released, read_checkpoint
+from mmsoft.fileio import write_whole
 
 
 def convert(source: Path, target: Path, task: str = "classifier") -> dict:
@@ -35,13 +35,8 @@ def convert(source: Path, target: Path, task: str = "classifier") -> dict:
     if task == "backbone":
         for name in [name for name in checkpoint["state_dict"] if name.startswith("head.")]:
             del checkpoint["state_dict"][name]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        torch.save(checkpoint, unfinished)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with write_whole(target) as partial:
+        torch.save(checkpoint, partial)
     return checkpoint
 
 
