@@ -10,11 +10,17 @@ whole there and grows with the cube of the landmarks.
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
-from mmengine.analysis import complexity_analysis
+import torch
+from mmengine.analysis import FlopAnalyzer, complexity_analysis
 from mmengine.analysis.jit_handles import get_shape
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmsoft.builder import build_model
 
 Handle = Callable[[list, list], Counter]
 
@@ -71,3 +77,41 @@ def register() -> None:
     """Give MMEngine the handles it lacks."""
     for name, handle in HANDLES.items():
         complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(name, handle)
+
+
+def tensor_model(config: Config, shape: tuple[int, int]) -> Any:
+    """Build a config's model so that ``model(image)`` runs its ``tensor`` mode.
+
+    Args:
+        config: of mmdet, mmseg or mmpretrain.
+        shape: (height, width) of the images.
+    """
+    model = build_model(config).eval()
+    if getattr(model, "with_auxiliary_head", False):
+        model.auxiliary_head = None  # for training only
+    # Two-stage detectors ask the data sample for the size of the image.
+    if config.default_scope == "mmdet":
+        from mmdet.structures import DetDataSample as DataSample
+    elif config.default_scope == "mmseg":
+        from mmseg.structures import SegDataSample as DataSample
+    else:
+        from mmpretrain.structures import DataSample
+    meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape)
+    sample = DataSample(metainfo=dict(meta, scale_factor=(1.0, 1.0)))
+    model.forward = partial(model.forward, data_samples=[sample], mode="tensor")
+    return model
+
+
+@torch.no_grad()
+def analyse(model: nn.Module, images: Tensor) -> FlopAnalyzer:
+    """Count the multiply-adds of ``model(images)``, of our backbones or others."""
+    register()
+    analysis = FlopAnalyzer(model, images)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # an operator that nobody counts
+    try:
+        analysis.tracer_warnings("none").total()  # traces, and keeps the counts
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return analysis

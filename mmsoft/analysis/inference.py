@@ -12,15 +12,16 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
+
+from mmsoft.builder import build_model
 
 
-def load_model(config: Config, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
+def load_model(config: Config, checkpoint: str | None = None, device: str = "cpu") -> Any:
     """Build a config's model in evaluation mode.
 
     Args:
@@ -33,10 +34,7 @@ def load_model(config: Config, checkpoint: str | None = None, device: str = "cpu
         ValueError: the checkpoint does not fit.
         OSError: there is no such checkpoint.
     """
-    init_default_scope(config.get("default_scope", "mmengine"))
-    model_config = ConfigDict(config.model)
-    model_config.setdefault("data_preprocessor", config.get("data_preprocessor"))
-    model = revert_sync_batchnorm(MODELS.build(model_config))
+    model = build_model(config)
     if checkpoint is None:
         model.init_weights()
     else:

@@ -10,32 +10,30 @@ released one, whose maximum runs over the test batch. As PNG and as CSV.
 
 import argparse
 import csv
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from mmengine.utils import ProgressBar
 
 from mmsoft.analysis import attention_blocks, capture, load_model, newton_residuals
 from mmsoft.analysis.spectra import NORMS, STEP_RULES
+from mmsoft.builder import config_parser, read_config, tool_main
+from mmsoft.fileio import write_whole
 from mmsoft.visualization import draw_convergence, save_figure
 from mmsoft.visualization.convergence import BAND
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="config whose test_dataloader gives the images")
+    parser = config_parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
     parser.add_argument("--images", type=int, default=100, help="how many (default: 100)")
     parser.add_argument("--norm", choices=NORMS, default="2", help="p of the residual's norm")
     parser.add_argument("--out", default="convergence.png", help="the CSV goes beside it")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
     args = parser.parse_args()
     if args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
@@ -45,8 +43,7 @@ def parse_args() -> argparse.Namespace:
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> tuple[dict[int, dict[str, np.ndarray]], int]:
     """Residuals `[steps + 1, n]` by stage and step rule, and the number of images behind them."""
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
+    config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
     blocks = attention_blocks(model)
     loader = Runner.build_dataloader(config.test_dataloader)
@@ -83,40 +80,31 @@ def measure(args: argparse.Namespace) -> tuple[dict[int, dict[str, np.ndarray]],
 
 def write_csv(path: Path, residuals: dict[int, dict[str, np.ndarray]], images: int) -> None:
     """One line for each stage, rule and step; whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["stage", "rule", "k", "mean", "q10", "q90", "max", "values", "images"])
-            for stage, rules in residuals.items():
-                for rule, values in rules.items():
-                    low, high = np.quantile(values, BAND, axis=1)
-                    columns = values.mean(1), low, high, values.max(1)
-                    for k, row in enumerate(zip(*columns)):
-                        numbers = [f"{number:.6g}" for number in row]
-                        writer.writerow([stage, rule, k, *numbers, values.shape[1], images])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_whole(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["stage", "rule", "k", "mean", "q10", "q90", "max", "values", "images"])
+        for stage, rules in residuals.items():
+            for rule, values in rules.items():
+                low, high = np.quantile(values, BAND, axis=1)
+                columns = values.mean(1), low, high, values.max(1)
+                for k, row in enumerate(zip(*columns)):
+                    numbers = [f"{number:.6g}" for number in row]
+                    writer.writerow([stage, rule, k, *numbers, values.shape[1], images])
 
 
-def main() -> int:
-    """Run the command line; one line for what the user can mend."""
+@tool_main
+def main() -> None:
+    """Run the command line."""
     args = parse_args()
-    try:
-        residuals, images = measure(args)
-        named = {
-            f"stage {stage}": {"ours" if rule == "mmsoft" else rule: v for rule, v in rules.items()}
-            for stage, rules in residuals.items()
-        }
-        figure = draw_convergence(named, args.norm, title=f"{images} images: mean, 10 % to 90 %")
-        picture = save_figure(figure, args.out)
-        write_csv(picture.with_suffix(".csv"), residuals, images)
-        print(picture, picture.with_suffix(".csv"), sep="\n")
-    except (ImportError, OSError, ValueError) as error:
-        print(f"newton_convergence: {error}", file=sys.stderr)
-        return 1
-    return 0
+    residuals, images = measure(args)
+    named = {
+        f"stage {stage}": {"ours" if rule == "mmsoft" else rule: v for rule, v in rules.items()}
+        for stage, rules in residuals.items()
+    }
+    figure = draw_convergence(named, args.norm, title=f"{images} images: mean, 10 % to 90 %")
+    picture = save_figure(figure, args.out)
+    write_csv(picture.with_suffix(".csv"), residuals, images)
+    print(picture, picture.with_suffix(".csv"), sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ are of the operators themselves, without what they call; on a GPU those of its k
 """
 
 import torch
-from get_flops import make_parser, parse
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
 from torch.profiler import ProfilerActivity, profile
+
+from mmsoft.builder import add_shape, build_model, config_parser, read_config
 
 
 def measure(
@@ -29,8 +28,7 @@ def measure(
     Returns:
         Name, number of calls and milliseconds of each operator, the slowest first.
     """
-    init_default_scope(config.get("default_scope", "mmdet"))
-    model = revert_sync_batchnorm(MODELS.build(config.model.backbone)).to(device)
+    model = build_model(config, "backbone").to(device)
     model.eval()  # which returns nothing in some of mmdet's backbones
     images = torch.rand(batch, 3, *shape, device=device)
     activities = [ProfilerActivity.CPU]
@@ -54,14 +52,15 @@ def measure(
 
 def main() -> None:
     """Run the command line."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = config_parser(__doc__)
+    add_shape(parser)
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--top", type=int, default=12, help="rows (default: 12)")
-    args, config, shape = parse(parser)
+    args = parser.parse_args()
     if args.batch < 1 or args.top < 1:
         parser.error("--batch and --top take positive numbers")
-    rows = measure(config, shape, args.batch, args.device)
+    rows = measure(read_config(args), args.shape, args.batch, args.device)
     total = sum(time for _, _, time in rows)
     kept, rest = rows[: args.top], rows[args.top :]
     if rest:

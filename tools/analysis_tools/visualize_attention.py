@@ -14,7 +14,6 @@ import argparse
 import sys
 
 import torch
-from mmengine.config import Config, DictAction
 
 from mmsoft.analysis import (
     capture,
@@ -25,6 +24,7 @@ from mmsoft.analysis import (
     performer_rows,
     softmax_rows,
 )
+from mmsoft.builder import config_parser, read_config, tool_main
 from mmsoft.visualization import draw_attention, save_figure
 
 PEERS = ("softmax", "performer", "nystromformer")
@@ -41,8 +41,7 @@ def pixel(text: str) -> tuple[float, float]:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="config of a classifier, detector or segmentor")
+    parser = config_parser(__doc__)
     parser.add_argument("image", help="image file")
     parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
     parser.add_argument(
@@ -59,14 +58,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compare", nargs="+", choices=PEERS, default=[], metavar="METHOD")
     parser.add_argument("--out", default="attention.png", help="default: attention.png")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
     return parser.parse_args()
 
 
 def paint(args: argparse.Namespace) -> None:
     """Compute the rows and write the sheet."""
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
+    config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
     block = choose_block(model, args.stage, args.block)
     image = load_image(config, model, args.image)
@@ -103,14 +100,10 @@ def paint(args: argparse.Namespace) -> None:
     print(save_figure(figure, args.out))
 
 
-def main() -> int:
-    """Run the command line; one line for what the user can mend."""
-    try:
-        paint(parse_args())
-    except (ImportError, OSError, ValueError) as error:
-        print(f"visualize_attention: {error}", file=sys.stderr)
-        return 1
-    return 0
+@tool_main
+def main() -> None:
+    """Run the command line."""
+    paint(parse_args())
 
 
 if __name__ == "__main__":

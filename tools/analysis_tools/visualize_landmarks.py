@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
 
 from mmsoft.analysis import (
     capture,
@@ -23,6 +22,7 @@ from mmsoft.analysis import (
     load_model,
     spectrum,
 )
+from mmsoft.builder import config_parser, read_config, tool_main
 from mmsoft.ops import landmark_centres
 from mmsoft.visualization import draw_landmarks, draw_spectrum, save_figure
 
@@ -31,8 +31,7 @@ SMALLEST = 1e-6  # smallest eigenvalue drawn, relative to the largest
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="config of a classifier, detector or segmentor")
+    parser = config_parser(__doc__)
     parser.add_argument("image", help="image file")
     parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
     parser.add_argument("--stage", type=int, default=0, help="0 to 2, as in out_indices")
@@ -41,14 +40,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", default="landmarks.png", help="default: landmarks.png")
     parser.add_argument("--spectrum-out", default="spectrum.png", help="default: spectrum.png")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
     return parser.parse_args()
 
 
 def paint(args: argparse.Namespace) -> list[Path]:
     """Run the model and write both pictures."""
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
+    config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
     block = choose_block(model, args.stage, args.block)
     image = load_image(config, model, args.image)
@@ -90,14 +87,10 @@ def paint(args: argparse.Namespace) -> list[Path]:
     return [regions_path, save_figure(figure, args.spectrum_out)]
 
 
-def main() -> int:
-    """Run the command line; one line for what the user can mend."""
-    try:
-        print(*paint(parse_args()), sep="\n")
-    except (ImportError, OSError, ValueError) as error:
-        print(f"visualize_landmarks: {error}", file=sys.stderr)
-        return 1
-    return 0
+@tool_main
+def main() -> None:
+    """Run the command line."""
+    print(*paint(parse_args()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""From a command line to a config to a model: what the tools share."""
+
+import sys
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+
+
+def config_parser(description: str | None) -> ArgumentParser:
+    """A command line with a config and changes to it, for :func:`read_config`."""
+    parser = ArgumentParser(description=description and description.splitlines()[0])
+    parser.add_argument("config", help="config of a classifier, detector or segmentor")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value changes")
+    return parser
+
+
+def add_shape(parser: ArgumentParser) -> None:
+    """Let ``--shape`` set (height, width)."""
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs="+",
+        action=_Shape,
+        default=(224, 224),
+        help="height and width, or one number for both (default: 224)",
+    )
+
+
+class _Shape(Action):
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, *_: Any) -> None:
+        if len(values) > 2 or min(values) < 1:
+            parser.error(f"--shape takes one or two positive numbers, got {values}")
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+def tool_main(main: Callable[[], None]) -> Callable[[], int]:
+    """Let a tool's ``main`` give its exit status, and say in one line what the user can fix."""
+
+    @wraps(main)
+    def run() -> int:
+        try:
+            main()
+        except (ImportError, OSError, ValueError) as error:
+            print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return run
+
+
+def read_config(args: Namespace) -> Config:
+    """The config that a :func:`config_parser` was given, with its changes."""
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    return config
+
+
+def build_model(config: Config, part: str | None = None) -> Any:
+    """Build a config's model for one process, without loading weights.
+
+    Args:
+        config: of mmdet, mmseg or mmpretrain.
+        part: build this entry of ``config.model`` alone, e.g. ``'backbone'``.
+
+    Returns:
+        The ``nn.Module``, whose attributes are as various as the libraries' models.
+    """
+    init_default_scope(config.get("default_scope", "mmengine"))
+    wanted: Any = ConfigDict(config.model[part] if part else config.model)
+    if part is None:
+        wanted.setdefault("data_preprocessor", config.get("data_preprocessor"))
+    return revert_sync_batchnorm(MODELS.build(wanted))

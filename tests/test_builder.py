@@ -1,0 +1,52 @@
+"""From a config to a model, alike in every library."""
+
+import pytest
+import torch
+from mini_models import LIBRARIES
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmsoft.builder import build_model, config_parser, read_config
+from mmsoft.models import SOFTPlusPlus
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    yield
+    init_default_scope("mmengine")
+
+
+PREPROCESSORS = dict(
+    mmdet="DetDataPreprocessor", mmseg="SegDataPreProcessor", mmpretrain="ClsDataPreprocessor"
+)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_config_and_its_backbone_alone(library):
+    pytest.importorskip(f"{library}.models", exc_type=(ImportError, RuntimeError))
+    model = LIBRARIES[library]()
+    model.pop("data_preprocessor", None)  # beside the model, as MMEngine's runner allows
+    preprocessor = dict(type=PREPROCESSORS[library], mean=[1, 2, 3], std=[1, 1, 1])
+    config = Config(dict(default_scope=library, model=model, data_preprocessor=preprocessor))
+    built = build_model(config)
+    assert built.data_preprocessor.mean.flatten().tolist() == [1, 2, 3]
+    assert "data_preprocessor" not in config.model
+    alone = build_model(config, "backbone")
+    assert type(alone) is type(built.backbone) is SOFTPlusPlus
+    assert alone.state_dict().keys() == built.backbone.state_dict().keys()
+
+
+def test_a_config_for_several_gpus_runs_in_one_process():
+    pytest.importorskip("mmdet")
+    backbone = dict(type="ResNet", depth=18, norm_cfg=dict(type="SyncBN"), norm_eval=False)
+    model = build_model(Config(dict(default_scope="mmdet", model=dict(x=backbone))), "x")
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    assert model(torch.zeros(2, 3, 32, 32))[0].shape == (2, 64, 8, 8)
+
+
+def test_changes_on_the_command_line(tmp_path):
+    (tmp_path / "config.py").write_text("model = dict(depth=1, width=2)\n")
+    arguments = [str(tmp_path / "config.py"), "--cfg-options", "model.depth=3"]
+    config = read_config(config_parser("What it does.\n\nMore.").parse_args(arguments))
+    assert config.model == dict(depth=3, width=2)
+    assert "More" not in config_parser("What it does.\n\nMore.").format_help()
