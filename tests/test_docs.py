@@ -38,24 +38,25 @@ def test_every_page_is_in_the_navigation_and_links_lead_somewhere(root, pages):
             assert target.startswith("https://") or (path.parent / target).is_file(), target
 
 
-def source_with_neighbours(tool):
-    """The text of a tool and of the modules beside it that it imports, where options may be."""
-    source = tool.read_text()
-    names = re.findall(r"^(?:from|import) (\w+)", source, re.M)
-    beside = (tool.parent / f"{name}.py" for name in names)
-    return source + "".join(path.read_text() for path in beside if path.is_file())
+def source_of(root, program):
+    """The text of a tool or of a module's program, and of what it imports from us."""
+    path = program if "/" in program else program.replace(".", "/") + "/__main__.py"
+    source = (root / path).read_text()
+    names = re.findall(r"^from (mmsoft\S*) import", source, re.M)
+    ours = ((root / name.replace(".", "/")).with_suffix(".py") for name in names)
+    return source + "".join(path.read_text() for path in ours if path.is_file())
 
 
 def test_commands_name_tools_and_options_that_exist(root, pages):
     found = 0
     for text in pages.values():
-        for command in re.findall(r"^python (tools/(?:.*\\\n)*.*)$", text, re.M):
+        for command in re.findall(r"^python (?:-m )?((?:tools/|mmsoft)(?:.*\\\n)*.*)$", text, re.M):
             words = command.replace("\\\n", " ").split()
-            source = source_with_neighbours(root / words[0])
+            source = source_of(root, words[0])
             for option in (word.partition("=")[0] for word in words if word.startswith("--")):
                 assert f'"{option}"' in source, f"{words[0]} {option}"
             found += 1
-    assert found >= 4
+    assert found >= 7
 
 
 def test_python_blocks_are_python(pages):

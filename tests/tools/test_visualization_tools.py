@@ -1,7 +1,6 @@
 """The tools that draw a model's attention, landmarks and convergence, on generated images."""
 
 import csv
-import json
 import subprocess
 import sys
 
@@ -140,70 +139,6 @@ def test_convergence(run, root, folder):
         assert curve[-1] < 0.02
         for row in rows:
             assert float(row["q10"]) <= float(row["q90"]) <= float(row["max"])
-
-
-def benchmark(**changes):
-    passes = [
-        dict(
-            backbone=backbone,
-            size=[224, 224],
-            batch=1,
-            mode=mode,
-            device="cpu",
-            dtype="float32",
-            images_per_second=speed,
-            params_m=13.0,
-        )
-        for backbone, speed in (("soft-tiny", 9.0), ("softpp-tiny", 8.0), ("other", 7.0))
-        for mode in ("forward", "train")
-    ]
-    operator = [dict(name="SOFT", tokens=n, median_ms=1.0, peak_mib=n / 100) for n in (256, 512)]
-    return {"device": "a CPU", "date": "2026-01-01", "results": passes, "operator": operator} | (
-        changes
-    )
-
-
-def test_benchmark_figures(run, folder):
-    (folder / "b.json").write_text(json.dumps(benchmark()))
-    status, out, errors = run("plot_benchmark", "b.json", "--out-dir", "figures")
-    assert (status, out.split()) == (0, ["figures/memory.png", "figures/tradeoff.png"])
-    assert errors == "not drawn, no published accuracy known: other\n"
-    assert read(folder / "figures/memory.png").shape == (440, 600, 3)
-    assert read(folder / "figures/tradeoff.png").shape == (420, 960, 3)
-
-
-def test_published_accuracies_are_those_of_the_model_index(root, monkeypatch):
-    monkeypatch.syspath_prepend(root / "tools/analysis_tools")
-    from mmengine import load
-    from plot_benchmark import PUBLISHED
-
-    metric, found = "Top 1 Accuracy (published by the authors)", 0
-    for model in load(root / "configs/soft/metafile.yml")["Models"]:
-        for result in model.get("Results", []):
-            if metric in result["Metrics"]:
-                assert PUBLISHED[model["Name"].partition("_")[0]] == result["Metrics"][metric]
-                found += 1
-    assert found >= 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not the benchmark tool's JSON"),
-        ("[]", "is not the benchmark tool's JSON"),
-        (json.dumps(benchmark(operator=[{"name": "SOFT"}])), "'operator' lacks ['tokens', 'peak"),
-        (json.dumps(benchmark(operator=[], results=[])), "has neither operators with a peak"),
-    ],
-)
-def test_what_is_no_benchmark(run, folder, text, message):
-    (folder / "bad.json").write_text(text)
-    status, _, errors = run("plot_benchmark", "bad.json")
-    assert status == 1
-    assert message in errors
-    assert errors.count("\n") == 1
-    status, _, errors = run("plot_benchmark", "missing.json")
-    assert status == 1
-    assert errors.count("\n") == 1
 
 
 def test_segmentors_and_classifiers_have_pictures_too(run, root, image, folder):

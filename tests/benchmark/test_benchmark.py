@@ -1,14 +1,16 @@
 """The benchmark: its command, its arithmetic, and the released algorithm in it. No timings."""
 
 import json
-import os
-import subprocess
-import sys
+import re
+from functools import partial
 
+import cv2
 import pytest
 import torch
 from released import ARCH, images, outputs, state_dict
 
+from mmsoft.benchmark import cases
+from mmsoft.benchmark.released import released_attend, use_released_attention
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
@@ -16,37 +18,13 @@ from mmsoft.ops import reference
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("mmdet")
+report = pytest.importorskip("mmsoft.benchmark.report", reason="needs tabulate (mmsoft[peers])")
 
 
 @pytest.fixture
-def models(root, monkeypatch):
-    monkeypatch.syspath_prepend(root / "tools/analysis_tools")
-    import benchmark_models
-
-    return benchmark_models
-
-
-@pytest.fixture
-def report(models):
-    import benchmark_report
-
-    return benchmark_report
-
-
-@pytest.fixture
-def command(root, tmp_path):
-    """Run the tool in an empty folder."""
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, root / "tools/analysis_tools/benchmark.py", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(root)},
-            capture_output=True,
-            text=True,
-        )
-
-    return run
+def command(root, run_outside):
+    """Run the program in an empty folder."""
+    return partial(run_outside, "-m", "mmsoft.benchmark", PYTHONPATH=str(root))
 
 
 def error(value, truth):
@@ -59,7 +37,7 @@ def error(value, truth):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_released_attention_by_the_definition(models):
+def test_released_attention_by_the_definition():
     """One sample, whose own maximum is the batch's: the oracle of the operator agrees."""
     layer = SoftmaxFreeAttention(64, 2, 4, 5, normalize=True, attn_init="released").double()
     layer.landmark_norm.weight.data.fill_(0.5)
@@ -67,18 +45,18 @@ def test_released_attention_by_the_definition(models):
     ours = layer.sample_landmarks(q, (16, 24))
     split = [t.unflatten(2, (2, 32)).transpose(1, 2) for t in (q, v)]
     expected = reference.softmax_free_attention(*split, ours).transpose(1, 2).flatten(2)
-    found = models.released_attend(layer.float(), q.float(), v.float(), (16, 24))
+    found = released_attend(layer.float(), q.float(), v.float(), (16, 24))
     assert error(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize("condition", ["wellcond", "illcond"])
 @pytest.mark.parametrize("size", [(224, 224), (160, 256)], ids=str)
-def test_released_model_gives_the_golden_outputs(models, condition, size):
+def test_released_model_gives_the_golden_outputs(condition, size):
     weights = convert_released_keys(state_dict(condition == "illcond"))
     weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
     model = SOFTPlusPlus(ARCH).eval()
     model.load_state_dict(weights)
-    models.use_released_attention(model)
+    use_released_attention(model)
     expected = outputs("softpp", condition, size)
     with torch.no_grad():
         for i, image in enumerate(images(*size).split(1)):
@@ -87,9 +65,9 @@ def test_released_model_gives_the_golden_outputs(models, condition, size):
                 assert error(out[:, ::5, ::3, ::3], truth) < 1e-4
 
 
-def test_released_tiny_has_the_weights_of_ours_and_its_own_attention(models):
+def test_released_tiny_has_the_weights_of_ours_and_its_own_attention():
     ours, released = (
-        models.build_model(models.Case("backbone", name, (64, 64)))
+        cases.make_model(cases.Case("backbone", name, (64, 64)))
         for name in ("softpp-tiny", "released-tiny")
     )
     for (name, a), (other, b) in zip(ours.state_dict().items(), released.state_dict().items()):
@@ -105,12 +83,12 @@ def test_released_tiny_has_the_weights_of_ours_and_its_own_attention(models):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_ours_are_the_dense_default(models):
-    for name in models.OURS:
-        model = models.BACKBONES[f"softpp-{name}"].make()
+def test_ours_are_the_dense_default():
+    for name in cases.OURS:
+        model = cases.make_backbone(f"softpp-{name}")
         layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
         assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("direct", 49)}
-    newton = models.BACKBONES["softpp-tiny-newton"].make()
+    newton = cases.make_backbone("softpp-tiny-newton")
     layers = [m for m in newton.modules() if isinstance(m, SoftmaxFreeAttention)]
     assert {(layer.solver, layer.max_landmarks) for layer in layers} == {("newton", 49)}
 
@@ -126,10 +104,10 @@ PEERS = {  # channels of the features and published parameters (M), with their c
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_peers_are_those_of_the_libraries(models, name):
+def test_peers_are_those_of_the_libraries(name):
     if name == "convnext-tiny":
         pytest.importorskip("mmpretrain")
-    model = models.build_model(models.Case("backbone", name, (64, 64)))
+    model = cases.make_model(cases.Case("backbone", name, (64, 64)))
     model.eval()  # returns None in some of the libraries' backbones
     channels, parameters = PEERS[name]
     with torch.no_grad():
@@ -194,6 +172,7 @@ def test_writes_everything(command, tmp_path):
         (("--repeats", "0"), ("--repeats", "positive")),
         (("--preset", "cpu", "--sizes", "64"), ("--preset", "--sizes", "leave")),
         (("--write-docs", "none.json"), ("none.json",)),
+        (("plot", "none.json"), ("none.json",)),
     ],
     ids=lambda value: "-".join(value)[:24],
 )
@@ -249,7 +228,7 @@ def data():
     )
 
 
-def test_ratios_are_against_ours_of_the_same_size_and_kind(report, data):
+def test_ratios_are_against_ours_of_the_same_size_and_kind(data):
     results = data["results"]
     found = [report.ratio(entry, results, "median_ms") for entry in results]
     assert found == pytest.approx([1, 1, 1.5, 29, 2.5, 2.19, 1.5, 1, 0.9, None], nan_ok=True)
@@ -259,7 +238,7 @@ def test_ratios_are_against_ours_of_the_same_size_and_kind(report, data):
     assert rows[4][-2:] == ["29.0", "8.00"]
 
 
-def test_shares_of_the_ceilings(report):
+def test_shares_of_the_ceilings():
     ceilings = dict(float32_tflops=2.0, copy_gb_s=4.0)
     entry = measured("softpp-tiny", 500.0, 1.0, batch=2, gmacs=100.0, traffic_gib=1.0)
     assert report.rates(entry, ceilings) == pytest.approx((0.4, 2**30 / 2e9))
@@ -269,7 +248,7 @@ def test_shares_of_the_ceilings(report):
     assert "of product" not in report.table([entry])[0]
 
 
-def test_targets(report, data):
+def test_targets(data):
     found = {target.claim: target for target in report.targets(data)}
     answers = {claim: (round(t.measured, 3), t.met) for claim, t in found.items() if t.measured}
     assert answers == {
@@ -292,23 +271,33 @@ def test_targets(report, data):
     assert len(found) == 30
 
 
-def test_docs_say_which_targets_are_met(report, data, tmp_path):
+def test_docs_say_which_targets_are_met(data, tmp_path):
     report.write_docs([data], tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
+    text = re.sub(" +", " ", text)
     assert "| 800x1344: SOFT++ Tiny's speed over PVT-Tiny's | 2.19 | ≥ 2.2 | **no** |" in text
     assert "| 800x1344: SOFT++ Tiny's speed over PVTv2-B1's | 2.50 | ≥ 2.5 | yes |" in text
     assert "| 800x1344: SOFT++ Small's speed over PVTv2-B2's | - | ≥ 3 | not measured |" in text
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "is no JSON"), ('{"device": 1}', "results")])
-def test_docs_refuse_other_files(report, tmp_path, text, words):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: json.dumps(data)[:-1], "delimiter"),
+        (lambda data: "5", "not iterable"),
+        (lambda data: "[]", "it lacks device"),
+        (lambda data: json.dumps({**data, "results": [5]}), "not iterable"),
+        (lambda data: json.dumps({**data, "operator": [{}]}), "under 'operator' lacks device"),
+    ],
+)
+def test_other_files_are_refused(data, tmp_path, change, words):
     path = tmp_path / "other.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=rf"other\.json.*{words}"):
+    path.write_text(change(data))
+    with pytest.raises(ValueError, match=rf"other\.json is not the benchmark's JSON: .*{words}"):
         report.read_json(path)
 
 
-def test_a_group_measured_again_replaces_the_old_one(report, data):
+def test_a_group_measured_again_replaces_the_old_one(data):
     again = dict(data, scaling=[], whole=[], command="y", date="2026-02-01T00:00")
     again["results"] = [measured("softpp-tiny", 50.0, 1.0, (512, 512), 2, "train")]
     (merged,) = report.merge([data, again])
@@ -319,11 +308,53 @@ def test_a_group_measured_again_replaces_the_old_one(report, data):
     assert len(report.merge([data, dict(again, device="another")])) == 2
 
 
-def test_the_page_and_its_plots_are_of_the_kept_runs(report, root, tmp_path):
+def test_the_page_and_its_plots_are_of_the_kept_runs(root, tmp_path):
     runs = sorted((root / "docs/benchmarks").glob("*.json"))
     report.write_docs([report.read_json(path) for path in runs], tmp_path)
     page = (tmp_path / "benchmarks.md").read_text()
-    again = "run python tools/analysis_tools/benchmark.py --write-docs docs/benchmarks/*.json"
+    again = "run python -m mmsoft.benchmark --write-docs docs/benchmarks/*.json"
     assert page == (root / "docs/benchmarks.md").read_text(), again
-    drawn = {path.name for path in (tmp_path / "benchmarks").glob("*.png")}
-    assert drawn == {path.name for path in (root / "docs/benchmarks").glob("*.png")}
+    drawn, kept = (
+        {path.name: cv2.imread(str(path)).shape for path in (folder / "benchmarks").glob("*.png")}
+        for folder in (tmp_path, root / "docs")
+    )
+    assert drawn == kept
+
+
+def test_figures_of_the_papers(command, data, tmp_path):
+    speeds = {"softpp-tiny": 8.0, "soft-tiny": 9.0, "other": 7.0}
+    data["results"] = [
+        measured(name, 1000 / speed, 1.0, (224, 224), mode=mode)
+        for name, speed in speeds.items()
+        for mode in ("forward", "train")
+    ]
+    uncounted = measured("pvt-tiny", 1.0, 1.0, (224, 224))  # as after a failed measurement
+    del uncounted["params_m"]
+    data["results"].append(uncounted)
+    kind = {key: data["results"][0][key] for key in report.KIND}
+    layer = dict(kind, name="softpp", label="SOFT++", median_ms=1.0)
+    data["operator"] = [dict(layer, tokens=n, peak_mib=n / 100) for n in (256, 512)]
+    report.write_json(data, tmp_path / "b.json")
+    done = command("plot", "b.json", "--out-dir", "figures")
+    assert (done.returncode, done.stdout.split()) == (
+        0,
+        ["figures/memory.png", "figures/tradeoff.png"],
+    )
+    assert done.stderr == "not drawn, no published accuracy known: other\n"
+    pictures = [cv2.imread(str(tmp_path / "figures" / f"{n}.png")) for n in ("memory", "tradeoff")]
+    assert [picture.shape for picture in pictures] == [(440, 600, 3), (420, 960, 3)]
+    assert all(picture.std() > 10 for picture in pictures)
+
+    report.write_json({**data, "operator": [], "results": [uncounted]}, tmp_path / "b.json")
+    done = command("plot", "b.json")
+    assert done.returncode == 2
+    assert "has neither operators with a peak" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_published_accuracies_are_of_our_metafile_and_the_peers_papers():
+    found = cases.published()
+    archs = ("tiny", "small", "medium", "large", "huge")
+    ours = {f"{variant}-{arch}" for variant in ("soft", "softpp") for arch in archs}
+    assert set(found) == ours | set(PEERS) - {"resnet-50"}
+    assert all(75 < accuracy < 85 for accuracy in found.values())

@@ -1,43 +1,36 @@
-"""What `benchmark.py` writes: tables, plots, `benchmark.json`, `benchmarks.md`."""
+"""What is written: tables, ``benchmark.json``, ``benchmarks.md``."""
 
-import io
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
-import matplotlib
+from tabulate import tabulate
 
-matplotlib.use("Agg")
-from benchmark_models import BACKBONES, OPERATORS
-from matplotlib import pyplot as plt
-from PIL import Image
-from plot_benchmark import PUBLISHED, draw
+from mmsoft.benchmark.cases import BACKBONES, OPERATORS, published
+from mmsoft.fileio import write_whole
 
 Entry = dict[str, Any]
 SECTIONS = ("results", "scaling", "whole", "operator")
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-BLUE, SKY, ORANGE, VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
-GREEN, PURPLE, GREY = "#009E73", "#CC79A7", "#7F7F7F"
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a file or leave the old one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+NEEDED = ("device", "threads", "versions", "date", "command", *SECTIONS)
+KIND = ("device", "dtype", "compiled", "mode", "batch")
+FIELDS = dict(
+    results=(*KIND, "backbone", "size", "images_per_second"),
+    operator=(*KIND, "name", "tokens", "peak_mib"),
+)
 
 
 def write_json(data: dict[str, Any], path: Path) -> None:
-    """Write `benchmark.json`."""
-    write_whole(json.dumps(data, indent=1) + "\n", path)
+    """Write ``benchmark.json``."""
+    with write_whole(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a `benchmark.json`.
+    """Read a ``benchmark.json``.
 
     Raises:
         OSError: it cannot be read.
@@ -45,11 +38,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from None
-    needed = ("device", "threads", "versions", "date", "command", *SECTIONS)
-    if not isinstance(data, dict) or any(key not in data for key in needed):
-        raise ValueError(f"{path} was not written by benchmark.py: it needs {', '.join(needed)}")
+        if missing := [key for key in NEEDED if key not in data]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        for section, fields in FIELDS.items():
+            for entry in data[section]:
+                if missing := [key for key in fields if key not in entry]:
+                    raise ValueError(f"an entry under '{section}' lacks {', '.join(missing)}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the benchmark's JSON: {error}") from None
     return data
 
 
@@ -70,13 +66,19 @@ def of_kind(entry: Entry) -> tuple:
 
 def label_of(entry: Entry) -> str:
     """The name for people."""
-    if "backbone" in entry:
-        return BACKBONES[entry["backbone"]].label
-    return OPERATORS[entry["name"]][0]
+    if "tokens" in entry:
+        return OPERATORS[entry["name"]][0]
+    name = entry["backbone"]
+    return BACKBONES[name].label if name in BACKBONES else name
+
+
+def size_of(entry: Entry) -> str:
+    """The size of the images: height x width."""
+    return "{}x{}".format(*entry["size"])
 
 
 def ours_for(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """Our entry that `entry` is compared with: of its size, measured in turns with it."""
+    """Our entry that ``entry`` is compared with: of its size, measured in turns with it."""
     for other in entries:
         if of_kind(other) != of_kind(entry):
             continue
@@ -89,7 +91,7 @@ def ours_for(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 
 def ratio(entry: Entry, entries: Sequence[Entry], figure: str) -> float | None:
-    """`figure` of an entry as a multiple of ours."""
+    """``figure`` of an entry as a multiple of ours."""
     ours = ours_for(entry, entries)
     if ours is None or not ours.get(figure) or entry.get(figure) is None:
         return None
@@ -97,7 +99,7 @@ def ratio(entry: Entry, entries: Sequence[Entry], figure: str) -> float | None:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with so many significant digits, none of its integer part lost."""
+    """``value`` with so many significant digits, none of its integer part lost."""
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
@@ -118,7 +120,7 @@ def rates(entry: Entry, ceilings: dict[str, float]) -> tuple[float | None, float
 
 
 def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) -> list[list[str]]:
-    """Header and rows of entries of one kind, with `rates` if `ceilings` are given."""
+    """Header and rows of entries of one kind, with ``rates`` if ``ceilings`` are given."""
     first = entries[0]
     with_rates = bool(ceilings) and any("traffic_gib" in entry for entry in entries)
     macs = any("gmacs" in entry for entry in entries)
@@ -147,18 +149,17 @@ def print_group(section: str, entries: Sequence[Entry]) -> None:
     if not entries:
         print("   nothing could be measured")
         return
-    rows = table(entries)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        print("   " + "  ".join(cells))
+    print(indent(_tabulate(table(entries), "plain"), "   "))
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows as a Markdown table, the first being its head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
-    return "\n".join(lines)
+    return _tabulate(rows, "pipe")
+
+
+def _tabulate(rows: Sequence[Sequence[str]], style: str) -> str:
+    align = ("left", *["right"] * (len(rows[0]) - 1))
+    return tabulate(rows[1:], rows[0], style, colalign=align, disable_numparse=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass
 class Target:
-    """A claim about one run: `measured` is at least, or at most, `bound`."""
+    """A claim about one run: ``measured`` is at least, or at most, ``bound``."""
 
     claim: str
     measured: float | None
@@ -263,191 +264,12 @@ def targets(data: dict[str, Any]) -> list[Target]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Plots
-# ---------------------------------------------------------------------------------------------
-
-STYLES = {  # colour, marker, line
-    "softpp": (BLUE, "o", "-"),
-    "softmax": (VERMILLION, "s", "--"),
-    "linformer": (ORANGE, "^", "-."),
-    "performer": (GREEN, "D", ":"),
-    "nystromformer": (PURPLE, "v", "--"),
-    "softpp-tiny": (BLUE, "o", "-"),
-    "softpp-small": (VERMILLION, "s", "--"),
-    "pvtv2-b1": (ORANGE, "^", "-."),
-    "swin-tiny": (GREEN, "D", ":"),
-}
-
-
-def _colour(backbone: str) -> str:
-    if backbone.startswith("softpp"):
-        return SKY if backbone.endswith("newton") else BLUE
-    return ORANGE if backbone.startswith("released") else GREY
-
-
-def _bars(axis: Any, entries: Sequence[Entry], figure: str, unit: str) -> None:
-    """Horizontal bars from fast to slow, on a logarithmic axis, with figures written beside."""
-    entries = sorted((e for e in entries if e.get(figure)), key=lambda e: -e[figure])
-    values = [entry[figure] for entry in entries]
-    bars = axis.barh(
-        [label_of(entry) for entry in entries],
-        values,
-        color=[_colour(entry["backbone"]) for entry in entries],
-    )
-    axis.bar_label(bars, [number(value) for value in values], padding=3, fontsize=8)
-    axis.set(xlabel=f"{unit}, logarithmic", xscale="log")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("")
-    if values:
-        axis.set_xlim(min(values) / 2, max(values) * 2.5)
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
-
-
-def plot_backbones(entries: Sequence[Entry], path: Path) -> None:
-    """Time and memory of one device and dtype: a row of panels per size and mode."""
-    groups = [list(group) for _, group in groupby(entries, of_kind)]
-    height = sum(0.24 * len(group) + 1 for group in groups)
-    figure, axes = plt.subplots(
-        len(groups),
-        2,
-        figsize=(12, height),
-        layout="constrained",
-        squeeze=False,
-        gridspec_kw=dict(height_ratios=[0.24 * len(group) + 1 for group in groups]),
-    )
-    for (left, right), group in zip(axes, groups):
-        first = group[0]
-        words = f"{first['size'][0]}x{first['size'][1]}, batch {first['batch']}, {first['mode']}"
-        left.set_title(f"{words}: time", fontsize=10)
-        right.set_title(f"{words}: memory", fontsize=10)
-        _bars(left, group, "median_ms", "ms")
-        _bars(right, group, "peak_mib", "MiB")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, SKY, ORANGE, GREY)]
-    names = ["SOFT++ (ours)", "ours, Newton-Raphson", "released algorithm", "other backbones"]
-    figure.legend(handles, names, loc="outside lower center", ncol=4, frameon=False)
-    save(figure, path)
-
-
-def _lines(axis: Any, entries: Sequence[Entry], x: Callable, y: Callable, key: str) -> None:
-    for name in dict.fromkeys(entry[key] for entry in entries):
-        mine = [entry for entry in entries if entry[key] == name and y(entry)]
-        colour, marker, line = STYLES[name]
-        axis.plot(
-            [x(entry) for entry in mine],
-            [y(entry) for entry in mine],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=label_of(mine[0]) if mine else name,
-        )
-    axis.grid(alpha=0.3, which="both")
-
-
-def plot_scaling(entries: Sequence[Entry], path: Path) -> None:
-    """Time per pixel and memory per pixel against the number of pixels: flat is linear."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-
-    def pixels(entry: Entry) -> float:
-        return entry["size"][0] * entry["size"][1] * entry["batch"]
-
-    panels = (
-        ("median_ms", 1e3, "time per pixel (µs)"),
-        ("peak_mib", 1024, "peak memory per pixel (KiB)"),
-    )
-    ticks = sorted({pixels(entry) for entry in entries})
-    names = {pixels(e): f"{e['size'][0]}x{e['size'][1]}" for e in entries}
-    for axis, (key, scale, words) in zip(axes, panels):
-        _lines(
-            axis,
-            entries,
-            pixels,
-            lambda e, key=key, scale=scale: e[key] and scale * e[key] / pixels(e),
-            "backbone",
-        )
-        axis.set(xscale="log", xlabel="image size", ylabel=words, title=words)
-        axis.set_ylim(0, 1.3 * axis.dataLim.y1)
-        axis.set_xticks(ticks, [names[tick] for tick in ticks])
-        axis.minorticks_off()
-        axis.legend(loc="upper right", ncol=2)
-    save(figure, path)
-
-
-def plot_operator(entries: Sequence[Entry], path: Path) -> None:
-    """Time of the attention layers against the number of tokens."""
-    modes = list(dict.fromkeys(entry["mode"] for entry in entries))
-    size = (5.5 * len(modes), 3.9)
-    figure, axes = plt.subplots(1, len(modes), figsize=size, layout="constrained", squeeze=False)
-    for mode, axis in zip(modes, axes[0]):
-        mine = [entry for entry in entries if entry["mode"] == mode]
-        _lines(axis, mine, lambda e: e["tokens"], lambda e: e["median_ms"], "name")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time (ms)")
-        axis.set_title("forward" if mode == "forward" else "forward and backward")
-    axes[0][0].legend()
-    save(figure, path)
-
-
-def plot_whole(entries: Sequence[Entry], path: Path) -> None:
-    """Images per second of the detectors and segmentors."""
-    groups = [list(group) for _, group in groupby(entries, of_kind)]
-    size = (5.5 * len(groups), 3.2)
-    figure, axes = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)
-    for axis, group in zip(axes[0], groups):
-        values = [entry["images_per_second"] for entry in group]
-        colours = [_colour(entry["backbone"]) for entry in group]
-        bars = axis.bar([label_of(entry) for entry in group], values, color=colours)
-        axis.bar_label(bars, [number(value) for value in values], padding=2)
-        first = group[0]
-        title = f"{first['task']}, {first['size'][0]}x{first['size'][1]}, {first['dtype']}"
-        axis.set(title=title, ylabel="images per second", ylim=(0, 1.15 * max(values)))
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a PNG whole and close the figure; 64 colours make it a third of the size."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    temporary = path.with_name(f".{path.name}")
-    Image.open(buffer).convert("RGB").quantize(64).save(temporary, format="png", optimize=True)
-    os.replace(temporary, path)
-    plt.close(figure)
-
-
-def _variant(entry: Entry) -> str:
-    return "_".join([entry["device"], entry["dtype"], *["compiled"] * entry["compiled"]])
-
-
-def plot(data: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, list[str]]:
-    """Draw what a run measured.
-
-    Returns:
-        The names of the files of each section.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    names: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    by_variant = sorted(data["results"], key=lambda e: (_variant(e), *of_kind(e)))
-    for variant, entries in groupby(by_variant, _variant):
-        names["results"].append(f"{prefix}backbones_{variant}.png")
-        plot_backbones(list(entries), folder / names["results"][-1])
-    painters = dict(scaling=plot_scaling, whole=plot_whole, operator=plot_operator)
-    for section, paint in painters.items():
-        if data[section]:
-            names[section].append(f"{prefix}{section}.png")
-            paint(data[section], folder / names[section][-1])
-    for section, path in draw(data, folder, prefix).items():
-        names[section].append(path.name)
-    return names
-
-
-# ---------------------------------------------------------------------------------------------
 # benchmarks.md
 # ---------------------------------------------------------------------------------------------
 
 INTRODUCTION = """# Benchmarks
 
-Generated by `tools/analysis_tools/benchmark.py --write-docs`; do not edit.
+Generated by `python -m mmsoft.benchmark --write-docs`; do not edit.
 
 Times are medians of interleaved samples, every model warmed at the measured shape; q10 and q90 are
 quantiles. Peak memory is that of a fresh process above what it holds with the model and its input
@@ -480,7 +302,7 @@ def group_title(entry: Entry) -> str:
     if "tokens" in entry:
         words.append(f"{entry['tokens']} tokens")
     else:
-        words.append(f"{entry['size'][0]}x{entry['size'][1]}")
+        words.append(size_of(entry))
     words += [f"batch {entry['batch']}", entry["mode"], entry["device"], entry["dtype"]]
     return ", ".join(words + ["compiled"] * entry["compiled"])
 
@@ -499,20 +321,20 @@ def target_rows(data: dict[str, Any]) -> list[list[str]]:
 
 
 def overview(data: dict[str, Any]) -> str:
-    """The table of `model_zoo.md`: the speed of plain forward passes, and published accuracy."""
+    """The table of ``model_zoo.md``: the speed of plain forward passes, and published accuracy."""
     plain = [e for e in data["results"] if e["mode"] == "forward" and not e["compiled"]]
     plain = [e for e in plain if e["dtype"] == plain[0]["dtype"] and e["batch"] == 1]
     sizes = list(dict.fromkeys(tuple(entry["size"]) for entry in plain))
     head = ["backbone", "params (M)", "top-1, as published (%)"]
     head += [f"images/s at {height}x{width}" for height, width in sizes]
     head += [f"peak MiB at {height}x{width}" for height, width in sizes[-1:]]
-    rows = [head]
+    rows, accuracies = [head], published()
     for name in dict.fromkeys(entry["backbone"] for entry in plain):
-        if name not in PUBLISHED:
+        if name not in accuracies:
             continue
         mine = {tuple(entry["size"]): entry for entry in plain if entry["backbone"] == name}
         first = next(iter(mine.values()))
-        row = [label_of(first), number(first["params_m"]), f"{PUBLISHED[name]:.1f}"]
+        row = [label_of(first), number(first["params_m"]), f"{accuracies[name]:.1f}"]
         row += [number(mine.get(size, {}).get("images_per_second")) for size in sizes]
         row += [number(mine.get(size, {}).get("peak_mib")) for size in sizes[-1:]]
         rows.append(row)
@@ -540,7 +362,9 @@ def merge(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write `benchmarks.md` and, under `benchmarks/`, its plots."""
+    """Write ``benchmarks.md`` and, under ``benchmarks/``, its plots."""
+    from mmsoft.benchmark.plots import plot
+
     parts = [INTRODUCTION]
     runs = merge(runs)
     for index, data in enumerate(runs, 1):
@@ -576,6 +400,6 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
                 for s in data["skipped"]
             ]
             parts.append(f"### Left out\n\n{markdown(rows)}\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole("\n".join(parts), folder / "benchmarks.md")
+    with write_whole(folder / "benchmarks.md") as partial:
+        partial.write_text("\n".join(parts))
     print(f"wrote {folder / 'benchmarks.md'}")

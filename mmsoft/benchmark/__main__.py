@@ -1,14 +1,14 @@
-#!/usr/bin/env python
 """Measure time and memory of the backbones beside what users would pick instead.
 
-    python tools/analysis_tools/benchmark.py --preset cpu --out work_dirs/benchmark
-    python tools/analysis_tools/benchmark.py --models softpp-tiny pvtv2-b1 --sizes 512 --modes train
-    python tools/analysis_tools/benchmark.py --write-docs work_dirs/benchmark/benchmark.json
+    python -m mmsoft.benchmark --preset cpu --out work_dirs/benchmark
+    python -m mmsoft.benchmark --models softpp-tiny pvtv2-b1 --sizes 512 --modes train
+    python -m mmsoft.benchmark --write-docs work_dirs/benchmark/benchmark.json
+    python -m mmsoft.benchmark plot work_dirs/benchmark/benchmark.json
 
 Prints tables and writes `benchmark.json`, kept current after every group of measurements, and PNG
 plots. All models of a group are warmed at the measured shape and then timed in turns. Peak memory
 is that of a fresh process, above what it is with the model and its input loaded. `--write-docs`
-makes `benchmarks.md` and its plots from such files.
+makes `benchmarks.md` and its plots from such files, `plot` the papers' figures alone.
 """
 
 import argparse
@@ -21,45 +21,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_models import BACKBONES, DTYPES, MODES, OPERATORS, WHOLE, Case
 
-SCALING_SIZES = ("1024", "2048", "4096")
+from mmsoft.benchmark.cases import BACKBONES, DTYPES, MODES, OPERATORS, WHOLE, Case, require
+
+Size = tuple[int, int]
+Group = tuple[str, list[Case]]  # section of the JSON, and what is timed in turns
 SCALING_MODELS = ("softpp-tiny", "softpp-small")
-OPERATOR_SIDES = (32, 64, 128, 256)
-WHOLE_SIZES = ("800x1344", "512x512")
+# What the options of the sections stand for if they are given without values, or by a preset.
+DEFAULTS: dict[str, list] = dict(
+    scaling=[(1024, 1024), (2048, 2048), (4096, 4096)],
+    operator=[32, 64, 128, 256],
+    whole=[(800, 1344), (512, 512)],
+)
 # (size, batch, mode) of the backbones.
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": dict(
-        device="cpu",
         dtypes=["float32"],
         cases=[
-            ("224", 1, "forward"),
-            ("512", 1, "forward"),
-            ("800x1344", 1, "forward"),
-            ("512", 2, "train"),
+            ((224, 224), 1, "forward"),
+            ((512, 512), 1, "forward"),
+            ((800, 1344), 1, "forward"),
+            ((512, 512), 2, "train"),
         ],
-        scaling=SCALING_SIZES,
-        operator=OPERATOR_SIDES,
-        whole=WHOLE_SIZES,
     ),
     "cuda": dict(
-        device="cuda",
         dtypes=["float32", "bfloat16"],
         cases=[
             (size, batch, mode)
-            for size, batch in (("224", 128), ("512", 16), ("800x1344", 2))
+            for size, batch in (((224, 224), 128), ((512, 512), 16), ((800, 1344), 2))
             for mode in MODES
         ],
-        scaling=SCALING_SIZES,
-        operator=OPERATOR_SIDES,
-        whole=WHOLE_SIZES,
     ),
 }
 # The release trains through the unrolled iteration, which stores every step: nothing to compare.
 FORWARD_ONLY = {"released-tiny"}
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> Size:
     """`512` or `800x1344`, height first."""
     try:
         numbers = tuple(int(part) for part in text.lower().split("x"))
@@ -83,7 +81,9 @@ def positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mmsoft.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--preset", choices=PRESETS, help="everything worth measuring on such a device")
     p.add_argument(
@@ -110,23 +110,21 @@ def parser() -> argparse.ArgumentParser:
         type=parse_size,
         metavar="SIZE",
         help=f"time per pixel and memory of {' '.join(SCALING_MODELS)} against the size "
-        f"(default: {' '.join(SCALING_SIZES)})",
+        "(default: 1024 2048 4096)",
     )
     p.add_argument(
         "--operator",
         nargs="*",
         type=positive,
         metavar="SIDE",
-        help="attention layers alone on square grids of tokens "
-        f"(default: {' '.join(map(str, OPERATOR_SIDES))})",
+        help="attention layers alone on square grids of tokens (default: 32 64 128 256)",
     )
     p.add_argument(
         "--whole",
         nargs="*",
         type=parse_size,
         metavar="SIZE",
-        help="test loops of RetinaNet and UperNet at these two sizes "
-        f"(default: {' '.join(WHOLE_SIZES)})",
+        help="test loops of RetinaNet and UperNet at these two sizes (default: 800x1344 512)",
     )
     p.add_argument("--repeats", type=positive, default=11, help="samples of each (default: 11)")
     p.add_argument(
@@ -145,79 +143,71 @@ def parser() -> argparse.ArgumentParser:
         help="measure nothing; write benchmarks.md from these files into --out (default: docs); of "
         "the same device, groups of a later file replace those of an earlier one",
     )
+    command = p.add_subparsers(title="instead of measuring", metavar="")
+    figures = command.add_parser("plot", help="draw memory.png and tradeoff.png from a JSON")
+    figures.add_argument("json", type=Path, help="written by this program")
+    figures.add_argument("--out-dir", type=Path, default=Path(), help="default: this folder")
     return p
 
 
-def plan(args: argparse.Namespace) -> list[tuple[str, list[Case]]]:
+def plan(args: argparse.Namespace) -> list[Group]:
     """The groups of cases to measure, in order; each group's cases are timed in turns."""
     preset = PRESETS.get(args.preset, {})
-    device = args.device or preset.get("device", "cpu")
-    names = args.models or list(BACKBONES)
-    sections = ("scaling", "operator", "whole")
-    for name in sections:
-        if getattr(args, name) == [] or (getattr(args, name) is None and name in preset):
-            default = dict(scaling=SCALING_SIZES, operator=OPERATOR_SIDES, whole=WHOLE_SIZES)[name]
-            setattr(args, name, [parse_size(v) if isinstance(v, str) else v for v in default])
-    if preset:
-        backbones = [(parse_size(size), batch, mode) for size, batch, mode in preset["cases"]]
-    elif args.models or all(getattr(args, name) is None for name in sections):
+    device = args.device or args.preset or "cpu"
+    sections = {name: getattr(args, name) for name in DEFAULTS}
+    backbones = preset.get("cases", [])
+    if not preset and (args.models or all(given is None for given in sections.values())):
         sizes, modes = args.sizes or [(512, 512)], args.modes or ["forward"]
-        backbones = [(size, args.batch or 1, mode) for size in sizes for mode in modes]
-    else:
-        backbones = []
-    kinds = list(
-        itertools.product(
-            args.dtypes or preset.get("dtypes", ["float32"]), (False, True)[: 1 + args.compile]
+        backbones = list(itertools.product(sizes, [args.batch or 1], modes))
+    for name, given in sections.items():
+        if given == [] or (given is None and preset):
+            sections[name] = DEFAULTS[name]
+    dtypes = args.dtypes or preset.get("dtypes", ["float32"])
+    variants = [
+        dict(device=device, dtype=dtype, compiled=compiled)
+        for dtype in dtypes
+        for compiled in (False, True)[: 1 + args.compile]
+    ]
+    eager = [variant for variant in variants if not variant["compiled"]]
+
+    groups: list[Group] = []
+    for (size, batch, mode), variant in itertools.product(backbones, variants):
+        names = [n for n in args.models or BACKBONES if mode == "forward" or n not in FORWARD_ONLY]
+        groups.append(
+            ("results", [Case("backbone", name, size, batch, mode, **variant) for name in names])
         )
-    )
-
-    def kind(dtype: str, compiled: bool) -> dict[str, Any]:
-        return dict(device=device, dtype=dtype, compiled=compiled)
-
-    groups: list[tuple[str, list[Case]]] = []
-    for (size, batch, mode), variant in itertools.product(backbones, kinds):
-        cases = [
-            Case("backbone", name, size, batch, mode, **kind(*variant))
-            for name in names
-            if mode == "forward" or name not in FORWARD_ONLY
-        ]
-        groups.append(("results", cases))
-    first = kind(kinds[0][0], False)
-    for size in args.scaling or []:
-        groups.append(("scaling", [Case("backbone", n, size, **first) for n in SCALING_MODELS]))
-    for side, mode in itertools.product(args.operator or [], MODES):
-        cases = [Case("operator", name, (side, side), mode=mode, **first) for name in OPERATORS]
-        groups.append(("operator", cases))
-    if args.whole:
-        sizes = dict(zip(("RetinaNet", "UperNet"), (args.whole[0], args.whole[-1])))
-        for (task, size), variant in itertools.product(sizes.items(), kinds):
-            if not variant[1]:
-                found = [name for name, whole in WHOLE.items() if whole.task == task]
-                cases = [Case("whole", name, size, **kind(*variant)) for name in found]
-                groups.append(("whole", cases))
+    for size in sections["scaling"] or []:
+        groups.append(("scaling", [Case("backbone", n, size, **eager[0]) for n in SCALING_MODELS]))
+    for side, mode in itertools.product(sections["operator"] or [], MODES):
+        groups.append(
+            (
+                "operator",
+                [Case("operator", n, (side, side), mode=mode, **eager[0]) for n in OPERATORS],
+            )
+        )
+    if whole := sections["whole"]:
+        sizes = {"RetinaNet": whole[0], "UperNet": whole[-1]}
+        for (task, size), variant in itertools.product(sizes.items(), eager):
+            names = [name for name, model in WHOLE.items() if model.task == task]
+            groups.append(("whole", [Case("whole", name, size, **variant) for name in names]))
     return groups
 
 
 def entry(section: str, case: Case, figures: dict[str, Any]) -> dict[str, Any]:
     """A case and its figures as they stand in the JSON."""
-    common = dict(
-        batch=case.batch,
-        mode=case.mode,
-        device=case.device,
-        dtype=case.dtype,
-        compiled=case.compiled,
-        **figures,
-    )
+    what: dict[str, Any]
     if section == "operator":
-        return (
-            dict(name=case.name, label=OPERATORS[case.name][0], tokens=case.size[0] * case.size[1])
-            | common
-        )
-    common["images_per_second"] = 1e3 * case.batch / figures["median_ms"]
-    if section == "whole":
+        tokens = case.size[0] * case.size[1]
+        what = dict(name=case.name, label=OPERATORS[case.name][0], tokens=tokens)
+    elif section == "whole":
         whole = WHOLE[case.name]
-        return dict(task=whole.task, backbone=whole.backbone, size=list(case.size)) | common
-    return dict(backbone=case.name, size=list(case.size)) | common
+        what = dict(task=whole.task, backbone=whole.backbone, size=list(case.size))
+    else:
+        what = dict(backbone=case.name, size=list(case.size))
+    kind = {key: getattr(case, key) for key in ("batch", "mode", "device", "dtype", "compiled")}
+    if section != "operator":
+        figures = figures | dict(images_per_second=1e3 * case.batch / figures["median_ms"])
+    return what | kind | figures
 
 
 def title(section: str, case: Case) -> str:
@@ -226,26 +216,27 @@ def title(section: str, case: Case) -> str:
     return ", ".join([*words, case.device, case.dtype, *["compiled"] * case.compiled])
 
 
-def run(
-    args: argparse.Namespace, data: dict[str, Any], groups: list[tuple[str, list[Case]]]
-) -> None:
+def log(line: str) -> None:
+    """Print a line of progress."""
+    print(f"   {datetime.datetime.now():%H:%M:%S} {line}", flush=True)
+
+
+def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> None:
     """Measure the groups; `data` and its file are current after each."""
-    from benchmark_measure import PeakMeter, ceilings, measure_times, quiet
-    from benchmark_report import plot, print_group, write_json
+    from mmsoft.benchmark.measure import PeakMeter, ceilings, measure_times, quiet
+    from mmsoft.benchmark.plots import plot
+    from mmsoft.benchmark.report import print_group, write_json
 
     quiet()
     torch.set_num_threads(args.threads)
     device = groups[0][1][0].device
-    data["ceilings"] = ceilings(
-        device, sorted({case.dtype for _, cases in groups for case in cases})
-    )
-    meter, models, described = PeakMeter(args.threads), {}, {}
+    dtypes = sorted({case.dtype for _, cases in groups for case in cases})
+    data["ceilings"] = ceilings(device, dtypes)
+    meter = PeakMeter(args.threads)
+    models: dict[Any, Any] = {}
+    described: dict[Any, dict[str, float]] = {}
     for number, (section, cases) in enumerate(groups, 1):
         print(f"\n== {number}/{len(groups)} {title(section, cases[0])}", flush=True)
-
-        def log(line: str) -> None:
-            print(f"   {datetime.datetime.now():%H:%M:%S} {line}", flush=True)
-
         if section in ("operator", "whole"):
             models.clear()
         times, skipped = measure_times(cases, models, args.repeats, args.slow_repeats, log)
@@ -275,42 +266,69 @@ def run(
     plot(data, args.out)
 
 
-def main() -> None:
-    """Run the command line."""
-    p = parser()
-    args = p.parse_args()
+def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Measure what the arguments ask for."""
+    from mmsoft.benchmark.measure import device_name, versions
+    from mmsoft.benchmark.report import SECTIONS
+
     if unknown := [name for name in args.models or [] if name not in BACKBONES]:
         p.error(f"--models has no {', '.join(unknown)}; choose from {' '.join(BACKBONES)}")
-    if args.write_docs:
-        from benchmark_report import read_json, write_docs
-
-        try:
-            write_docs([read_json(path) for path in args.write_docs], args.out or Path("docs"))
-        except (OSError, ValueError) as error:
-            p.error(f"--write-docs: {error}")
-        return
     if args.preset and (args.sizes or args.batch or args.modes):
         p.error("--preset sets --sizes, --batch and --modes: leave these out, or the preset")
     if args.whole and len(args.whole) > 2:
         p.error("--whole takes the size for RetinaNet and that for UperNet")
     groups = plan(args)
-    if groups[0][1][0].device == "cuda" and not torch.cuda.is_available():
+    device = groups[0][1][0].device
+    if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch sees no CUDA device; use --device cpu")
     args.out = args.out or Path("work_dirs/benchmark")
-    args.out.mkdir(parents=True, exist_ok=True)
-    from benchmark_measure import device_name, versions
-
     data: dict[str, Any] = {
-        "device": device_name(groups[0][1][0].device),
+        "device": device_name(device),
         "threads": args.threads,
         "versions": versions(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": f"python tools/analysis_tools/benchmark.py {shlex.join(sys.argv[1:])}",
+        "command": f"{p.prog} {shlex.join(sys.argv[1:])}",
         "repeats": args.repeats,
-        **{section: [] for section in ("results", "scaling", "whole", "operator", "skipped")},
+        **{section: [] for section in (*SECTIONS, "skipped")},
     }
     run(args, data, groups)
     print(f"\nresults in {args.out}")
+
+
+def draw(path: Path, folder: Path) -> None:
+    """Draw the papers' figures, and say which backbones are not in them."""
+    from mmsoft.benchmark.plots import forward_passes, plot_as_papers, published
+    from mmsoft.benchmark.report import read_json
+
+    data = read_json(path)
+    written = plot_as_papers(data, folder)
+    if not written:
+        raise ValueError(
+            f"{path} has neither operators with a peak_mib nor forward passes of backbones with a "
+            "published accuracy"
+        )
+    if unknown := {entry["backbone"] for entry in forward_passes(data)} - set(published()):
+        names = ", ".join(sorted(unknown))
+        print(f"not drawn, no published accuracy known: {names}", file=sys.stderr)
+    print(*written.values(), sep="\n")
+
+
+def main() -> None:
+    """Run the command line; one line for what the user can fix."""
+    p = parser()
+    args = p.parse_args()
+    try:
+        require("tabulate")
+        if "json" in args:
+            draw(args.json, args.out_dir)
+        elif args.write_docs:
+            from mmsoft.benchmark.report import read_json, write_docs
+
+            write_docs([read_json(path) for path in args.write_docs], args.out or Path("docs"))
+    except (ImportError, OSError, ValueError) as error:
+        p.exit(2, f"{p.prog}: {error}\n")
+    if "json" not in args and not args.write_docs:
+        measure(p, args)
 
 
 if __name__ == "__main__":

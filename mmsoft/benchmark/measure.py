@@ -1,4 +1,4 @@
-"""How `benchmark.py` measures: interleaved times, and peak memory in fresh processes."""
+"""How it is measured: interleaved times, and peak memory in fresh processes."""
 
 import contextlib
 import ctypes
@@ -15,19 +15,20 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from benchmark_models import DTYPES, Case, NotAvailableError, build_model, make_step
-from mmengine.analysis import FlopAnalyzer
 from mmengine.logging import MMLogger
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmsoft import flops
+from mmsoft.benchmark.cases import DTYPES, Case, make_model, make_step
 
 SLOW_SECONDS = 10.0  # a call that takes longer is repeated `slow_repeats` times only
 SAMPLE_SECONDS = 0.05  # a sample is at least that long: faster steps are repeated within it
@@ -51,10 +52,8 @@ def quiet() -> None:
 
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    text = str(error).strip().splitlines()
-    return (
-        text[0] if isinstance(error, NotAvailableError) else f"{type(error).__name__}: {text[:1]}"
-    )
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,15 +70,6 @@ def _seconds(step: Callable[[], Any], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between the order statistics."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
 def measure_times(
     cases: Sequence[Case], models: dict[Any, nn.Module], repeats: int, slow_repeats: int, log: Log
 ) -> tuple[dict[Case, dict], dict[Case, str]]:
@@ -89,24 +79,26 @@ def measure_times(
         cases: what to measure.
         models: built models by :func:`model_key`; those missing are added.
         repeats: samples of each case.
-        slow_repeats: samples of a case whose call takes more than `SLOW_SECONDS`.
+        slow_repeats: samples of a case whose call takes more than ``SLOW_SECONDS``.
         log: receives lines of progress.
 
     Returns:
         Times of each case in milliseconds, and the reason of each case that could not be run.
     """
     steps: dict[Case, Callable[[], Any]] = {}
-    calls, wanted, skipped = {}, {}, {}
+    calls: dict[Case, int] = {}
+    wanted: dict[Case, int] = {}
+    skipped: dict[Case, str] = {}
     for case in cases:
         try:
             key = model_key(case)
             if key not in models:
-                models[key] = build_model(case)
+                models[key] = make_model(case)
             step = make_step(models[key], case)
             seconds = _seconds(step, 1, case.device)
             if seconds < SLOW_SECONDS or case.compiled:  # the first call compiles
                 seconds = _seconds(step, 1, case.device)
-        except (NotAvailableError, ImportError, RuntimeError, ValueError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             skipped[case] = reason(error)
             log(f"{case.name}: left out ({skipped[case]})")
             continue
@@ -121,15 +113,10 @@ def measure_times(
             if turn < wanted[case]:
                 samples[case].append(1e3 * _seconds(step, calls[case], case.device))
         log(f"round {turn + 1} of {max(wanted.values())}: {time.perf_counter() - start:.1f} s")
-    times = {
-        case: dict(
-            median_ms=quantile(values, 0.5),
-            q10_ms=quantile(values, 0.1),
-            q90_ms=quantile(values, 0.9),
-            repeats=len(values),
-        )
-        for case, values in samples.items()
-    }
+    times = {}
+    for case, values in samples.items():
+        q10, median, q90 = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
+        times[case] = dict(median_ms=median, q10_ms=q10, q90_ms=q90, repeats=len(values))
     return times, skipped
 
 
@@ -184,7 +171,9 @@ class _Traffic(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         returns = func._schema.returns
         if not any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
@@ -200,17 +189,11 @@ def describe(case: Case) -> dict[str, float]:
     counts its arguments and its result alone.
     """
     case = replace(case, mode="forward", compiled=False)
-    model = build_model(case)
+    model = make_model(case)
     found = dict(params_m=sum(p.numel() for p in model.parameters()) / 1e6)
-    flops.register()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that nobody counts
+    images = torch.randn(1, 3, *case.size, device=case.device)
     model.eval()
-    with torch.no_grad():
-        images = torch.randn(1, 3, *case.size, device=case.device)
-        analysis = FlopAnalyzer(model, images)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        found["gmacs"] = analysis.tracer_warnings("none").total() / 1e9
-    torch.backends.mha.set_fastpath_enabled(True)
+    found["gmacs"] = flops.analyse(model, images).total() / 1e9
     step = make_step(model, case)
     with _Traffic() as traffic:
         step()
@@ -219,11 +202,11 @@ def describe(case: Case) -> dict[str, float]:
 
 
 def _child(case: Case, describing: bool, threads: int, connection: Connection) -> None:
-    """Run in a fresh process: send the peak, then what `describe` finds."""
+    """Run in a fresh process: send the peak, then what ``describe`` finds."""
     quiet()
     torch.set_num_threads(threads)
     try:
-        model = build_model(case)
+        model = make_model(case)
         small = make_step(model, case.small())
         small()
         small()
@@ -321,7 +304,7 @@ def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
     found = {}
     for dtype in dtypes:
         a = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
-        seconds = min(_seconds(lambda a=a: a @ a, 1, device) for _ in range(6))
+        seconds = min(_seconds(partial(torch.matmul, a, a), 1, device) for _ in range(6))
         found[f"{dtype}_tflops"] = 2 * side**3 / seconds / 1e12
     source = torch.zeros(elements, device=device)
     target = torch.zeros_like(source)

@@ -1,0 +1,347 @@
+"""What is measured: backbones, attention layers alone, whole detectors and segmentors.
+
+Peers come from their own libraries' configs, with random weights.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine import load
+from mmengine.config import Config
+from mmengine.hub import get_config
+from torch import Tensor, nn
+
+import mmsoft
+from mmsoft import builder
+from mmsoft.benchmark.released import use_released_attention
+from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODES = ("forward", "train")
+EXTRAS = dict(mmdet="det", mmseg="seg", mmpretrain="cls")  # of ours, that bring a package; or peers
+TOP1 = "Top 1 Accuracy (published by the authors)"  # in our metafiles
+
+
+def require(package: str) -> None:
+    """Raise an ImportError of one line, which says how to install it, if a package is missing."""
+    if importlib.util.find_spec(package) is None:
+        extra = EXTRAS.get(package, "peers")
+        raise ImportError(f"{package} is missing: pip install 'mmsoft[{extra}]'")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure."""
+
+    section: str  # "backbone", "operator" or "whole"
+    name: str  # a key of that section's table
+    size: tuple[int, int]  # of the image in pixels; for a layer, of its grid of tokens
+    batch: int = 1
+    mode: str = "forward"  # or "train", forward and backward
+    device: str = "cpu"
+    dtype: str = "float32"  # or "bfloat16", by autocast
+    compiled: bool = False
+
+    def small(self) -> "Case":
+        """The same at a small size, to load libraries and start threads."""
+        return replace(self, size=(64, 64) if self.section != "operator" else (8, 8), batch=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Backbones
+# ---------------------------------------------------------------------------------------------
+
+OURS = {
+    arch: f"mmsoft::retinanet/retinanet_softpp-{arch[0]}_fpn_1x_coco.py"
+    for arch in ("tiny", "small", "medium", "large")
+}
+PVTV2_B1 = "mmdet::pvt/retinanet_pvtv2-b1_fpn_1x_coco.py"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone: that of a config, with changes."""
+
+    label: str
+    ours: str  # which of ours is of its size
+    config: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    top1: float | None = None  # as published, see `published`
+
+
+BACKBONES = {
+    **{
+        f"softpp-{arch}": Backbone(f"SOFT++ {arch.capitalize()}", f"softpp-{arch}", config)
+        for arch, config in OURS.items()
+    },
+    "softpp-tiny-newton": Backbone(
+        "SOFT++ Tiny, Newton", "softpp-tiny", OURS["tiny"], dict(solver="newton")
+    ),
+    # The same weights, with the attention term of the authors' release.
+    "released-tiny": Backbone(
+        "SOFT++ Tiny, released algorithm", "softpp-tiny", OURS["tiny"], dict(max_landmarks=None)
+    ),
+    "pvt-tiny": Backbone(
+        "PVT-Tiny",
+        "softpp-tiny",
+        "mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py",
+        top1=75.1,  # arXiv 2102.12122
+    ),
+    "pvtv2-b1": Backbone("PVTv2-B1", "softpp-tiny", PVTV2_B1, top1=78.7),  # arXiv 2106.13797
+    "pvtv2-b2": Backbone(
+        "PVTv2-B2", "softpp-small", "mmdet::pvt/retinanet_pvtv2-b2_fpn_1x_coco.py", top1=82.0
+    ),
+    "swin-tiny": Backbone(
+        "Swin-T",
+        "softpp-small",
+        "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
+        top1=81.3,  # arXiv 2103.14030
+    ),
+    "convnext-tiny": Backbone(
+        "ConvNeXt-T",
+        "softpp-small",
+        "mmpretrain::convnext/convnext-tiny_32xb128_in1k.py",
+        dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False),
+        top1=82.1,  # arXiv 2201.03545
+    ),
+    "resnet-50": Backbone(
+        "ResNet-50", "softpp-small", "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+    ),
+}
+
+
+def published() -> dict[str, float]:
+    """Top-1 on ImageNet-1k at 224x224 without other data (%), by backbone, as each paper states it.
+
+    Those of SOFT and SOFT++ stand in our metafile.
+    """
+    metafile = Path(mmsoft.__file__).parent / ".mim" / "configs" / "soft" / "metafile.yml"
+    ours = {
+        model["Name"].partition("_")[0]: result["Metrics"][TOP1]
+        for model in load(metafile)["Models"]
+        for result in model.get("Results", [])
+        if TOP1 in result["Metrics"]
+    }
+    return ours | {name: peer.top1 for name, peer in BACKBONES.items() if peer.top1}
+
+
+def load_config(name: str, **changes: Any) -> Config:
+    """The config ``package::path``, its backbone with changes and without pretrained weights."""
+    package = name.partition("::")[0]
+    if package == "mmsoft":  # ours inherit from those
+        package = "mmseg" if "upernet" in name else "mmdet"
+    require(package)
+    config = get_config(name)
+    config.model.backbone.update(init_cfg=None, **changes)
+    return config
+
+
+def make_backbone(name: str) -> Any:
+    """Build one of ``BACKBONES``."""
+    backbone = BACKBONES[name]
+    model = builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
+    return use_released_attention(model) if name == "released-tiny" else model
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention layers alone
+# ---------------------------------------------------------------------------------------------
+
+DIMS, HEADS = 64, 2  # of stage 1
+
+
+class OnSquareGrid(nn.Module):
+    """Our layer, for tokens ``[B, N, C]`` of a square grid."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        side = math.isqrt(x.shape[1])
+        return self.layer(x, (side, side))
+
+
+def _softpp(tokens: int) -> nn.Module:
+    # Stage 1 of the dense models.
+    options: dict = dict(normalize=True, max_landmarks=49, solver="direct")
+    return OnSquareGrid(SoftmaxFreeAttention(DIMS, HEADS, 8, 9, **options))
+
+
+def _linformer(tokens: int) -> nn.Module:
+    require("linformer")
+    from linformer import LinformerSelfAttention
+
+    return LinformerSelfAttention(DIMS, seq_len=tokens, heads=HEADS)
+
+
+def _performer(tokens: int) -> nn.Module:
+    require("performer_pytorch")
+    from performer_pytorch import SelfAttention
+
+    return SelfAttention(DIMS, heads=HEADS, dim_head=DIMS // HEADS)
+
+
+def _nystromformer(tokens: int) -> nn.Module:
+    require("nystrom_attention")
+    from nystrom_attention import NystromAttention
+
+    return NystromAttention(DIMS, dim_head=DIMS // HEADS, heads=HEADS)
+
+
+# Projections included, each with the package's own defaults: projections to 256 (Linformer), 110
+# random features (Performer), 256 landmarks (Nystromformer), 49 (ours).
+OPERATORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
+    "softpp": ("SOFT++", _softpp),
+    "softmax": ("full softmax", lambda tokens: OnSquareGrid(SoftmaxAttention(DIMS, HEADS))),
+    "linformer": ("Linformer", _linformer),
+    "performer": ("Performer", _performer),
+    "nystromformer": ("Nyströmformer", _nystromformer),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole detectors and segmentors
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A detector or segmentor: its backbone's name, and its config."""
+
+    task: str  # "RetinaNet" or "UperNet"
+    backbone: str
+    config: str
+
+
+UPERNET = "mmsoft::upernet/upernet_softpp-{}_8xb2-160k_ade20k-512x512.py"
+WHOLE = {
+    f"{whole.task.lower()}_{whole.backbone}": whole
+    for whole in (
+        Whole("RetinaNet", "softpp-tiny", OURS["tiny"]),
+        Whole("RetinaNet", "softpp-small", OURS["small"]),
+        Whole("RetinaNet", "pvtv2-b1", PVTV2_B1),
+        Whole("RetinaNet", "swin-tiny", "mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py"),
+        Whole("UperNet", "softpp-tiny", UPERNET.format("t")),
+        Whole("UperNet", "softpp-small", UPERNET.format("s")),
+        Whole("UperNet", "pvtv2-b1", UPERNET.format("t")),
+        Whole(
+            "UperNet",
+            "swin-tiny",
+            "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+        ),
+    )
+}
+
+
+def make_whole(name: str) -> Any:
+    """Build one of ``WHOLE``."""
+    whole = WHOLE[name]
+    config = load_config(whole.config)
+    if whole.task == "UperNet":
+        config.model.auxiliary_head = None  # for training only
+        if whole.backbone == "pvtv2-b1":
+            # MMSegmentation has none: MMDetection's, under the head of our config (same channels).
+            peer = load_config(PVTV2_B1).model.backbone
+            config.model.backbone = {**peer, "type": f"mmdet.{peer.type}"}
+    return builder.build_model(config)
+
+
+def _samples(task: str, size: tuple[int, int], batch: int) -> list:
+    if task == "RetinaNet":
+        from mmdet.structures import DetDataSample as Sample
+    else:
+        from mmseg.structures import SegDataSample as Sample
+    meta = dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
+    return [Sample(metainfo=meta) for _ in range(batch)]
+
+
+@torch.no_grad()
+def _usual_candidates(model: Any, data: dict) -> None:
+    """Shift RetinaNet's class scores so that ``nms_pre`` of them pass the threshold here.
+
+    With random weights none or nearly all would pass, and non-maximum suppression would have
+    nothing, or far more than usual, to do.
+    """
+    inputs = model.data_preprocessor(data, False)["inputs"]
+    logits = torch.cat([x.flatten() for x in model(inputs, mode="tensor")[0]])
+    count = min(model.test_cfg.nms_pre * len(inputs), logits.numel())
+    kept = logits.topk(count).values[-1]
+    threshold = model.test_cfg.score_thr
+    model.bbox_head.retina_cls.bias += math.log(threshold / (1 - threshold)) - kept
+
+
+# ---------------------------------------------------------------------------------------------
+# One step of anything
+# ---------------------------------------------------------------------------------------------
+
+
+def make_model(case: Case) -> Any:
+    """Build a case's model on its device, compiled if asked, with the same weights every time.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    torch.manual_seed(0)
+    if case.section == "backbone":
+        model = make_backbone(case.name)
+    elif case.section == "operator":
+        model = OPERATORS[case.name][1](case.size[0] * case.size[1])
+    else:
+        model = make_whole(case.name)
+    model = model.to(case.device)
+    if case.compiled:
+        model.compile(dynamic=False)  # in place
+    return model
+
+
+def make_step(model: Any, case: Case) -> Callable[[], Any]:
+    """A function that runs ``model`` once on fixed random data of the case's size."""
+    generator = torch.Generator().manual_seed(0)
+    model.train(case.mode == "train")
+
+    def autocast() -> Any:
+        if case.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(case.device, dtype=DTYPES[case.dtype])
+
+    if case.section == "whole":
+        shape: tuple[int, ...] = (3, *case.size)
+        images = [torch.randint(256, shape, generator=generator).byte() for _ in range(case.batch)]
+        task = WHOLE[case.name].task
+        data = dict(inputs=images, data_samples=_samples(task, case.size, case.batch))
+        if task == "RetinaNet":
+            _usual_candidates(model, data)
+
+        def predict() -> Any:
+            with torch.no_grad(), autocast():
+                return model.test_step(data)
+
+        return predict
+
+    if case.section == "operator":
+        shape = (case.batch, case.size[0] * case.size[1], DIMS)
+    else:
+        shape = (case.batch, 3, *case.size)
+    x = torch.randn(shape, generator=generator).to(case.device)
+
+    def forward() -> Any:
+        with torch.no_grad(), autocast():
+            return model(x)
+
+    def train() -> None:
+        with autocast():
+            outs = model(x)
+        outs = outs if isinstance(outs, (tuple, list)) else [outs]
+        outs = [out for out in outs if out.requires_grad]  # ResNet's config freezes stage 1
+        torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+        model.zero_grad(set_to_none=True)
+
+    return train if case.mode == "train" else forward
