@@ -13,7 +13,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MIM = ("configs", "tools", "model-index.yml")
-IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache")
+# Set-up and the generators of tables, in tools/dev, are for checkouts.
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", "dev")
 
 
 class BuildPyWithMim(build_py):
