@@ -41,7 +41,7 @@ format: setup  ## Mend what ruff can mend
 	$(VENV)/ruff check --fix .
 	$(VENV)/ruff format .
 
-typecheck: setup  ## Check the types of mmsoft/
+typecheck: setup  ## Check the types of mmsoft/ and tools/
 	$(VENV)/mypy
 
 # The site generator has an environment of its own, which the set-up program knows nothing of. The

@@ -10,7 +10,7 @@ from mmsoft.benchmark.cases import published
 from mmsoft.benchmark.report import SECTIONS, Entry, label_of, number, of_kind, size_of
 from mmsoft.fileio import write_whole
 from mmsoft.visualization import draw_memory, draw_tradeoff, save_figure
-from mmsoft.visualization.figures import COLOURS, new_figure
+from mmsoft.visualization.style import COLOURS, new_figure
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, _ = COLOURS
 GREY = "#7F7F7F"

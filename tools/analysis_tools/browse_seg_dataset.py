@@ -8,9 +8,10 @@ the order that OpenCV writes to, and stops with "Layout of the output array img 
 """
 
 import runpy
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import mmseg
 import numpy as np
 from mmseg.visualization import SegLocalVisualizer
 
@@ -20,7 +21,7 @@ SCRIPT = Path(".mim/tools/analysis_tools/browse_dataset.py")
 class ContiguousVisualizer(SegLocalVisualizer):
     """Takes pictures in any memory order."""
 
-    def add_datasample(self, name: str, image: np.ndarray, *args, **kwargs) -> None:
+    def add_datasample(self, name: str, image: np.ndarray, *args: Any, **kwargs: Any) -> None:
         """Paint a sample, see the base."""
         super().add_datasample(name, np.ascontiguousarray(image), *args, **kwargs)
 
@@ -30,8 +31,7 @@ def main() -> None:
     from mmseg.registry import VISUALIZERS
 
     VISUALIZERS.register_module(name="SegLocalVisualizer", module=ContiguousVisualizer, force=True)
-    folder = Path(find_spec("mmseg").origin).parent
-    runpy.run_path(str(folder / SCRIPT), run_name="__main__")
+    runpy.run_path(str(Path(mmseg.__file__).parent / SCRIPT), run_name="__main__")
 
 
 if __name__ == "__main__":

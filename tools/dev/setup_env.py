@@ -27,6 +27,7 @@ import sysconfig
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ class BrokenEnvironmentError(SetupError):
     """Every step ran, yet the packages do not work."""
 
 
-def main():
+def main() -> int:
     """Run the set-up and return the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -78,7 +79,7 @@ def main():
     return 1
 
 
-def set_up():
+def set_up() -> None:
     """Find out what is missing, and do it."""
     key = environment_key()
     done = recorded_steps(key)
@@ -106,7 +107,7 @@ def set_up():
     say(f"set-up finished in {time.time() - start:.0f} s")
 
 
-def steps():
+def steps() -> list:
     """List the steps: title, name under which its end is recorded, action."""
     package = package_key()
     return [
@@ -120,7 +121,7 @@ def steps():
     ]
 
 
-def build(key, done):
+def build(key: str, done: list) -> None:
     """Run the steps that are not done, recording each."""
     if done and not quiet_run(PYTHON, "-m", "pip", "--version"):
         done = []
@@ -144,21 +145,21 @@ def build(key, done):
 # ------------------------------------------------------------------- what is there already
 
 
-def environment_key():
+def environment_key() -> str:
     """Hash all that decides what .venv holds, mmsoft itself left out."""
     files = [*sorted(REQUIREMENTS.glob("*.txt")), Path(__file__).resolve()]
     # The path too: a virtual environment does not survive being moved.
     return digest([platform.python_version(), sys.base_prefix, str(VENV)], files)
 
 
-def package_key():
+def package_key() -> str:
     """Hash what installing mmsoft copies into .venv; other edits take effect by themselves."""
     names = ["pyproject.toml", "setup.cfg", "setup.py", "mmsoft/version.py"]
     files = [ROOT / name for name in names] + [Path(__file__).with_name("torchvision_schemas.py")]
     return "mmsoft " + digest([], files)
 
 
-def digest(texts, files):
+def digest(texts: list, files: list) -> str:
     """Hash texts and files."""
     result = hashlib.sha256("\0".join(texts).encode())
     for path in files:
@@ -166,7 +167,7 @@ def digest(texts, files):
     return result.hexdigest()[:16]
 
 
-def recorded_steps(key):
+def recorded_steps(key: str) -> list:
     """List the steps that are done, none if they were done for another key."""
     try:
         state = json.loads(STATE.read_text())
@@ -178,14 +179,14 @@ def recorded_steps(key):
     return [name for name in done if "mmsoft" not in name]
 
 
-def record(key, done):
+def record(key: str, done: list) -> None:
     """Write down the steps that are done, all or nothing."""
     temporary = STATE.with_suffix(".tmp")
     temporary.write_text(json.dumps({"key": key, "done": done}))
     os.replace(str(temporary), str(STATE))
 
 
-def intact():
+def intact() -> bool:
     """Tell whether every pinned package is in .venv in its version."""
     program = (
         "import sys\n"
@@ -201,7 +202,7 @@ def intact():
     return quiet_run(PYTHON, "-c", program, *pins)
 
 
-def remove_half_installed():
+def remove_half_installed() -> None:
     """Let pip see as missing what it was installing when it was killed."""
     for folder in VENV.glob("lib/python*/site-packages/*.dist-info"):
         # pip writes this file after all the package's modules and scripts.
@@ -209,7 +210,7 @@ def remove_half_installed():
             shutil.rmtree(str(folder))
 
 
-def clear_the_place():
+def clear_the_place() -> None:
     """Remove our old .venv; move aside one that somebody else made."""
     if VENV.is_symlink() or (VENV.exists() and not STATE.exists() and os.listdir(str(VENV))):
         aside = ROOT / time.strftime(".venv.old-%Y%m%d-%H%M%S")
@@ -228,7 +229,7 @@ def clear_the_place():
 # ---------------------------------------------------------------------- what the machine has
 
 
-def check_python():
+def check_python() -> None:
     """Refuse any Python but the one that the pins were tried on."""
     if sys.version_info[:2] != WANTED_PYTHON:
         wanted = ".".join(map(str, WANTED_PYTHON))
@@ -238,7 +239,7 @@ def check_python():
         )
 
 
-def check_machine():
+def check_machine() -> None:
     """Say in one line all that is missing for the steps to come."""
     missing = [tool for tool in NEEDED_TOOLS if not shutil.which(tool)]
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -254,7 +255,7 @@ def check_machine():
         raise SetupError(disk_message())
 
 
-def disk_message():
+def disk_message() -> str:
     """Say that the disk is full."""
     free = shutil.disk_usage(str(ROOT)).free / 2**30
     return (
@@ -264,7 +265,7 @@ def disk_message():
 
 
 @contextlib.contextmanager
-def only_one_at_a_time():
+def only_one_at_a_time() -> Iterator:
     """Wait while another set-up runs in this checkout."""
     handle = os.open(str(ROOT), os.O_RDONLY)
     try:
@@ -281,36 +282,36 @@ def only_one_at_a_time():
 # --------------------------------------------------------------------------------- the steps
 
 
-def create_venv():
+def create_venv() -> None:
     """Create an empty virtual environment."""
     status, output = logged_run([sys.executable, "-m", "venv", str(VENV)])
     if status:
         raise SetupError(diagnosis(output))
 
 
-def install_torch():
+def install_torch() -> None:
     """Install what mmcv is compiled against."""
     pip_install("build.txt")
 
 
-def install_packages():
+def install_packages() -> None:
     """Install the packages with what they depend on."""
     pip_install("packages.txt")
 
 
-def install_no_deps():
+def install_no_deps() -> None:
     """Install what must not bring, or replace, what it depends on."""
     # Forced, because a resumed run may find the headless OpenCV under the full one.
     pip_install("no-deps.txt", "--no-deps", "--force-reinstall")
 
 
-def pip_install(requirements, *options):
+def pip_install(requirements: str, *options: str) -> None:
     """Install a requirement file under the constraints."""
     constraints = ["-c", str(REQUIREMENTS / "constraints.txt")]
     pip("install", *options, "-r", str(REQUIREMENTS / requirements), *constraints)
 
 
-def install_mmcv():
+def install_mmcv() -> None:
     """Install mmcv from the wheel in the cache, compiling it first if there is none."""
     folder = wheel_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -324,7 +325,7 @@ def install_mmcv():
     )
 
 
-def wheel_folder():
+def wheel_folder() -> Path:
     """Give the folder of the mmcv wheel built with this Python and this torch."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = Path(os.environ.get("MMSOFT_CACHE") or Path(home, "mmsoft")).expanduser().resolve()
@@ -335,7 +336,7 @@ def wheel_folder():
     return cache / "wheels" / f"{tag}-torch{torch.decode().strip()}" / mmcv
 
 
-def compile_mmcv(folder):
+def compile_mmcv(folder: Path) -> Path:
     """Compile mmcv with its CPU operators into `folder`, and return the wheel's path."""
     jobs = os.cpu_count() or 1
     say(f"      compiling it with {jobs} job(s): about {max(1, 18 // jobs)} minutes, once")
@@ -361,7 +362,7 @@ def compile_mmcv(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def is_sound(wheel):
+def is_sound(wheel: Path) -> bool:
     """Tell whether a wheel is whole and has mmcv's compiled operators."""
     try:
         with zipfile.ZipFile(str(wheel)) as archive:
@@ -371,7 +372,7 @@ def is_sound(wheel):
         return False
 
 
-def install_mmsoft():
+def install_mmsoft() -> None:
     """Install this checkout, so that edits take effect, and the torchvision mend."""
     pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     (site_packages,) = VENV.glob("lib/python*/site-packages")
@@ -381,7 +382,7 @@ def install_mmsoft():
     (site_packages / (hook + ".pth")).write_text(f"import {hook}\n")
 
 
-def check_imports():
+def check_imports() -> None:
     """Import what the packages are used for."""
     names = "cv2, mmcv.ops, mmdet.models, mmpretrain.models, mmseg.models, torchvision"
     status, output = logged_run([str(PYTHON), "-c", "import " + names])
@@ -392,7 +393,7 @@ def check_imports():
 # ------------------------------------------------------------------------------ running things
 
 
-def pip(*arguments, **settings):
+def pip(*arguments: str, **settings: str) -> None:
     """Run pip in .venv, trying again when the network fails."""
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     for wait in (*RETRY_AFTER, None):
@@ -405,7 +406,7 @@ def pip(*arguments, **settings):
         time.sleep(wait)
 
 
-def diagnosis(output):
+def diagnosis(output: str) -> str:
     """Say in one line what a failed command's output means and what to do."""
     if DISK_TROUBLE.search(output):
         return disk_message()
@@ -421,7 +422,7 @@ def diagnosis(output):
     return f"{cause} (all of it in {LOG})"
 
 
-def logged_run(command, **settings):
+def logged_run(command: list, **settings: str) -> tuple:
     """Run a command into the log, with a sign of life; returns its status and output."""
     with LOG.open("a+", errors="replace") as log:
         log.seek(0, os.SEEK_END)
@@ -452,7 +453,7 @@ def logged_run(command, **settings):
         return status, log.read()
 
 
-def quiet_run(*command):
+def quiet_run(*command: object) -> bool:
     """Tell whether a command succeeds."""
     try:
         return not subprocess.call(
@@ -466,7 +467,7 @@ def quiet_run(*command):
         return False
 
 
-def clean_environment(**settings):
+def clean_environment(**settings: str) -> dict:
     """Give the environment without what would lead Python or pip out of .venv."""
     leading_out = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
     environment = {name: value for name, value in os.environ.items() if name not in leading_out}
@@ -474,7 +475,7 @@ def clean_environment(**settings):
     return environment
 
 
-def say(text):
+def say(text: str) -> None:
     """Print a line of progress at once."""
     print(text, flush=True)
 

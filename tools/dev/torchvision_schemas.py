@@ -10,14 +10,14 @@ of the interpreter: it must stay cheap, and torch is imported only once torchvis
 import sys
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_libraries = []  # torch drops a library's operators with the object
+_libraries: list = []  # torch drops a library's operators with the object
 
 
 class DeclareSchemas:
     """A finder that finds nothing, but acts just before torchvision registers fake operators."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
         """Declare the operators that torchvision itself could not load."""
         if name == "torchvision._meta_registrations":
             import torch
