@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mmsoft
 from mmsoft import builder
-from mmsoft.benchmark.released import use_released_attention
+from mmsoft.benchmark import released  # noqa: F401  (registers its backbone)
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,7 +85,10 @@ BACKBONES = {
     ),
     # The same weights, with the attention term of the authors' release.
     "released-tiny": Backbone(
-        "SOFT++ Tiny, released algorithm", "softpp-tiny", OURS["tiny"], dict(max_landmarks=None)
+        "SOFT++ Tiny, released algorithm",
+        "softpp-tiny",
+        OURS["tiny"],
+        dict(type="mmsoft.ReleasedSOFTPlusPlus", max_landmarks=None),
     ),
     "pvt-tiny": Backbone(
         "PVT-Tiny",
@@ -145,8 +148,7 @@ def load_config(name: str, **changes: Any) -> Config:
 def make_backbone(name: str) -> Any:
     """Build one of ``BACKBONES``."""
     backbone = BACKBONES[name]
-    model = builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
-    return use_released_attention(model) if name == "released-tiny" else model
+    return builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""The released algorithm, as an attention term that takes the place of ours."""
+"""The released algorithm, in the place of our attention."""
 
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.registry import MODELS
 
 
 def _materialised_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -28,38 +30,37 @@ def _guarded_newton(a: Tensor, steps: int) -> Tensor:
     return v
 
 
-def released_attend(
-    layer: SoftmaxFreeAttention, q: Tensor, v: Tensor, hw_shape: tuple[int, int]
-) -> Tensor:
-    """The attention term as released: same arguments and result as `layer.attend`.
+class ReleasedAttention(SoftmaxFreeAttention):
+    """SOFT++ attention as released.
 
     Landmarks at the fixed stride, by a convolution over the folded heads; both kernel matrices in
-    memory; the inverse multiplied from the left before the values are looked at; SOFT++.
+    memory; the inverse multiplied from the left before the values are looked at.
     """
-    assert isinstance(layer.landmark_conv, nn.Conv2d)
-    with torch.autocast(q.device.type, enabled=False):
-        q, v = (
-            t.float().unflatten(2, (layer.num_heads, -1)).transpose(1, 2).contiguous()
-            for t in (q, v)
-        )
-        image = q.flatten(0, 1).unflatten(1, hw_shape).permute(0, 3, 1, 2)
-        conv = layer.landmark_conv
-        landmarks = F.conv2d(image, conv.weight, stride=conv.stride).flatten(2).mT
-        landmarks = F.gelu(layer.landmark_norm(landmarks)).unflatten(0, q.shape[:2])
-        kernel = _materialised_kernel(q, landmarks)
-        a = _materialised_kernel(landmarks, landmarks)
-        scale = a.sum(-1, keepdim=True).rsqrt()
-        inverse = scale * _guarded_newton(a, layer.newton_steps) * scale.mT
-        out = (kernel @ inverse) @ (kernel.mT @ v)
-    return out.transpose(1, 2).flatten(2)
+
+    def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The attention term, from scaled queries and values ``[B, H*W, C]``."""
+        assert isinstance(self.landmark_conv, nn.Conv2d)
+        with torch.autocast(q.device.type, enabled=False):
+            q, v = (
+                t.float().unflatten(2, (self.num_heads, -1)).transpose(1, 2).contiguous()
+                for t in (q, v)
+            )
+            image = q.flatten(0, 1).unflatten(1, hw_shape).permute(0, 3, 1, 2)
+            conv = self.landmark_conv
+            landmarks = F.conv2d(image, conv.weight, stride=conv.stride).flatten(2).mT
+            landmarks = F.gelu(self.landmark_norm(landmarks)).unflatten(0, q.shape[:2])
+            kernel = _materialised_kernel(q, landmarks)
+            a = _materialised_kernel(landmarks, landmarks)
+            scale = a.sum(-1, keepdim=True).rsqrt()
+            inverse = scale * _guarded_newton(a, self.newton_steps) * scale.mT
+            out = (kernel @ inverse) @ (kernel.mT @ v)
+        return out.transpose(1, 2).flatten(2)
 
 
-def use_released_attention(model: nn.Module) -> nn.Module:
-    """Replace the attention term of every softmax-free layer of a SOFT++ backbone.
+@MODELS.register_module()
+class ReleasedSOFTPlusPlus(SOFTPlusPlus):
+    """SOFT++ with the released algorithm; same arguments, of which it obeys no solver or budget."""
 
-    The one place that reaches into our layers, until a block receives its attention module.
-    """
-    for layer in model.modules():
-        if isinstance(layer, SoftmaxFreeAttention):
-            layer.attend = partial(released_attend, layer)  # type: ignore[method-assign]
-    return model
+    def build_attention(self, **options: Any) -> ReleasedAttention:
+        """Build the attention of one block."""
+        return ReleasedAttention(**options)

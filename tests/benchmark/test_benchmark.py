@@ -10,9 +10,8 @@ import torch
 from released import ARCH, images, outputs, state_dict
 
 from mmsoft.benchmark import cases
-from mmsoft.benchmark.released import released_attend, use_released_attention
+from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
-from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.ops import reference
 
@@ -39,13 +38,13 @@ def error(value, truth):
 
 def test_released_attention_by_the_definition():
     """One sample, whose own maximum is the batch's: the oracle of the operator agrees."""
-    layer = SoftmaxFreeAttention(64, 2, 4, 5, normalize=True, attn_init="released").double()
+    layer = ReleasedAttention(64, 2, 4, 5, normalize=True, attn_init="released").double()
     layer.landmark_norm.weight.data.fill_(0.5)
     q, v = torch.randn(2, 1, 16 * 24, 64).double().unbind()
     ours = layer.sample_landmarks(q, (16, 24))
     split = [t.unflatten(2, (2, 32)).transpose(1, 2) for t in (q, v)]
     expected = reference.softmax_free_attention(*split, ours).transpose(1, 2).flatten(2)
-    found = released_attend(layer.float(), q.float(), v.float(), (16, 24))
+    found = layer.float().attend(q.float(), v.float(), (16, 24))
     assert error(found, expected) < 1e-4
 
 
@@ -54,9 +53,8 @@ def test_released_attention_by_the_definition():
 def test_released_model_gives_the_golden_outputs(condition, size):
     weights = convert_released_keys(state_dict(condition == "illcond"))
     weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
-    model = SOFTPlusPlus(ARCH).eval()
+    model = ReleasedSOFTPlusPlus(ARCH).eval()
     model.load_state_dict(weights)
-    use_released_attention(model)
     expected = outputs("softpp", condition, size)
     with torch.no_grad():
         for i, image in enumerate(images(*size).split(1)):
@@ -73,9 +71,9 @@ def test_released_tiny_has_the_weights_of_ours_and_its_own_attention():
     for (name, a), (other, b) in zip(ours.state_dict().items(), released.state_dict().items()):
         assert name == other
         assert torch.equal(a, b)
-    for model, replaced in ((ours, False), (released, True)):
+    for model, kind in ((ours, SoftmaxFreeAttention), (released, ReleasedAttention)):
         layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
-        assert [("attend" in vars(layer)) for layer in layers] == [replaced] * 6
+        assert [type(layer) for layer in layers] == [kind] * 6
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ of order 1 and the same at every size; `released` shows what the authors' initia
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def smooth_image(size: int = 224, seed: int = 0) -> Tensor:
         F.interpolate(torch.randn(1, 3, n, n, generator=g), (size, size), mode="bicubic") / n**0.5
         for n in (4, 8, 16, 32, 64)
     )
-    image = sum(octaves)
+    image = sum(octaves, torch.zeros(()))
     return (image - image.mean()) / image.std()
 
 
@@ -46,7 +47,10 @@ def attention_scale(model: SOFT, image: Tensor) -> list[tuple[float, float]]:
 
 
 def scales_by_size(
-    variant: type[SOFT], sizes: Sequence[tuple[int, int]] = SIZES, train: bool = False, **kwargs
+    variant: type[SOFT],
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    train: bool = False,
+    **kwargs: Any,
 ) -> list[list[tuple[float, float]]]:
     """`attention_scale` of a freshly initialised backbone, for every size."""
     torch.manual_seed(0)

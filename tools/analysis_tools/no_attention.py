@@ -5,6 +5,8 @@ alone; stage 4, whose attention is the ordinary softmax one, stays as it is. Con
 class through `custom_imports` (see the `no-attention` configs under configs/demo).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,15 @@ from mmsoft.registry import MODELS
 class ValueConvolution(SoftmaxFreeAttention):
     """Softmax-free attention whose attention term is zero."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # Without effect, and DDP wants a gradient for all that could have one.
         for part in (self.query, self.landmark_conv, self.landmark_norm):
-            part.requires_grad_(False)
+            if part is not None:  # averaged landmarks have no convolution
+                part.requires_grad_(False)
 
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Nothing: ``[B, H*W, C]`` of zeros."""
         return torch.zeros_like(v)
 
 
@@ -30,5 +34,6 @@ class ValueConvolution(SoftmaxFreeAttention):
 class SOFTPlusPlusNoAttention(SOFTPlusPlus):
     """SOFT++ whose softmax-free attention term is zero; same arguments."""
 
-    def build_attention(self, **options) -> ValueConvolution:
+    def build_attention(self, **options: Any) -> ValueConvolution:
+        """Build the attention of one block."""
         return ValueConvolution(**options)
