@@ -1,4 +1,4 @@
-"""Every config under configs/: a training step and a prediction, through its names alone."""
+"""Every config under configs/, through its names alone: builds, trains, follows its recipe."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from mmsoft.models import SOFTPlusPlus
 
@@ -17,15 +17,28 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # By the first word of a config's name.
 LIBRARIES = dict(retinanet="mmdet", mask="mmdet", upernet="mmseg", soft="mmpretrain")
 LIBRARIES["softpp"] = "mmpretrain"
+# A training step of these takes long.
 LONG = re.compile(r"[-_](s|m|l|small|medium|large|huge|amp|layer)[-_]")
+# Folder -> learning rate (of the arch, if it has its own), weight decay, whether biases decay.
+RECIPES = dict(
+    soft=(dict(medium=4e-4, large=3.3e-4, huge=2.7e-4), 1e-3, 0.05, False),
+    retinanet=({}, 1e-4, 1e-4, True),
+    mask_rcnn=({}, 1e-4, 1e-4, True),
+    upernet=({}, 6e-5, 0.01, True),
+    demo=({}, 2e-3, 0.05, True),
+)
+
+
+def libraries():
+    """Library -> configs."""
+    found = defaultdict(list)
+    for path in sorted(CONFIGS.glob("**/*.py")):
+        found[LIBRARIES[re.split("[-_]", path.stem)[0]]].append(str(path))
+    return found
 
 
 def groups():
-    """(library, whether long) -> configs."""
-    found = defaultdict(list)
-    for path in sorted(CONFIGS.glob("**/*.py")):
-        library = LIBRARIES[re.split("[-_]", path.stem)[0]]
-        found[library, bool(LONG.search(path.stem))].append(str(path))
+    """(library, configs), those that take long apart."""
     return [
         pytest.param(
             library,
@@ -33,19 +46,96 @@ def groups():
             id=f"{library}-{'long' if is_long else 'quick'}",
             marks=[pytest.mark.long] if is_long else [],
         )
-        for (library, is_long), paths in found.items()
+        for library, all_paths in libraries().items()
+        for is_long in (False, True)
+        if (paths := [p for p in all_paths if bool(LONG.search(Path(p).stem)) == is_long])
     ]
 
 
+@pytest.fixture
+def results(root, run_outside):
+    """Run tests/train_step.py on a library's configs and give its line for each of them."""
+
+    def results(library, configs, *flags):
+        pytest.importorskip(library)
+        script = root / "tests/train_step.py"
+        done = run_outside("-W", "ignore", script, *flags, library, *configs)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert [line["config"] for line in lines] == configs
+        wrong = {line["config"]: line["problems"] for line in lines if line["problems"]}
+        assert not wrong, "\n".join(f"{config}: {p}" for config, ps in wrong.items() for p in ps)
+        return lines
+
+    return results
+
+
 @pytest.mark.parametrize(("library", "configs"), groups())
-def test_every_parameter_learns(library, configs, root, run_outside):
-    pytest.importorskip(library)
-    done = run_outside("-W", "ignore", root / "tests/train_step.py", library, *configs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [line["config"] for line in lines] == configs
-    wrong = {line["config"]: line["problems"] for line in lines if line["problems"]}
-    assert not wrong, "\n".join(f"{config}: {p}" for config, ps in wrong.items() for p in ps)
+def test_every_parameter_learns(library, configs, results):
+    results(library, configs)
+
+
+@pytest.mark.parametrize(("library", "configs"), libraries().items())
+def test_every_config_builds_and_decays_what_it_should(library, configs, results):
+    """Of every model, every parameter. Norms are known by the name of their module."""
+    for line in results(library, configs, "--build"):
+        config, settings = Path(line["config"]), line["settings"]
+        rates, decays = ({values[i] for values in settings.values()} for i in (0, 1))
+        if config.parent.name == "demo" and len(decays) == 1:
+            continue  # one decay for all
+        own, rate, decay, bias_decays = RECIPES[config.parent.name]
+        rate = next((own[arch] for arch in own if arch in config.stem), rate)
+        assert max(rates) == pytest.approx(rate), config
+        assert len(rates) == (10 if "layer-decay" in config.stem else 1), config  # Tiny's depths
+        seen = set()
+        for name, (_, found) in settings.items():
+            *_, module, parameter = name.split(".")
+            if exempt := (
+                parameter in ("pos_embed", "cls_token")
+                or re.search("norm|bn", module)
+                or (parameter == "bias" and not bias_decays)
+            ):
+                seen.add(parameter)
+            assert found == (0 if exempt else pytest.approx(decay)), f"{config}: {name}"
+        assert seen == {"pos_embed", "cls_token", "weight", "bias"}, config
+
+
+@pytest.mark.parametrize(
+    ("config", "epoch_length", "expected"),
+    [
+        # The authors' release: from 1e-6 within 10 epochs, then by a cosine, which ends with 300.
+        (
+            "soft/softpp-tiny_8xb128_in1k.py",
+            100,
+            {0: 1e-6, 5: 5e-4, 10: 1e-3, 155: (1e-3 + 5e-5) / 2, 300: 5e-5},
+        ),
+        ("soft/soft-huge_8xb32_in1k.py", 100, {0: 2.7e-7, 10: 2.7e-4, 300: 5e-5}),
+        # Swin's in MMDetection.
+        (
+            "mask_rcnn/mask-rcnn_softpp-s_fpn_ms-3x_coco.py",
+            1000,
+            {0: 1e-7, 0.5: 5e-5, 1: 1e-4, 26.9: 1e-4, 27: 1e-5, 32.9: 1e-5, 33: 1e-6, 36: 1e-6},
+        ),
+    ],
+)
+def test_learning_rate_over_the_epochs(config, epoch_length, expected):
+    config = Config.fromfile(CONFIGS / config)
+    assert max(expected) == config.train_cfg.max_epochs
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], config.optim_wrapper.optimizer.lr)
+    defaults = dict(optimizer=optimizer, epoch_length=epoch_length)
+    schedulers = [
+        PARAM_SCHEDULERS.build(dict(end=config.train_cfg.max_epochs) | cfg, default_args=defaults)
+        for cfg in config.param_scheduler
+    ]
+    for iteration in range(max(expected) * epoch_length + 1):
+        if (epoch := iteration / epoch_length) in expected:
+            rate = optimizer.param_groups[0]["lr"]
+            assert rate == pytest.approx(expected[epoch], rel=0.02), epoch
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (iteration + 1) % epoch_length == 0:
+                scheduler.step()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """One training step and one prediction of each config given, each in a fresh process.
 
     python train_step.py LIBRARY CONFIG...
+    python train_step.py --build LIBRARY CONFIG...
 
 The library is imported once and the process forks for every config, so that none finds what another
 left behind, and the first to import mmsoft is the config. One line of JSON per config: its name,
 and what is wrong or nothing.
+
+With `--build`, no step, but in a second for the largest: pipelines, hooks, one pass through
+backbone, neck and heads with arbitrary weights, and the `settings` of the optimizer: learning rate
+and weight decay of every parameter.
 """
 
 import json
@@ -16,7 +21,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, TRANSFORMS, init_default_scope
 
 SIZE = 128
 
@@ -68,12 +73,22 @@ def check_prediction(library, result):
         assert abs(float(result.pred_score.sum()) - 1) < 1e-4
 
 
-def check(library, path):
-    """Raise, or give a list of what is wrong."""
+def read(library, path):
+    """The config, as the Runner has it when it builds the model."""
     torch.manual_seed(0)
     config = Config.fromfile(path)
     assert config.default_scope == library, config.default_scope
     init_default_scope(library)
+    if "data_preprocessor" in config:
+        config.model.setdefault("data_preprocessor", config.data_preprocessor)
+    if config.optim_wrapper.get("type") == "AmpOptimWrapper":
+        config.optim_wrapper.type = "OptimWrapper"  # MMEngine asserts a GPU for it
+    return config
+
+
+def step(library, path):
+    """Raise, or give a list of what is wrong."""
+    config = read(library, path)
     batch = {"mmdet": mmdet_batch, "mmseg": mmseg_batch, "mmpretrain": mmpretrain_batch}[library]
     data = batch(config)
     if not isinstance(data, dict):
@@ -83,9 +98,6 @@ def check(library, path):
         test_cfg.get("rcnn", test_cfg).score_thr = 0  # an untrained detector is sure of nothing
     if "rcnn" in (config.model.get("train_cfg") or {}):
         config.model.train_cfg.rcnn.sampler.num = 64  # 512 takes seconds on a CPU
-    # What the Runner does to a model.
-    if "data_preprocessor" in config:
-        config.model.setdefault("data_preprocessor", config.data_preprocessor)
     model = revert_sync_batchnorm(MODELS.build(config.model))
     model.init_weights()
 
@@ -106,8 +118,6 @@ def check(library, path):
         elif not parameter.grad.any():
             problems.append(f"the gradient of {name} is zero")
 
-    if config.optim_wrapper.get("type") == "AmpOptimWrapper":
-        config.optim_wrapper.type = "OptimWrapper"  # MMEngine asserts a GPU for it
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     updated = [p for group in wrapper.optimizer.param_groups for p in group["params"]]
     if sorted(map(id, updated)) != sorted(map(id, model.parameters())):
@@ -119,10 +129,57 @@ def check(library, path):
     assert len(results) == 2
     for result in results:
         check_prediction(library, result)
-    return problems
+    return dict(problems=problems)
 
 
-def main(library, paths):
+def outputs(library, model, features):
+    """What the heads make of the features: tensors in lists and tuples."""
+    if library == "mmpretrain":
+        return model.head(features)
+    if library == "mmseg":
+        return [model.decode_head(features), model.auxiliary_head(features)]
+    if hasattr(model, "bbox_head"):
+        return model.bbox_head(features)
+    boxes = model.roi_head._bbox_forward(features, torch.tensor([[0.0, 0, 0, SIZE, SIZE]]))
+    masks = model.roi_head._mask_forward(features, torch.tensor([[0.0, 0, 0, SIZE, SIZE]]))
+    return [model.rpn_head(features), *boxes.values(), *masks.values()]
+
+
+def is_finite(out):
+    if isinstance(out, torch.Tensor):
+        return bool(torch.isfinite(out).all())
+    return all(map(is_finite, out))
+
+
+def build(library, path):
+    """Raise, or give the optimizer's settings."""
+    config = read(library, path)
+    for name in ("train", "val", "test"):
+        for transform in config[f"{name}_dataloader"].dataset.pipeline:
+            TRANSFORMS.build(transform)
+    for hook in config.get("custom_hooks") or ():
+        HOOKS.build(hook)
+    # To initialise the largest would take seconds; MMDetection's PVT cannot do without.
+    is_ours = config.model.backbone.type.startswith("mmsoft.")
+    with torch.device("meta" if is_ours else "cpu"):
+        model = MODELS.build(config.model)
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    settings = {name: settings[id(p)] for name, p in model.named_parameters()}
+
+    model = revert_sync_batchnorm(model.to_empty(device="cpu")).eval()
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.05, 0.05)
+    for module in model.modules():
+        if hasattr(module, "reset_running_stats"):
+            module.reset_running_stats()
+    with torch.no_grad():
+        features = model.extract_feat(torch.randn(1, 3, SIZE, SIZE))
+        assert is_finite(outputs(library, model, features))
+    return dict(problems=[], settings=settings)
+
+
+def main(check, library, paths):
     torch.set_num_threads(1)
     __import__(f"{library}.models")
     assert "mmsoft" not in sys.modules
@@ -133,12 +190,14 @@ def main(library, paths):
             os.waitpid(child, 0)
             continue
         try:
-            problems = check(library, path)
+            result = check(library, path)
         except BaseException:
-            problems = [traceback.format_exc()]
-        print(json.dumps(dict(config=path, problems=problems)), flush=True)
+            result = dict(problems=[traceback.format_exc()])
+        print(json.dumps(dict(config=path, **result)), flush=True)
         os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    is_build = sys.argv[1] == "--build"
+    library, *paths = sys.argv[1 + is_build :]
+    main(build if is_build else step, library, paths)

@@ -23,6 +23,6 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, weight_decay=1e-4),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
-        custom_keys=dict(pos_embed=dict(decay_mult=0.0)),
+        custom_keys=dict(pos_embed=dict(decay_mult=0.0), cls_token=dict(decay_mult=0.0)),
     ),
 )

@@ -25,6 +25,6 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         _delete_=True,
         norm_decay_mult=0.0,
-        custom_keys=dict(pos_embed=dict(decay_mult=0.0)),
+        custom_keys=dict(pos_embed=dict(decay_mult=0.0), cls_token=dict(decay_mult=0.0)),
     )
 )
