@@ -1,10 +1,12 @@
 """The SOFT and SOFT++ backbones."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,7 +58,8 @@ class SOFT(BaseModule):
         drop_rate: dropout after position embeddings, projections and MLPs.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         frozen_stages: freeze the stem (0) or the first n stages (n >= 1); -1 for nothing.
-        norm_eval: keep BatchNorm in evaluation mode while training.
+        norm_eval: keep BatchNorm in evaluation mode while training. Needs trained statistics, hence
+            loaded weights; from scratch it would normalize nothing, of which the log warns.
         norm_cfg: norm of the patch embeddings' convolutions, e.g. ``dict(type='SyncBN')``.
         with_cp: gradient checkpointing of every block.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.
@@ -100,6 +103,7 @@ class SOFT(BaseModule):
         self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self._statistics_checked = False
         check_choice("solver", solver, SOLVERS)
         check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
         check_choice("attn_init", attn_init, ("balanced", "released"))
@@ -247,7 +251,10 @@ class SOFT(BaseModule):
             self.stages[0].get_parameter("pos_embed").requires_grad_(False)
 
     def train(self, mode: bool = True) -> "SOFT":
-        """Switch mode, keeping frozen stages, and with ``norm_eval`` BatchNorm, in evaluation."""
+        """Switch mode, keeping frozen stages, and with ``norm_eval`` BatchNorm, in evaluation.
+
+        The first time, warn if the statistics of such a BatchNorm are the initial ones.
+        """
         super().train(mode)
         if mode:
             for module in self._frozen_modules():
@@ -256,7 +263,29 @@ class SOFT(BaseModule):
                 for module in self.modules():
                     if isinstance(module, _BatchNorm):
                         module.eval()
+            if not self._statistics_checked:
+                self._statistics_checked = True
+                self._warn_of_initial_statistics()
         return self
+
+    def _warn_of_initial_statistics(self) -> None:
+        norms = [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, _BatchNorm) and not module.training and _is_untouched(module)
+        ]
+        if norms:
+            why = "norm_eval=True" if self.norm_eval else f"frozen_stages={self.frozen_stages}"
+            print_log(
+                f"{type(self).__name__}: {why} keeps BatchNorm in evaluation mode, but "
+                f"{len(norms)} of them ({norms[0]}, ...) have the initial statistics, mean 0 and "
+                "variance 1, and so do not normalize. Load trained weights "
+                "(init_cfg=dict(type='Pretrained', checkpoint=...)). Or train from scratch with "
+                "norm_eval=False and frozen_stages=-1, and with norm_cfg=dict(type='SyncBN') if a "
+                "GPU has few images.",
+                logger="current",
+                level=logging.WARNING,
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute features.
@@ -358,6 +387,14 @@ class SOFTPlusPlus(SOFT):
 def _save_variant(module: SOFT, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     """Note the variant beside the state dict: the keys of both are the same."""
     local_metadata["variant"] = module.variant
+
+
+def _is_untouched(norm: _BatchNorm) -> bool:
+    """Whether no batch has passed and nothing was loaded."""
+    mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or var is None or batches is None or mean.is_meta:
+        return False
+    return not bool(batches.any() | mean.any() | (var != 1).any())
 
 
 def _halve(size: int) -> int:
