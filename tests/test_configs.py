@@ -5,11 +5,12 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from mmsoft.models import SOFTPlusPlus
 
@@ -136,6 +137,41 @@ def test_learning_rate_over_the_epochs(config, epoch_length, expected):
         for scheduler in schedulers:
             if not scheduler.by_epoch or (iteration + 1) % epoch_length == 0:
                 scheduler.step()
+
+
+def test_average_of_the_weights():
+    """Of short runs it forgets the initial weights; at the end of the schedule it is the release's.
+
+    The model is one number: 1 at first, 0 after every update, so that the average is the share of
+    the initial weights.
+    """
+    config = Config.fromfile(CONFIGS / "soft/softpp-tiny_8xb128_in1k.py")
+    init_default_scope(config.default_scope)
+    pytest.importorskip("mmpretrain.engine", exc_type=(ImportError, RuntimeError))
+    (hook,) = config.custom_hooks
+    hook.pop("priority")  # which the Runner takes
+    hook = HOOKS.build(hook)
+    init_default_scope("mmengine")
+    model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    model.weight.fill_(1)
+    runner = SimpleNamespace(model=model, iter=0)
+    hook.before_run(runner)
+    average = hook.ema_model.module.weight
+    shares = []
+    for runner.iter in range(200):
+        hook.after_train_iter(runner, runner.iter)
+        model.weight.zero_()
+        shares.append(float(average))
+    assert shares[0] == 1
+    assert shares[20] < 1e-3
+    assert shares[-1] < 1e-7
+
+    iterations = 300 * 1281167 // 1024
+    for step, momentum in ((90, 0.1), (9990, 1e-3), (249_990, 4e-5), (iterations - 1, 4e-5)):
+        average.fill_(1)
+        hook.ema_model.steps.fill_(step)
+        hook.after_train_iter(runner, step)
+        assert 1 - average.double().item() == pytest.approx(momentum, rel=0.01)
 
 
 @pytest.mark.parametrize(

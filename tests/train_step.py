@@ -158,6 +158,7 @@ def build(library, path):
         for transform in config[f"{name}_dataloader"].dataset.pipeline:
             TRANSFORMS.build(transform)
     for hook in config.get("custom_hooks") or ():
+        hook.pop("priority", None)  # which the Runner takes
         HOOKS.build(hook)
     # To initialise the largest would take seconds; MMDetection's PVT cannot do without.
     is_ours = config.model.backbone.type.startswith("mmsoft.")
