@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from mmsoft.models import SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxFreeAttention
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # By the first word of a config's name.
@@ -174,28 +175,71 @@ def test_average_of_the_weights():
         assert 1 - average.double().item() == pytest.approx(momentum, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        "retinanet/retinanet_softpp-t_fpn_1x_coco.py",
-        "upernet/upernet_softpp-t_8xb2-160k_ade20k-512x512.py",
-    ],
-)
-def test_imagenet_weights_by_cfg_options(config, tmp_path):
-    """As the READMEs say: the configs have no init_cfg, and the command line gives them one."""
-    config = Config.fromfile(CONFIGS / config)
-    pytest.importorskip(config.default_scope)
-    trained = SOFTPlusPlus("tiny")
-    weights = {f"backbone.{name}": value for name, value in trained.state_dict().items()}
-    torch.save(dict(state_dict=weights), tmp_path / "epoch_300.pth")
+def commands(path):
+    """The commands of mim in a README: (config as its options change it, words of the command)."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
-    key = "model.backbone.init_cfg"
-    options = [f"{key}.type=Pretrained", f"{key}.checkpoint={tmp_path / 'epoch_300.pth'}"]
-    config.merge_from_dict(parser.parse_args(["--cfg-options", *options]).cfg_options)
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={})
+    for command in re.findall(r"^mim (?:train|test) (?:.*\\\n)*.*", path.read_text(), re.M):
+        words = command.replace("\\\n", " ").split()
+        file = CONFIGS.parent / re.sub(
+            r"^work_dirs/(.*)/", f"configs/{path.parent.name}/", words[3]
+        )
+        config = Config.fromfile(file)
+        assert config.default_scope == words[2], command
+        config.merge_from_dict(vars(parser.parse_known_args(words)[0])["cfg_options"])
+        yield config, words
+
+
+@pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet"])
+def test_fine_tuning_by_the_command_of_the_readme(folder, tmp_path):
+    """Every weight arrives, and the solver is the one that the weights were trained with."""
+    (config,) = (
+        c for c, _ in commands(CONFIGS / folder / "README.md") if "init_cfg" in c.model.backbone
+    )
+    pytest.importorskip(config.default_scope)
+    trained = SOFTPlusPlus("tiny")  # as configs/soft/ has it, and the release
+    weights = {f"backbone.{name}": value for name, value in trained.state_dict().items()}
+    assert config.model.backbone.init_cfg.checkpoint == "WEIGHTS"
+    config.model.backbone.init_cfg.checkpoint = str(tmp_path / "epoch_300.pth")
+    torch.save(dict(state_dict=weights), tmp_path / "epoch_300.pth")
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
     init_default_scope("mmengine")
     model.init_weights()
     for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, weights[f"backbone.{name}"], rtol=0, atol=0)
+    assert solvers(model) == solvers(trained) == {"newton"}
+
+
+def solvers(model):
+    return {m.solver for m in model.modules() if isinstance(m, SoftmaxFreeAttention)}
+
+
+@pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet"])
+def test_from_scratch_by_the_command_of_the_readme(folder):
+    """BatchNorm learns its statistics, over all GPUs."""
+    readme = CONFIGS / folder / "README.md"
+    (config,) = (
+        c
+        for c, words in commands(readme)
+        if words[1] == "train" and "init_cfg" not in c.model.backbone
+    )
+    backbone = MODELS.build(config.model.backbone).train()
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert len(norms) == 6
+    assert all(norm.training for norm in norms)
+
+
+def test_commands_of_the_classifiers_are_with_the_released_solver():
+    for config, _ in commands(CONFIGS / "soft/README.md"):
+        assert config.model.backbone.get("solver", "newton") == "newton"
+
+
+def test_pages_that_speak_of_released_weights_name_their_solver():
+    root = CONFIGS.parent
+    released = r"released\s+(ImageNet )?(file|weights|checkpoint)|authors\s+released(?!\s+no)"
+    pages = [root / "README.md", *root.glob("docs/*.md"), *CONFIGS.glob("*/README.md")]
+    texts = {page: page.read_text() for page in pages}
+    spoken = {page for page, text in texts.items() if re.search(released, text, re.I)}
+    assert len(spoken) >= 6
+    assert [page for page in spoken if not re.search("solver[^.]*newton", texts[page])] == []
