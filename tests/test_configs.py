@@ -34,7 +34,7 @@ RECIPES = dict(
 def libraries():
     """Library -> configs."""
     found = defaultdict(list)
-    for path in sorted(CONFIGS.glob("**/*.py")):
+    for path in sorted(CONFIGS.glob("[!_]*/*.py")):
         found[LIBRARIES[re.split("[-_]", path.stem)[0]]].append(str(path))
     return found
 
