@@ -5,11 +5,11 @@ resolvable, and lets torch load MMEngine's checkpoints. The models themselves ar
 config or a program first asks for them.
 """
 
-from mmsoft import compat as _compat
+from mmsoft import integration as _integration
 from mmsoft.version import __version__
 
-_compat.check_versions()
-_compat.register_config_prefix()
-_compat.allow_mmengine_checkpoints()
+_integration.check_versions()
+_integration.register_config_prefix()
+_integration.allow_mmengine_checkpoints()
 
 __all__ = ["__version__"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmsoft
-from mmsoft import compat
+from mmsoft import integration
 from mmsoft.registry import MODELS
 
 EXTRAS = ("mmdet", "mmseg", "mmpretrain")
@@ -59,25 +59,25 @@ def test_version_out_of_range(monkeypatch, name, found, wanted):
     fake_versions(monkeypatch, **{name: found})
     message = re.escape(f"mmsoft needs {wanted}, but {name} {found} is installed.")
     with pytest.raises(ImportError, match=message):
-        compat.check_versions()
+        integration.check_versions()
 
 
 @pytest.mark.parametrize("name", ["torch", "mmengine", "mmcv"])
 def test_missing_dependency(monkeypatch, name):
     fake_versions(monkeypatch, **{name: None, f"{name}-lite": None})
     with pytest.raises(ImportError, match=rf"mmsoft needs {name}>=.*, but {name} is not installed"):
-        compat.check_versions()
+        integration.check_versions()
 
 
 @pytest.mark.parametrize("version", ["2.6.0a0+git1", "2.6", "2.13.0+cpu", "3.0.0"])
 def test_torch_in_range(monkeypatch, version):
     fake_versions(monkeypatch, torch=version)
-    compat.check_versions()
+    integration.check_versions()
 
 
 def test_mmcv_lite_will_do(monkeypatch):
     fake_versions(monkeypatch, mmcv=None, **{"mmcv-lite": "2.1.0"})
-    compat.check_versions()
+    integration.check_versions()
 
 
 def test_wrong_version_is_named_when_a_config_is_what_imports_us(run_outside):

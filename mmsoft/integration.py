@@ -1,18 +1,24 @@
-"""What MMSOFT needs from the packages around it, and mends for their known faults."""
+"""What has to be registered with the packages around, and why; and their versions.
 
-import re
+Nothing here changes what other models, configs or checkpoints do. What replaces a part of MMEngine
+is asked for by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoint.loader`.
+"""
+
 import sys
 from collections.abc import Callable
 from importlib import metadata
 from pickle import UnpicklingError
 
-# Import name -> (distributions that provide it, lowest version, first version too new).
-# From torch 2.6 on loading a checkpoint runs no code from it, and safe globals can be named (see
-# allow_mmengine_checkpoints); mmdet and mmseg refuse mmcv 2.2.
-CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str, str | None]] = {
-    "torch": (("torch",), "2.6", None),
-    "mmengine": (("mmengine", "mmengine-lite"), "0.10.4", "1.0"),
-    "mmcv": (("mmcv", "mmcv-lite"), "2.0.0", "2.2.0"),
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+# Import name -> (distributions that provide it, versions). From torch 2.6 on loading a checkpoint
+# runs no code from it, and safe globals can be named (see allow_mmengine_checkpoints); mmdet and
+# mmseg refuse mmcv 2.2.
+CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "torch": (("torch",), ">=2.6"),
+    "mmengine": (("mmengine", "mmengine-lite"), ">=0.10.4,<1.0"),
+    "mmcv": (("mmcv", "mmcv-lite"), ">=2.0.0,<2.2.0"),
 }
 
 
@@ -26,13 +32,13 @@ def check_versions() -> None:
             found and the range wanted. (A RuntimeError with the same message if MMEngine's
             registry is importing the package, because it hides import errors.)
     """
-    for name, (distributions, low, high) in CORE_DEPENDENCIES.items():
-        wanted = f"{name}>={low}" + (f",<{high}" if high else "")
+    for name, (distributions, wanted) in CORE_DEPENDENCIES.items():
         found = _installed_version(distributions)
         if found is None:
-            raise _error_type()(f"mmsoft needs {wanted}, but {name} is not installed.")
-        if _release(found) < _release(low) or (high and _release(found) >= _release(high)):
-            raise _error_type()(f"mmsoft needs {wanted}, but {name} {found} is installed.")
+            raise _error_type()(f"mmsoft needs {name}{wanted}, but {name} is not installed.")
+        # Without suffixes: 2.13.0+cpu and vendors' 2.6.0a0+git are what they are builds of.
+        if not SpecifierSet(wanted).contains(Version(found).base_version):
+            raise _error_type()(f"mmsoft needs {name}{wanted}, but {name} {found} is installed.")
 
 
 def register_config_prefix() -> None:
@@ -96,15 +102,6 @@ def _installed_version(distributions: tuple[str, ...]) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Give the numbers before any suffix: '2.13.0+cpu' and '2.13.0rc1' both give (2, 13)."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(number) for number in match.group().split(".")] if match else [0]
-    while numbers and numbers[-1] == 0:  # so that 2.6 and 2.6.0 are equal
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _error_type() -> type[Exception]:
