@@ -185,6 +185,32 @@ def test_stages_left_out_are_dropped_in_one_line(released, log):
     assert f"left out {len(dropped)} of stages not built and 2 outside the backbone" in line
 
 
+@pytest.mark.parametrize("others", [None, [dict(type="Constant", layer="Linear", val=3.0)]])
+@pytest.mark.parametrize("library", ["", *LIBRARIES])
+def test_mmengine_logs_where_each_parameter_came_from(library, others, tmp_path):
+    from mmengine.logging import MMLogger
+
+    weights = SOFTPlusPlus(ARCH).state_dict()  # zero biases too: the same before and after
+    torch.save(weights, tmp_path / "own.pth")
+    init_cfg = pretrained(tmp_path / "own.pth")
+    init_cfg = [init_cfg, *others] if others else init_cfg
+    if library:
+        model = build(library, init_cfg=init_cfg)
+        prefix = "backbone."
+    else:
+        model, prefix = SOFTPlusPlus(ARCH, init_cfg=init_cfg), ""
+    MMLogger.get_instance(tmp_path.name, log_file=str(tmp_path / "log"))
+    model.init_weights()
+    entries = re.findall(r"\n(\S+) - torch.Size.*: \n(.*)", (tmp_path / "log").read_text())
+    origins = {name: origin for name, origin in entries if name.startswith(prefix)}
+    backbone = model.backbone if library else model
+    assert origins.keys() == {f"{prefix}{name}" for name, _ in backbone.named_parameters()}
+    assert {origin.strip() for origin in origins.values()} == {f"loaded from {tmp_path / 'own.pth'}"}
+    assert not any(hasattr(module, "_params_init_info") for module in model.modules())
+    assert backbone.init_cfg == init_cfg
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
 # What does not fit
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, PretrainedInit, update_init_info
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -203,17 +203,36 @@ class SOFT(BaseModule):
         Raises:
             ValueError, RuntimeError: the checkpoint is refused or does not fit.
         """
-        init_cfg, pretrained = self.init_cfg, []
+        init_cfg, self._pretrained = self.init_cfg, []
         if not self.is_init and init_cfg:
             cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg
-            pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
-            self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
-        super().init_weights()
-        self.init_cfg = init_cfg
-        for cfg in pretrained:
-            load_backbone(self, **{key: value for key, value in cfg.items() if key != "type"})
-            if hasattr(self, "_params_init_info"):
-                update_init_info(self, f"loaded from {cfg['checkpoint']}")
+            self._pretrained = [
+                cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)
+            ]
+            self.init_cfg = [cfg for cfg in cfgs if cfg not in self._pretrained]
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+        self._load_pretrained()
+
+    def _dump_init_info(self) -> None:
+        """Load the weights before MMEngine logs what initialized each parameter.
+
+        With a root module it does so at the end of its own ``init_weights``.
+        """
+        self._load_pretrained()
+        super()._dump_init_info()
+
+    def _load_pretrained(self) -> None:
+        while self._pretrained:
+            cfg = dict(self._pretrained.pop(0))
+            del cfg["type"]
+            load_backbone(self, **cfg)
+            for parameter in self.parameters():
+                if info := getattr(self, "_params_init_info", {}).get(parameter):
+                    info["init_info"] = f"loaded from {cfg['checkpoint']}"
+                    info["tmp_mean_value"] = parameter.detach().mean().cpu()
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
@@ -228,7 +247,8 @@ class SOFT(BaseModule):
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
         else:
             check_is_ours(state_dict, prefix, own, self.variant)
-        if (variant := local_metadata.get("variant")) not in (None, self.variant):
+        variant = local_metadata.get("variant")
+        if isinstance(variant, str) and variant != self.variant:
             raise ValueError(
                 f"the checkpoint is of {variant} but the config has {self.variant}; change the "
                 "type of the config's backbone, or name another checkpoint"
