@@ -7,21 +7,27 @@ then sees an ordinary OpenMMLab checkpoint.
 """
 
 import argparse
+import mmap
+import os
 import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
+from mmengine.dist import barrier, get_rank
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.runner.checkpoint import load_from_local as _mmengine_load_from_local
 from torch import Tensor, nn
 
+from mmsoft.unpickling import ClaimCheck
 from mmsoft.version import __version__
 
 # The one class that released files need beyond tensors and plain values. It only holds attributes.
@@ -46,6 +52,7 @@ _RENAMES = [
     (r"\.attn\.kv\.", lambda m: ".attn.key_value."),
     (r"^head\.", lambda m: "head.fc."),
 ]
+_HTTP = ("http://", "https://")
 _SOFTMAX_HEAD_DIMS = 32  # of every published model; stage 4's weights do not tell
 
 
@@ -103,8 +110,8 @@ def convert_released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     key = "state_dict_ema" if checkpoint.get("state_dict_ema") else "state_dict"
     weights = convert_released_keys(checkpoint.get(key, checkpoint))
     # Both classes have the same keys; only timm's model name tells: soft_tiny, soft_norm_tiny.
-    name = getattr(checkpoint.get("args"), "model", None) or checkpoint.get("arch") or ""
-    match = re.match(r"soft_(norm_)?", str(name).lower())
+    name = getattr(checkpoint.get("args"), "model", None) or checkpoint.get("arch")
+    match = re.match(r"soft_(norm_)?", name.lower()) if isinstance(name, str) else None
     variant = None if match is None else "SOFT++" if match[1] else "SOFT"
     state_dict = OrderedDict(
         (name if name.startswith("head.") else f"backbone.{name}", value)
@@ -250,27 +257,27 @@ def _kind(tensor: Tensor) -> str:
     return "complex" if tensor.is_complex() else "integer"
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = False) -> Any:
     """Read a checkpoint without running anything that it might contain.
 
     Args:
         path: a local file, or a URL or other scheme that MMEngine knows.
         map_location: as in :func:`torch.load`.
+        lazily: leave the tensors of a local file on the disk until they are used, where the file is
+            in torch's present format.
 
     Raises:
         ValueError: the file is no checkpoint, is truncated, holds objects other than tensors, plain
             values, ``argparse.Namespace`` and what MMEngine's own checkpoints hold, or would unpack
             to more than its size.
     """
-    if "://" in str(path):
+    if "://" in str(path) and not str(path).startswith(_HTTP):
         with _refusals(path):
             return CheckpointLoader.load_checkpoint(str(path), map_location)
-    path = Path(path).expanduser()
-    _check_archive(path)
+    path = _download(path) if str(path).startswith(_HTTP) else Path(path).expanduser()
     with _refusals(path):
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    _check_storages(checkpoint, path)
-    return checkpoint
+        lazily = _check_claims(path) and lazily
+        return torch.load(str(path), map_location=map_location, weights_only=True, mmap=lazily)
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
@@ -281,46 +288,61 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         ValueError: see :func:`read_checkpoint`.
     """
     path = Path(filename).expanduser()
-    _check_archive(path)
     with _refusals(path):
+        if path.is_file():  # else MMEngine says so
+            _check_claims(path)
         checkpoint = _mmengine_load_from_local(filename, map_location)
-    _check_storages(checkpoint, path)
     return convert_released(checkpoint) if is_released(checkpoint) else checkpoint
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a file that would unpack to more than its size, which none of torch's does."""
-    if not zipfile.is_zipfile(path):  # torch's older format, or no checkpoint at all
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    if not stored or sum(member.file_size for member in members) > path.stat().st_size:
-        raise ValueError(f"{path} is refused: its content unpacks to more than the file's size")
+@CheckpointLoader.register_scheme(prefixes=_HTTP, force=True)
+def load_from_http(filename: str, map_location: Any = None) -> Any:
+    """Load from the web, into the same cache as MMEngine, which would run code from the file.
 
-
-def _check_storages(checkpoint: Any, path: Path) -> None:
-    """Refuse tensors with more elements than the file holds.
-
-    torch's older format grows a storage to the shape that a tensor claims.
+    Raises:
+        ValueError: see :func:`read_checkpoint`.
     """
-    stored: dict[int, int] = {}
-    seen: set[int] = set()
-    todo = [checkpoint]
-    while todo:
-        item = todo.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if type(item) in (Tensor, nn.Parameter) and item.layout == torch.strided:
-            storage = item.untyped_storage()
-            stored[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            todo += item.values()
-        elif isinstance(item, (list, tuple)):
-            todo += item
-    if sum(stored.values()) > path.stat().st_size:
-        raise ValueError(f"{path} is refused: its tensors claim more bytes than the file has")
+    return load_from_local(str(_download(filename)), map_location)
+
+
+def _download(url: str | Path) -> Path:
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(str(url)).path).name)
+    if get_rank() == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(str(url), str(path), progress=os.isatty(0))
+    barrier()
+    if not path.exists():  # the main process has a disk of its own
+        torch.hub.download_url_to_file(str(url), str(path), progress=False)
+    return path
+
+
+def _check_claims(path: Path) -> bool:
+    """Refuse a file that would unpack to more than its size.
+
+    Returns:
+        Whether it is in torch's present format, a zip file.
+    """
+    size = path.stat().st_size
+    check = ClaimCheck(size)
+    with open(path, "rb") as file:
+        if size == 0:
+            raise EOFError("it is empty")
+        if file.read(4) == b"PK\3\4":  # as torch tells them apart
+            if not zipfile.is_zipfile(file):
+                raise EOFError("truncated, its table of contents at the end is missing")
+            reader = torch._C.PyTorchFileReader(str(path))
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > size:
+                raise UnpicklingError("refused: its content unpacks to more than the file's size")
+            check.follow(BytesIO(reader.get_record("data.pkl")))
+            return True
+        if path.suffix != ".safetensors":  # torch's older format: five pickles before the tensors
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                for _ in range(5):
+                    check.follow(content)
+        return False
 
 
 @contextmanager
@@ -330,13 +352,18 @@ def _refusals(path: str | Path) -> Iterator[None]:
         yield
     except UnpicklingError as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        refused = re.search(r"refused:? (.*)", str(error))
+        if refused:
+            raise ValueError(f"{path} is refused: {refused[1]}") from None
         if unsafe is None:
             raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
         raise ValueError(
             f"{path} is refused and nothing in it was run: it pickles {unsafe[1]}, where a "
             "checkpoint may hold only tensors, plain values and argparse.Namespace"
         ) from None
-    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # torch's readers raise all kinds for files that are corrupt
         reason = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason[0]}") from error
 
@@ -395,7 +422,8 @@ def load_backbone(
         raise RuntimeError(f"{checkpoint} does not fit the backbone; {'; '.join(problems)}")
     meta = content.get("meta")
     released = meta.get("released") if isinstance(meta, dict) else None
-    origin = f" (released, {released['weights']})" if released else ""
+    source = released.get("weights") if isinstance(released, dict) else None
+    origin = f" (released, {source})" if isinstance(source, str) else ""
     left = [f"{len(later)} of stages not built"] if later else []
     if others := len(weights) - len(own) - len(later):
         left.append(f"{others} outside the backbone")

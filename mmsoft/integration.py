@@ -5,9 +5,7 @@ is asked for by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpo
 """
 
 import sys
-from collections.abc import Callable
 from importlib import metadata
-from pickle import UnpicklingError
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -57,42 +55,14 @@ def allow_mmengine_checkpoints() -> None:
     Since torch 2.6 ``torch.load`` accepts only listed globals, and MMEngine (up to 0.10.7) neither
     lists what its message hub pickles nor asks for the old behaviour, so it cannot resume or test
     from its own files (open-mmlab/mmengine issue 1655). The list here is what such files need and
-    no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers.
+    no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers,
+    each of them made by a stand-in that takes no more than is stored.
     """
-    import numpy as np
     import torch
-    from mmengine.logging import HistoryBuffer
 
-    # Where NumPy 2 keeps the functions that rebuild arrays and scalars, and where NumPy 1 did.
-    multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
-    rebuilders = [
-        (getattr(multiarray, function), f"numpy.{core}.multiarray.{function}")
-        for function in ("_reconstruct", "scalar")
-        for core in ("core", "_core")
-    ]
-    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            (_history_statistic, "builtins.getattr"),
-            np.ndarray,
-            np.dtype,
-            *dtypes,
-            *rebuilders,
-        ]
-    )
+    from mmsoft.unpickling import safe_globals
 
-
-def _history_statistic(owner: type, name: str) -> Callable[..., float]:
-    """Stand in for `getattr` where a history buffer's pickle asks for its methods, and only there.
-
-    The real `getattr` in the list would let a crafted file reach any attribute of listed objects.
-    """
-    from mmengine.logging import HistoryBuffer
-
-    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
-        return getattr(HistoryBuffer, name)
-    raise UnpicklingError(f"refused getattr({owner!r}, {name!r}) in a checkpoint")
+    torch.serialization.add_safe_globals(safe_globals())
 
 
 def _installed_version(distributions: tuple[str, ...]) -> str | None:

@@ -205,7 +205,9 @@ def test_mmengine_logs_where_each_parameter_came_from(library, others, tmp_path)
     origins = {name: origin for name, origin in entries if name.startswith(prefix)}
     backbone = model.backbone if library else model
     assert origins.keys() == {f"{prefix}{name}" for name, _ in backbone.named_parameters()}
-    assert {origin.strip() for origin in origins.values()} == {f"loaded from {tmp_path / 'own.pth'}"}
+    assert {origin.strip() for origin in origins.values()} == {
+        f"loaded from {tmp_path / 'own.pth'}"
+    }
     assert not any(hasattr(module, "_params_init_info") for module in model.modules())
     assert backbone.init_cfg == init_cfg
     assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())

@@ -1,15 +1,30 @@
 """Checkpoints made to harm, and configs, which are programs."""
 
+import argparse
 import os
 import pickle
+import random
+import subprocess
+import sys
+import threading
+import warnings
 import zipfile
+from collections import Counter, OrderedDict
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from pickle import UnpicklingError
+from urllib.error import HTTPError
 
+import crafted_pickles
+import numpy as np
 import pytest
 import torch
+from crafted_pickles import CLAIMS, LEGACY_CLAIMS, NUMPY_CLAIMS
 from fault_runs import config
 from mmengine.config import Config
-from mmengine.runner import Runner, load_checkpoint
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from released import ARCH
 from torch import nn
 
@@ -162,7 +177,7 @@ def claiming(tensor, shape):
     return Claim()
 
 
-SHAPES = [(1, 10**6, 32), (1, 10**12, 32)]
+SHAPES = [(1, 3136, 32), (1, 10**6, 32), (1, 10**12, 32)]
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
@@ -178,6 +193,219 @@ def test_a_shape_that_is_not_stored_is_refused(way, shape, expanded, legacy, wei
     message = r"stages.0.pos_embed claims the shape|cannot be read|claim more bytes than the file"
     with pytest.raises(ValueError, match=message):
         way(path)
+
+
+# ----------------------------------------------------- small files that would take a lot of memory
+
+CRAFTED = [
+    *((case, legacy) for case in (NUMPY_CLAIMS | CLAIMS).items() for legacy in (False, True)),
+    *((case, True) for case in LEGACY_CLAIMS.items()),
+]
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, CheckpointLoader.load_checkpoint])
+@pytest.mark.parametrize(
+    ("case", "legacy"), CRAFTED, ids=lambda value: value[0] if isinstance(value, tuple) else None
+)
+def test_claims_beyond_the_file_are_refused(case, legacy, read, tmp_path):
+    _, (pickled, message) = case
+    crafted_pickles.save(tmp_path / "small.pth", pickled, legacy, storages={"0": b"12345678"})
+    with pytest.raises(ValueError, match=rf"small.pth (is refused|cannot be read).*: .*{message}"):
+        read(str(tmp_path / "small.pth"))
+
+
+@pytest.mark.parametrize("case", NUMPY_CLAIMS)
+def test_claims_of_numpy_are_refused_by_torch_itself(case, tmp_path):
+    """Importing this package puts NumPy's arrays on the list of what torch.load takes."""
+    pickled, message = NUMPY_CLAIMS[case]
+    crafted_pickles.save(tmp_path / "small.pth", pickled)
+    with pytest.raises(UnpicklingError, match=f"refused: {message}"):
+        torch.load(tmp_path / "small.pth", weights_only=True)
+
+
+MEMORY = """
+import pathlib, re, resource, sys
+import torch
+import crafted_pickles
+from mmsoft.checkpoint import load_from_local, read_checkpoint
+
+def peaks():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return [int(re.search(rf"{key}:\\s+(\\d+)", status)[1]) / 1024 for key in ("VmPeak", "VmHWM")]
+
+path = pathlib.Path(sys.argv[1])
+crafted_pickles.save(path, crafted_pickles.FEW)
+for read in (torch.load, read_checkpoint, load_from_local):  # what these import at first
+    read(str(path))
+limit = int(peaks()[0] + 3 * 1024) << 20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+numpy = crafted_pickles.NUMPY_CLAIMS
+cases = {**numpy, **crafted_pickles.CLAIMS}
+jobs = [(torch.load, case, False) for case in numpy]
+for read in (read_checkpoint, load_from_local):
+    jobs += [(read, case, legacy) for case in cases for legacy in (False, True)]
+for read, name, legacy in jobs:
+    pickled, _ = cases[name]
+    crafted_pickles.save(path, pickled, legacy, storages={"0": b"12345678"})
+    before = peaks()
+    try:
+        read(str(path))
+    except Exception:
+        pass
+    grown = max(after - b for after, b in zip(peaks(), before))
+    if grown > 64:
+        print(f"{read.__name__} of {name}, legacy {legacy}: {grown:.0f} MiB")
+print("done")
+"""
+
+
+def test_memory_is_not_taken_first(root, tmp_path):
+    """Refusing is not enough: an array of a gigabyte must not have been there before."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "small.pth")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+    )
+    assert done.stdout == "done\n", done.stdout + done.stderr[-2000:]
+
+
+def test_what_is_no_zip_file_for_torch_is_checked_as_what_it_is(weights, tmp_path):
+    """A pickle with an innocent archive behind it: zipfile finds this, torch reads the pickle."""
+    crafted_pickles.save(tmp_path / "both.pth", CLAIMS["bytearray"][0], legacy=True)
+    archive = Path(save(tmp_path / "innocent.pth", weights)).read_bytes()
+    with open(tmp_path / "both.pth", "ab") as file:
+        file.write(archive)
+    assert zipfile.is_zipfile(tmp_path / "both.pth")
+    for way in WAYS:
+        with pytest.raises(ValueError, match="a call of bytearray that stores no bytes"):
+            way(str(tmp_path / "both.pth"))
+
+
+def history():
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    buffer.update(3.0)
+    return buffer
+
+
+def same(a, b):
+    if isinstance(a, HistoryBuffer):
+        return type(b) is HistoryBuffer and all(
+            type(y) is np.ndarray and same(x, y) for x, y in zip(a.data, b.data)
+        )
+    if isinstance(a, np.ndarray):
+        native = a.dtype.newbyteorder("=")
+        return native == b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, torch.Tensor):
+        plain = (a, b) if a.layout == torch.strided else (a.to_dense(), b.to_dense())
+        return a.dtype == b.dtype and a.layout == b.layout and torch.equal(*plain)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(map(same, a.values(), b.values()))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+LARGE = torch.arange(3000.0).reshape(3, 1000)
+HELD = {
+    "values": dict(a=[1, 2.5, None, True, "x", b"bytes", (1, (2,)), {1, 2}, 1 << 70, 1j], b={}),
+    "keys": {1: 2, "a": 3, (1, "b"): 4, None: 5, b"c": 6},
+    "collections": [Counter("aab"), OrderedDict(a=1), argparse.Namespace(x=[1]), bytearray(b"ab")],
+    "numbers of NumPy": [np.float64(1.5), np.float32(2.5), np.int64(3)],
+    "arrays": [np.arange(6.0).reshape(2, 3), np.arange(3, dtype=">f8"),
+               np.ones(3, np.float32), np.asfortranarray(np.arange(6).reshape(2, 3))],
+    "history": history(),
+    "types": [torch.ones(2, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.int8,
+              torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16)],
+    "views": [LARGE, LARGE.t(), LARGE[1:, ::2], LARGE[0, :1].expand(40, 50), LARGE[:0]],
+    "shapes": [torch.tensor(1.0), torch.ones(0, 4), torch.Size([1, 2]), torch.device("cpu")],
+    "parameters": [nn.Parameter(LARGE), nn.Parameter(torch.ones(1), requires_grad=False)],
+    "sparse": [LARGE.to_sparse(), LARGE.to_sparse_csr()],
+    "quantized": [torch.quantize_per_tensor(LARGE, 0.1, 0, torch.qint8)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", HELD)
+def test_what_checkpoints_hold_still_loads(kind, legacy, tmp_path):
+    torch.save(HELD[kind], tmp_path / "held.pth", _use_new_zipfile_serialization=not legacy)
+    if legacy and kind == "types":  # torch itself cannot
+        with pytest.raises(ValueError, match=r"held.pth cannot be read as a checkpoint"):
+            read_checkpoint(tmp_path / "held.pth")
+        return
+    loaded = read_checkpoint(tmp_path / "held.pth")
+    assert same(HELD[kind], loaded)
+    # And again, saved as if it had never been loaded.
+    torch.save(loaded, tmp_path / "again.pth", _use_new_zipfile_serialization=not legacy)
+    assert same(HELD[kind], read_checkpoint(tmp_path / "again.pth"))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_one_wrong_byte_anywhere_loads_or_is_refused(legacy, tmp_path):
+    content = dict(state_dict=dict(a=torch.ones(3)), hub=[history(), np.float64(1)], meta=dict(i=1))
+    torch.save(content, tmp_path / "good.pth", _use_new_zipfile_serialization=not legacy)
+    good, path, refused = (tmp_path / "good.pth").read_bytes(), tmp_path / "bad.pth", 0
+    rng = random.Random(0)
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] = rng.randrange(256)
+        path.write_bytes(bad)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other versions of the pickle protocol
+                read_checkpoint(path)
+        except ValueError as error:
+            assert str(error).startswith(str(path))  # noqa: PT017
+            refused += 1
+    assert refused > 50
+
+
+# ------------------------------------------------------------------------------------ from the web
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    """Where a server on this machine hands out a folder."""
+    (tmp_path / "served").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_code_from_the_web_is_refused_and_not_run(way, url, weights, tmp_path):
+    """MMEngine's loader of URLs runs it."""
+    mark = tmp_path / "executed"
+    content = {**weights, "stages.0.pos_embed": Call(os.system, f"touch {mark}")}
+    save(tmp_path / "served/bad.pth", content)
+    with pytest.raises(ValueError, match=r"bad.pth is refused and nothing in it was run: it pickl"):
+        way(f"{url}bad.pth")
+    assert not mark.exists()
+
+
+def test_claims_from_the_web_are_refused(url, tmp_path):
+    crafted_pickles.save(tmp_path / "served/small.pth", CLAIMS["bytearray"][0])
+    for way in WAYS:
+        with pytest.raises(ValueError, match=r"small.pth is refused: a call of bytearray"):
+            way(f"{url}small.pth")
+
+
+def test_checkpoints_from_the_web_load_and_are_kept(url, weights, tmp_path):
+    save(tmp_path / "served/good.pth", weights)
+    for way in WAYS:
+        way(f"{url}good.pth?version=1")
+    assert (tmp_path / "cache/checkpoints/good.pth").exists()
+    (tmp_path / "served/good.pth").unlink()
+    content = read_checkpoint(f"{url}good.pth")
+    assert same(dict(weights), dict(content["state_dict"]))
+    with pytest.raises(HTTPError, match="404"):
+        read_checkpoint(f"{url}nowhere.pth")
+    assert os.listdir(tmp_path / "cache/checkpoints") == ["good.pth"]
 
 
 # ----------------------------------------------------------------------------------- wrong kinds

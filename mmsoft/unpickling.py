@@ -1,0 +1,325 @@
+"""What unpickling a checkpoint may build: no more than the file stores.
+
+torch's ``weights_only`` keeps a checkpoint from running code, but not from claiming memory: a call
+such as ``bytearray(2**40)`` takes a few bytes of a file, and so does an array of any shape.
+:class:`ClaimCheck` follows a pickle before it is loaded. :func:`safe_globals` gives checked
+stand-ins for what MMEngine's checkpoints hold beyond torch's own list. Neither prints or multiplies
+what it has not checked: tuples of tuples may be exponentially large in print.
+"""
+
+import math
+import pickletools
+import re
+from collections.abc import Callable
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+# --------------------------------------------------------------- NumPy and MMEngine's statistics
+
+
+def _are_sizes(values: Any) -> bool:
+    return type(values) in (tuple, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+class _DType:
+    """Stands in for ``numpy.dtype``: a kind of number, in either byte order.
+
+    The real one lets a pickle declare floats to be pointers to objects.
+    """
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False):
+        if type(code) is not str or code not in ("f8", "f4", "i8"):
+            raise UnpicklingError("refused: a NumPy dtype other than float64, float32 and int64")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        version, order, *rest = state
+        if version != 3 or order not in ("<", ">") or rest != [None, None, None, -1, -1, 0]:
+            raise UnpicklingError("refused: a NumPy dtype that is not a plain number")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """Stands in for ``numpy.ndarray``: filled with exactly the bytes that are stored."""
+
+    def __new__(cls, *arguments: Any) -> "_Array":
+        if arguments:
+            raise UnpicklingError("refused: a NumPy array that stores nothing")
+        return super().__new__(cls, 0, "b")
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, fortran, data = state
+        if not _are_sizes(shape) or type(dtype) is not _DType or type(data) is not bytes:
+            raise UnpicklingError("refused: a NumPy array that is not of plain numbers")
+        if len(shape) > 32 or math.prod(shape) * dtype.dtype.itemsize != len(data):
+            raise UnpicklingError(
+                f"refused: a NumPy array claims the shape {shape[:32]} but the checkpoint stores "
+                f"{len(data)} bytes of it"
+            )
+        super().__setstate__((version, shape, dtype.dtype, fortran, data))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.view(np.ndarray).__reduce_ex__(protocol)  # saved again, an ordinary array
+
+
+def _empty_array(kind: type, shape: tuple, code: Any) -> _Array:
+    """Stand in for NumPy's ``_reconstruct``, which allocates whatever shape it is given."""
+    if kind is not _Array or not _are_sizes(shape) or tuple(shape) != (0,):
+        raise UnpicklingError("refused: a NumPy array that stores nothing")
+    return _Array()
+
+
+def _scalar(dtype: _DType, data: bytes) -> np.generic:
+    """Stand in for NumPy's ``scalar``, which allocates what the dtype claims."""
+    if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.dtype.itemsize:
+        raise UnpicklingError("refused: a NumPy number that is not stored whole")
+    return np.frombuffer(data, dtype.dtype)[0]
+
+
+class _History(HistoryBuffer):
+    """Stands in for MMEngine's ``HistoryBuffer`` until its state is there."""
+
+    def __init__(self, *_: Any):
+        raise UnpicklingError("refused: a call of HistoryBuffer")  # pickles only fill them
+
+    def __setstate__(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.view(np.ndarray) if type(value) is _Array else value)
+        self.__class__ = HistoryBuffer
+
+
+def _history_statistic(owner: type, name: str) -> Callable[..., float]:
+    """Stand in for ``getattr`` where a history buffer's pickle asks for its methods.
+
+    The real one would let a crafted file reach any attribute of listed objects.
+    """
+    if owner is _History and name in ("min", "max", "current", "mean"):
+        return getattr(HistoryBuffer, name)
+    raise UnpicklingError(f"refused getattr of a {type(owner).__name__} in a checkpoint")
+
+
+def safe_globals() -> list[Any]:
+    """What :func:`torch.serialization.add_safe_globals` takes for MMEngine's checkpoints."""
+    # Where NumPy 2 keeps the functions that rebuild arrays and scalars, and where NumPy 1 did.
+    rebuilders = {
+        f"numpy.{core}.multiarray.{name}": function
+        for core in ("core", "_core")
+        for name, function in (("_reconstruct", _empty_array), ("scalar", _scalar))
+    }
+    stand_ins = {
+        "numpy.ndarray": _Array,
+        "numpy.dtype": _DType,
+        **rebuilders,
+        f"{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}": _History,
+        "builtins.getattr": _history_statistic,
+    }
+    return [(stand_in, name) for name, stand_in in stand_ins.items()]
+
+
+# ----------------------------------------------------------------------- claims of whole pickles
+
+_ELEMENT_BYTES = dict(
+    Untyped=1, Byte=1, Char=1, Bool=1, QInt8=1, QUInt8=1, QUInt4x2=1, QUInt2x4=1, Half=2,
+    BFloat16=2, Short=2, Float=4, Int=4, QInt32=4, Double=8, Long=8, ComplexFloat=8,
+    ComplexDouble=16,
+)  # fmt: skip
+_CONSTANTS = dict(NONE=None, NEWTRUE=True, NEWFALSE=False, EMPTY_TUPLE=())
+_LITERALS = {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"}
+
+
+class _Global(str):
+    """The last part of a global's name."""
+
+
+class _Made:
+    """What a call made, and the number of bytes if that is a storage."""
+
+    def __init__(self, by: str, stored: int = 0, element: int = 1):
+        self.by, self.stored, self.element = by, stored, element
+
+
+class ClaimCheck:
+    """Follows the pickles of a file without building anything, and adds up what they claim.
+
+    Everything that a file of torch's stores costs it at least as many bytes as it takes in memory,
+    up to a constant for small objects. What a call claims beyond is bounded by the file's size:
+    the storages together, the tensors that overlap themselves together, and the arguments that
+    calls copy together.
+
+    Only the opcodes that torch's own restricted unpickler knows are followed. It stops at others.
+
+    Args:
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.claimed = dict(storages=0, overlapping=0, arguments=0)
+        self.storages: dict[Any, _Made] = {}  # by key, as torch keeps them
+
+    def follow(self, file: Any) -> None:
+        """Read one pickle of a file that is open for reading, up to its end.
+
+        Raises:
+            EOFError: its tensors take more bytes than the file has.
+        UnpicklingError: it claims too much, or is no pickle that torch would write.
+        """
+        try:
+            self._follow(file)
+        except UnpicklingError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UnpicklingError(f"corrupt pickle, {str(error).splitlines()[0]}") from None
+
+    def _follow(self, file: Any) -> None:
+        stack: list[Any] = []
+        marks: list[list] = []
+        memo: dict[Any, Any] = {}
+        for opcode, argument, _ in pickletools.genops(file):
+            match opcode.name:
+                case "PROTO":
+                    continue
+                case "STOP":
+                    stack.pop()
+                case "MARK":
+                    marks.append(stack)
+                    stack = []
+                case name if name in _LITERALS:
+                    stack.append(argument)
+                case name if name in _CONSTANTS:
+                    stack.append(_CONSTANTS[name])
+                case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                    stack.append([])  # of a dict, the values
+                case "GLOBAL":
+                    stack.append(_Global(re.split(r"[ .]", str(argument))[-1]))
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    count = int(opcode.name[-1])
+                    stack[-count:] = [tuple(stack[-count:])]
+                case "TUPLE":
+                    items, stack = stack, marks.pop()
+                    stack.append(tuple(items))
+                case "APPEND":
+                    item = stack.pop()
+                    self._add(stack[-1], [item])
+                case "APPENDS":
+                    items, stack = stack, marks.pop()
+                    self._add(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _check_keys([key])
+                    self._add(stack[-1], [value])
+                case "SETITEMS":
+                    items, stack = stack, marks.pop()
+                    _check_keys(items[::2])
+                    self._add(stack[-1], items[1::2])
+                case "REDUCE" | "NEWOBJ":
+                    arguments, function = stack.pop(), stack.pop()
+                    # Where it is an item of a dict, its key is what precedes it.
+                    what = stack[-1] if stack and type(stack[-1]) is str else "a tensor"
+                    stack.append(self._call(function, arguments, what))
+                case "BUILD":
+                    state = stack.pop()
+                    self._build(stack[-1], state)
+                case "BINPERSID":
+                    stack.append(self._storage(*stack.pop()))
+                case _:
+                    return
+
+    def _claim(self, kind: str, amount: int, reason: str) -> None:
+        self.claimed[kind] += amount
+        if self.claimed[kind] > self.size:
+            raise UnpicklingError(f"refused: {reason}")
+
+    @staticmethod
+    def _add(target: Any, items: list) -> None:
+        if type(target) is list:
+            target += items
+
+    def _copy(self, values: Any) -> None:
+        copied = sum(len(value) for value in values if type(value) in (str, list, tuple))
+        self._claim("arguments", copied, "it unpacks to more than the file's size")
+
+    def _call(self, function: Any, arguments: Any, what: str) -> Any:
+        if type(function) is not _Global or type(arguments) is not tuple:
+            raise UnpicklingError("refused: it calls what is not named in it")
+        self._copy(arguments)
+        if function.endswith(("Tensor", "Storage")) or function.startswith("_rebuild_device_"):
+            raise UnpicklingError(f"refused: a call of {function}, which stores nothing")
+        match function:
+            case "_rebuild_from_type_v2":
+                return self._call(arguments[0], arguments[2], what)
+            case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_qtensor":
+                self._tensor(what, arguments)
+            case "_rebuild_tensor_v3":
+                self._tensor(what, arguments, getattr(torch, arguments[6]).itemsize)
+            case "Size":
+                return arguments[0]
+            case "encode":  # how torch's protocol spells bytes
+                if len(arguments) != 2 or arguments[1] != "latin1":
+                    raise UnpicklingError("refused: a call of encode with another codec")
+                return arguments[0]
+            case "bytearray" if arguments and type(arguments[0]) is not str:
+                raise UnpicklingError("refused: a call of bytearray that stores no bytes")
+            case "set" | "Counter" if arguments:
+                _check_keys(arguments[0])
+            case "OrderedDict" if arguments:
+                _check_keys([pair[0] for pair in arguments[0]])
+        return _Made(function)
+
+    def _build(self, target: Any, state: Any) -> None:
+        self._copy([state])
+        if isinstance(target, _Made) and re.match(r"_rebuild_|Parameter$", target.by):
+            raise UnpicklingError(f"refused: a state for what {target.by} made")
+
+    def _storage(
+        self, kind: str, dtype: Any, key: Any, _: Any, numel: int, view: Any = None
+    ) -> Any:
+        element = _ELEMENT_BYTES[dtype.removesuffix("Storage")]
+        if kind != "storage" or type(dtype) is not _Global or not _are_sizes([numel]):
+            raise UnpicklingError("refused: a storage without a size")
+        if key not in self.storages:
+            self.storages[key] = _Made("storage", numel * element, element)
+            self.claimed["storages"] += numel * element
+            if self.claimed["storages"] > self.size:
+                raise EOFError("truncated, or its tensors claim more bytes than the file has")
+        if view is None:
+            return self.storages[key]
+        view_key, offset, numel = view
+        if view_key not in self.storages:
+            if not _are_sizes([offset, numel]):
+                raise UnpicklingError("refused: a storage without a size")
+            stored = min(max(self.storages[key].stored - offset * element, 0), numel * element)
+            self.storages[view_key] = _Made("storage", stored, element)
+        return self.storages[view_key]
+
+    def _tensor(self, what: str, arguments: tuple, element: int = 0) -> None:
+        storage, offset, size, stride = arguments[:4]
+        what = f"{what:.99} claims the shape"
+        if not (_are_sizes(size) and _are_sizes(stride) and _are_sizes([offset])):
+            raise UnpicklingError(f"refused: {what} of something else than sizes")
+        if len(size) > 64:  # torch's own limit
+            raise UnpicklingError(f"refused: {what} of {len(size)} dimensions")
+        element = element or storage.element
+        numel = math.prod(size)
+        end = numel and 1 + offset + sum((n - 1) * step for n, step in zip(size, stride))
+        stored = f"but the checkpoint stores only {storage.stored} bytes of it"
+        reason = f"{what} {tuple(size)} {stored}"
+        if end * element > storage.stored:
+            raise UnpicklingError(f"refused: {reason}")
+        if numel * element > storage.stored:
+            self._claim("overlapping", numel * element, reason)
+
+
+def _check_keys(keys: Any) -> None:
+    """Refuse tuples in tuples: hashing them recurses, without limit or to no end."""
+    for key in keys:
+        if type(key) is tuple and any(type(item) is tuple for item in key):
+            raise UnpicklingError("refused: nested tuples as the key of a dict")
