@@ -1,23 +1,26 @@
-"""Checkpoints that a kill cannot spoil, in place of MMEngine's hook."""
+"""Checkpoints that a kill cannot corrupt, in place of MMEngine's hook."""
 
 import os
 import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from mmengine.dist import barrier, master_only
+from mmengine.dist import broadcast_object_list, is_main_process, master_only
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import FlexibleRunner
 
+from mmsoft.checkpoint import read_checkpoint
+
 _PARTIAL = ".partial"
+_NO_STEPS = "does not say after how many iterations and epochs it was saved"
 
 
-class _RemovesLater:
+class _DeferredRemoval:
     """A file backend that notes what to remove instead of removing it."""
 
     def __init__(self, backend: LocalBackend):
@@ -38,9 +41,14 @@ class CheckpointHook(_CheckpointHook):
     MMEngine 0.10.7 writes a checkpoint under its final name, removes the old one before the new one
     exists, and rewrites ``last_checkpoint`` in place. A kill, a crash or a full disk in between
     leaves a truncated file (open-mmlab/mmdetection issue 4835) and, with ``max_keep_ckpts=1``,
-    nothing to resume from. Here a checkpoint gets its name when all of it is on the disk, only then
-    does the old one go, and ``--resume`` takes the newest complete checkpoint whatever
-    ``last_checkpoint`` says. Nor does resuming execute what a checkpoint holds.
+    nothing to resume from. Here a checkpoint gets its name when all of it is on the disk, then
+    ``last_checkpoint`` names it, and only then does the old one go.
+
+    ``--resume`` takes the checkpoint that ``last_checkpoint`` names. Where it names none, or one
+    that is missing, truncated or refused, the checkpoint of the most iterations is taken, and of
+    these the one of the most epochs, by what the files hold: names and times change when a run is
+    copied or restored. Copies of the same state are all the same; the last path is taken. Nor does
+    resuming execute what a checkpoint holds.
 
     Registered under MMEngine's own name once the models of this package are imported, so that every
     config gets it. Runs with ``FlexibleRunner``, and checkpoints that do not go to a local folder,
@@ -50,29 +58,46 @@ class CheckpointHook(_CheckpointHook):
     file_backend: Any
 
     def before_run(self, runner: Any) -> None:
-        """Before MMEngine looks for a checkpoint to resume from, name the newest complete one.
+        """Before MMEngine looks for a checkpoint to resume from, see that a complete one is named.
 
         Raises:
-            ValueError: every checkpoint there is truncated.
+            ValueError: there are checkpoints, but none is complete. Raised in every process.
         """
-        if getattr(runner, "_resume", False) and runner._load_from is None:
-            self._mend_last_checkpoint(runner)
-            barrier()
+        automatic = runner._resume and runner._load_from is None
+        if not automatic or isinstance(runner, FlexibleRunner):
+            return
+        problem = [self._repair_last_checkpoint(runner) if is_main_process() else ""]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise ValueError(problem[0])
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Drop a config that the checkpoint holds, which MMEngine would execute on ``--resume``.
+        """Check the checkpoint's meta and drop a config there, which MMEngine executes to resume.
 
         Checkpoints of MMCV 1 have one under this name, and crafted ones may; MMEngine's do not, and
         it only compares numbers of GPUs in it.
+
+        Raises:
+            ValueError: to resume from it, numbers of iterations and epochs, and a seed if there is
+                one, are needed.
         """
         meta = checkpoint.get("meta")
         if isinstance(meta, dict) and meta.pop("config", None) is not None:
             runner.logger.warning("the config in the checkpoint's meta was dropped, not executed")
+        if runner._resume and _steps(checkpoint) is None:
+            raise ValueError(f"cannot resume: the checkpoint {_NO_STEPS}")
+        if runner._resume and type(checkpoint["meta"].get("seed")) not in (int, NoneType):
+            raise ValueError("cannot resume: the seed in the checkpoint is not an integer")
 
-    @master_only
-    def _mend_last_checkpoint(self, runner: Any) -> None:
+    def _repair_last_checkpoint(self, runner: Any) -> str:
+        """Let ``last_checkpoint`` name a complete checkpoint; returns why that cannot be done."""
         work_dir, pointer = Path(runner.work_dir), Path(runner.work_dir, "last_checkpoint")
-        name = pointer.read_text().strip() if pointer.exists() else ""
+        name = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
+        if "://" in name:  # remote storage
+            return ""
+        problems: dict[Path, str] = {}
+        if name and _read_steps(Path(name), problems):
+            return ""
         folders = {work_dir, Path(name).parent} if name else {work_dir}
         if self.out_dir is not None and Path(self.out_dir) != work_dir:
             folders.add(Path(self.out_dir, work_dir.name))  # as before_train will have it
@@ -82,35 +107,36 @@ class CheckpointHook(_CheckpointHook):
             for folder in folders
             if folder.is_dir()
             for path in folder.iterdir()
-            if re.fullmatch(pattern, path.name) and path.is_file()
+            if re.fullmatch(pattern, path.name) and path.is_file() and path not in problems
         ]
-        # The end of a zip file is its table of contents: what was cut short has none.
-        complete = [path for path in files if zipfile.is_zipfile(path)]
-        if name and Path(name) in complete:
-            complete = [path for path in complete if _written(path) > _written(pointer)]
+        complete = [(*steps, str(path)) for path in files if (steps := _read_steps(path, problems))]
+        reasons = "; ".join(problems[path] for path in sorted(problems))
         if complete:
-            newest = max(complete, key=_written)
-            _write_whole(pointer, str(newest))
+            iterations, epochs, path = max(complete)
+            _write_atomically(pointer, path)
             runner.logger.warning(
-                f"{pointer} named {name or 'nothing'}; resuming from the newest complete "
-                f"checkpoint, {newest}"
+                f"{pointer} names {name or 'nothing'}; resuming from the complete checkpoint of "
+                f"the most iterations, {path} (iteration {iterations}, epoch {epochs})"
+                + (f". Left aside: {reasons}" if reasons else "")
             )
-        elif files and not (name and (zipfile.is_zipfile(name) or Path(name).is_dir())):
-            raise ValueError(
-                f"cannot resume: {', '.join(sorted(map(str, files)))} truncated, and no complete "
-                "checkpoint beside; start without --resume, or with load_from=... to name one"
+            return ""
+        if problems:
+            return (
+                f"cannot resume: {reasons}. There is no complete checkpoint beside; start without "
+                "--resume, or with load_from=... to name one"
             )
+        return ""
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        with self._whole(runner):
+        with self._atomic_saves(runner):
             super()._save_checkpoint_with_step(runner, step, meta)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
-        with self._whole(runner):
+        with self._atomic_saves(runner):
             super()._save_best_checkpoint(runner, metrics)
 
     @contextmanager
-    def _whole(self, runner: Any) -> Iterator[None]:
+    def _atomic_saves(self, runner: Any) -> Iterator[None]:
         """Write under a temporary name first, and remove what is outdated last."""
         backend, save = self.file_backend, runner.save_checkpoint
         # FlexibleRunner's strategies write folders, every rank a part. A backend that is not
@@ -118,15 +144,15 @@ class CheckpointHook(_CheckpointHook):
         if type(backend) is not LocalBackend or isinstance(runner, FlexibleRunner):
             yield
             return
-        later, saved = _RemovesLater(backend), set()
+        later, saved = _DeferredRemoval(backend), set()
 
-        def save_whole(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        def save_atomically(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
             path = Path(out_dir, filename)
             save(out_dir, filename + _PARTIAL, *args, **kwargs)
-            _rename_whole(path)
+            _complete(path)
             saved.add(path)
 
-        runner.save_checkpoint, self.file_backend = save_whole, later
+        runner.save_checkpoint, self.file_backend = save_atomically, later
         try:
             yield
         finally:
@@ -136,12 +162,30 @@ class CheckpointHook(_CheckpointHook):
             backend.remove(path)
 
 
-def _written(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def _steps(checkpoint: Any) -> tuple[int, int] | None:
+    """Iterations and epochs that a checkpoint was saved after."""
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    if isinstance(meta, dict):
+        iterations, epochs = meta.get("iter"), meta.get("epoch")
+        if type(iterations) is int and type(epochs) is int:
+            return iterations, epochs
+    return None
+
+
+def _read_steps(path: Path, problems: dict[Path, str]) -> tuple[int, int] | None:
+    """The same of a file; if it is not complete, None, and the reason under ``problems``."""
+    try:
+        steps = _steps(read_checkpoint(path, lazily=True))
+    except (OSError, ValueError) as error:
+        problems[path] = str(error)
+        return None
+    if steps is None:
+        problems[path] = f"{path} {_NO_STEPS}"
+    return steps
 
 
 @master_only
-def _rename_whole(path: Path) -> None:
+def _complete(path: Path) -> None:
     """Give the file under the temporary name its own, once it is on the disk."""
     partial = path.with_name(path.name + _PARTIAL)
     with open(partial, "rb") as file:
@@ -149,6 +193,6 @@ def _rename_whole(path: Path) -> None:
     os.replace(partial, path)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     path.with_name(path.name + _PARTIAL).write_text(text)
-    _rename_whole(path)
+    _complete(path)

@@ -17,7 +17,7 @@ class FiniteGradientHook(Hook):
     """Stop the run, naming the samples, when a gradient or the loss is NaN or infinite.
 
     The gradients are looked at just before every step of the optimizer, so that the weights and the
-    checkpoints stay good: mend or leave out the named files and go on with ``--resume``. Under
+    checkpoints stay good: fix or leave out the named files and go on with ``--resume``. Under
     float16, whose gradient scaler drops steps with infinite gradients as a matter of course, only
     the loss tells. On a GPU this waits for the gradients once an iteration.
 
@@ -43,10 +43,10 @@ class FiniteGradientHook(Hook):
         """Remember the samples, and look at their pixels where these can be NaN at all.
 
         Raises:
-            FloatingPointError: one is NaN or infinite; it would spoil running statistics at once.
+            FloatingPointError: one is NaN or infinite; running statistics would take it in at once.
         """
         self.batches.append(data_batch)
-        if any(_spoilt(image) for image in data_batch["inputs"]):
+        if any(_is_not_finite(image) for image in data_batch["inputs"]):
             self._stop("the images are not finite")
 
     def after_train_iter(
@@ -70,19 +70,19 @@ class FiniteGradientHook(Hook):
             self._stop(f"the gradient is not finite in {len(bad)} parameters, among them {bad[0]}")
 
     def _stop(self, what: str) -> None:
-        names, guilty = [], []
+        names, offending = [], []
         for batch in self.batches:
             for i, sample in enumerate(batch["data_samples"]):
                 name = str(sample.metainfo.get("img_path", sample.metainfo.get("img_id")))
                 names.append(name)
-                if _spoilt(batch["inputs"][i]):
-                    guilty.append(name)
+                if _is_not_finite(batch["inputs"][i]):
+                    offending.append(name)
         where = f"the samples are {', '.join(names)}"
-        if guilty:
-            where = f"there are NaN or infinite pixels in {', '.join(guilty)}"
+        if offending:
+            where = f"there are NaN or infinite pixels in {', '.join(offending)}"
         raise FloatingPointError(
             f"in iteration {self.runner.iter + 1} {what}; {where}. The weights were not changed by "
-            "it: mend or leave out these files and go on with --resume"
+            "it: fix or leave out these files and go on with --resume"
         )
 
 
@@ -90,5 +90,5 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _spoilt(image: Tensor) -> bool:
+def _is_not_finite(image: Tensor) -> bool:
     return image.is_floating_point() and not _is_finite(image)

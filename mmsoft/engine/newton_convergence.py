@@ -35,7 +35,7 @@ class NewtonConvergenceHook(Hook):
             0.01: what is damped for its small eigenvalue counts no more than that.
 
     Raises:
-        ValueError: an option is off; or, when training starts, the model has no softmax-free
+        ValueError: an option is invalid; or, when training starts, the model has no softmax-free
             attention, or only such as does not iterate (``solver='direct'``).
     """
 

@@ -1,22 +1,28 @@
 """SIGKILL at any point of a training run, then `--resume`, through the real runner."""
 
+import builtins
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
 from torch import nn
 
 import mmsoft.models  # noqa: F401  (puts our checkpoint hook in MMEngine's place)
+from mmsoft.checkpoint import read_checkpoint
+from mmsoft.engine import CheckpointHook, checkpoint_hook
 
 # ------------------------------------------------------------------- the checkpoint hook alone
 
@@ -51,12 +57,19 @@ class StopAt(Hook):
             raise KeyboardInterrupt
 
 
+class NoteStart(Hook):
+    """Where a run went on from, as `runner.start`."""
+
+    def before_train(self, runner):
+        runner.start = runner.iter
+
+
 @pytest.fixture
 def run(tmp_path):
     count = iter(range(100))
 
     def run(epochs=4, *, resume=False, stop=None, hooks=(), workers=1, seed=0, **checkpoint):
-        checkpoint.setdefault("interval", 1)
+        checkpoint = dict(interval=1, max_keep_ckpts=1) | checkpoint
         runner = Runner(
             Toy(),
             work_dir=str(tmp_path / "work"),
@@ -69,18 +82,22 @@ def run(tmp_path):
             ),
             train_cfg=dict(by_epoch=True, max_epochs=epochs),
             optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.1)),
-            default_hooks=dict(
-                checkpoint=dict(type="CheckpointHook", max_keep_ckpts=1, **checkpoint)
-            ),
-            custom_hooks=[*hooks, *([StopAt(stop)] if stop is not None else [])],
+            default_hooks=dict(checkpoint=dict(type="CheckpointHook", **checkpoint)),
+            custom_hooks=[NoteStart(), *hooks, *([StopAt(stop)] if stop is not None else [])],
             randomness=dict(seed=seed),
-            resume=resume,
+            resume=bool(resume),
+            load_from=resume if isinstance(resume, str) else None,
             log_level="WARNING",
             experiment_name=f"kill-{tmp_path.name}-{next(count)}",
         )
         torch.manual_seed(0)
         runner.model.layer.reset_parameters()
-        runner.train()
+        try:
+            runner.train()
+        finally:
+            runner.train_dataloader._iterator = (
+                None  # ends its workers, which others would wait for
+            )
         return runner
 
     return run
@@ -129,8 +146,6 @@ def test_random_state_hook_says_what_it_needs(run):
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
-    from mmengine.fileio import LocalBackend
-
     whole = weights(run(hooks=RANDOM_STATE))
     run(2, hooks=RANDOM_STATE)  # starts anew
     with monkeypatch.context() as patch:
@@ -148,33 +163,303 @@ def test_a_failed_write_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "work").glob("*.pth*")] == ["epoch_4.pth"]
 
 
-def test_resume_takes_the_newest_complete_checkpoint(run, tmp_path):
-    work = tmp_path / "work"
-    run(2)
-    whole = (work / "epoch_2.pth").read_bytes()
+# ------------------------------------------------------------------- what a run is resumed from
 
-    def resume(pointer, **files):
-        (work / "last_checkpoint").write_text(pointer)
-        for name, content in files.items():
-            (work / f"{name}.pth").write_bytes(content)
-        run(4, resume=True, interval=100, save_last=False)
-        return (work / "last_checkpoint").read_text()
 
-    for pointer, files in (
-        ("", {}),  # truncated
-        (str(work / "epoch_9.pth"), {}),  # gone
-        (str(work / "epoch_3.pth"), dict(epoch_3=whole[:-100])),
-        (str(work / "epoch_3.pth"), dict(epoch_3=b"")),
-    ):
-        (work / "epoch_3.pth").unlink(missing_ok=True)
-        assert resume(pointer, **files) == str(work / "epoch_2.pth")
-    # Nothing to mend: what is named is whole, and the newest.
-    assert resume(str(work / "epoch_2.pth")) == str(work / "epoch_2.pth")
-    (work / "epoch_3.pth").unlink(missing_ok=True)
-    for path in work.glob("*.pth"):
+@pytest.fixture
+def work(tmp_path):
+    """A folder to put checkpoints in, and to ask what a run in it would be resumed from."""
+    return Work(tmp_path / "work")
+
+
+class Work:
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        self.log = []
+
+    def save(self, name, iterations, epochs=0, *, legacy=False, kept=1.0, **meta):
+        meta = dict(iter=iterations, epoch=epochs) | meta
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        content = dict(meta=meta, state_dict=dict(x=torch.ones(9)), message_hub={})
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+        return path
+
+    def point(self, path):
+        (self.folder / "last_checkpoint").write_text(str(path))
+
+    def files(self):
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in self.folder.rglob("*.*")}
+
+    def resumed_from(self, **options):
+        """The name of the file, which must be in `last_checkpoint` when MMEngine looks there."""
+        logger = SimpleNamespace(warning=self.log.append)
+        folder = str(self.folder)
+        CheckpointHook(**options).before_run(
+            SimpleNamespace(work_dir=folder, _resume=True, _load_from=None, logger=logger)
+        )
+        found = find_latest_checkpoint(folder)
+        return found and os.path.relpath(found, self.folder)
+
+
+@pytest.mark.parametrize("named", ["epoch_1.pth", "best_mIoU_epoch_1.pth", "elsewhere/x.pth"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_complete_checkpoint_that_is_named_is_respected(named, legacy, work):
+    work.save("epoch_2.pth", 6, 2)
+    work.point(work.save(named, 3, 1, legacy=legacy))
+    work.save("epoch_3.pth", 9, 3)
+    before = work.files()
+    assert work.resumed_from() == named
+    assert work.files() == before  # and nothing is written
+    assert not work.log
+
+
+@pytest.mark.parametrize(
+    "pointer", [None, "", "\0\0", "gone/epoch_9.pth", "truncated.pth", "odd.pth"]
+)
+@pytest.mark.parametrize("order", ["forwards", "backwards", "same"])
+def test_otherwise_the_one_of_the_most_iterations_is_taken(pointer, order, work):
+    """Copies and restores change times; the order of names is not that of numbers."""
+    times = dict(forwards=[1, 2, 3], backwards=[3, 2, 1], same=[1, 1, 1])[order]
+    for epoch, time in zip((2, 10, 9), times):
+        os.utime(work.save(f"epoch_{epoch}.pth", 3 * epoch, epoch), (time, time))
+    work.save("epoch_11.pth", 33, 11, kept=0.9)
+    work.save("iter_999.pth", 999)  # of a run that counts otherwise
+    work.save("best_mIoU_epoch_12.pth", 36, 12)  # without the state of the optimizer
+    work.save("truncated.pth", 999, 999, kept=0.5)
+    torch.save(dict(meta=[]), work.folder / "odd.pth")
+    if pointer is not None:
+        work.point(work.folder / pointer if pointer.endswith("pth") else pointer)
+    assert work.resumed_from() == "epoch_10.pth"
+    (message,) = work.log
+    assert "most iterations" in message
+    assert "epoch_10.pth (iteration 30, epoch 10)" in message
+    assert "epoch_11.pth cannot be read as a checkpoint: truncated" in message
+    after = work.files()
+    assert work.resumed_from() == "epoch_10.pth"
+    assert work.files() == after
+    assert len(work.log) == 1
+
+
+def test_what_a_file_holds_counts_and_not_its_name(work):
+    work.save("epoch_3.pth", 3, 1)
+    work.save("epoch_1.pth", 9, 3)
+    work.save("epoch_9.pth", 6, 2)
+    assert work.resumed_from() == "epoch_1.pth"
+
+
+def test_iterations_count_before_epochs_and_then_paths(work):
+    work.save("epoch_1.pth", 9, 1)
+    work.save("epoch_2.pth", 9, 2)
+    work.save("epoch_3.pth", 8, 3)
+    assert work.resumed_from() == "epoch_2.pth"
+    work.save("epoch_4.pth", 9, 2)  # a copy
+    (work.folder / "last_checkpoint").unlink()
+    assert work.resumed_from() == "epoch_4.pth"
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_truncated_file_is_not_complete(named, legacy, kept, work):
+    work.save("iter_7.pth", 7, legacy=legacy)
+    truncated = work.save("iter_8.pth", 8, legacy=legacy, kept=kept)
+    if named:
+        work.point(truncated)
+    assert work.resumed_from(by_epoch=False) == "iter_7.pth"
+
+
+class MakeFolder:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_file_that_is_refused_is_not_complete_and_not_run(named, work):
+    work.save("epoch_1.pth", 3, 1)
+    bad = work.save("epoch_2.pth", 6, 2, extra=MakeFolder(work.folder / "executed"))
+    unsaid = work.save("epoch_3.pth", "9", 3)
+    if named:
+        work.point(bad)
+    assert work.resumed_from() == "epoch_1.pth"
+    assert f"{bad} is refused and nothing in it was run" in work.log[0]
+    assert f"{unsaid} does not say after how many iterations and epochs" in work.log[0]
+    assert not (work.folder / "executed").exists()
+
+
+def test_other_names_and_folders(work, tmp_path):
+    """`out_dir` holds a folder of the same name, names follow `filename_tmpl`, all may be moved."""
+    work.save("state-3.pth", 3)
+    other = tmp_path / "out" / "work"
+    other.mkdir(parents=True)
+    work.save(other / "state-5.pth", 5)
+    options = dict(by_epoch=False, filename_tmpl="state-{}.pth", out_dir=str(tmp_path / "out"))
+    assert work.resumed_from(**options) == "../out/work/state-5.pth"
+    work.point(tmp_path / "moved" / "state-9.pth")
+    assert work.resumed_from(**options) == "../out/work/state-5.pth"
+    (tmp_path / "moved").mkdir()
+    work.save(tmp_path / "moved" / "state-8.pth", 8)
+    work.point(tmp_path / "moved" / "state-9.pth")
+    assert work.resumed_from(**options) == "../moved/state-8.pth"
+
+
+def test_nothing_to_resume_from(work):
+    assert work.resumed_from() is None  # MMEngine starts anew
+    assert os.listdir(work.folder) == []
+    work.point("s3://bucket/epoch_3.pth")
+    work.save("epoch_1.pth", 3, 1)
+    assert work.resumed_from() == os.path.relpath("s3://bucket/epoch_3.pth", work.folder)
+    work.point(work.folder / "epoch_9.pth")
+    for path in work.folder.glob("*.pth"):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cannot resume: .*epoch_2.pth.* truncated"):
-        resume(str(work / "epoch_2.pth"))
+    before = work.files()
+    message = (
+        r"cannot resume: .*/epoch_1.pth cannot be read as a checkpoint: truncated.*epoch_9.pth"
+    )
+    with pytest.raises(ValueError, match=message):
+        work.resumed_from()
+    assert work.files() == before
+
+
+def test_other_processes_learn_what_the_first_one_found(work, monkeypatch):
+    """Or they would wait for it in vain."""
+    work.save("epoch_1.pth", 3, 1, kept=0.5)
+    sent = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_hook, "broadcast_object_list", lambda data: sent.append(data[0]))
+        with pytest.raises(ValueError, match="cannot resume"):
+            work.resumed_from()
+    monkeypatch.setattr(checkpoint_hook, "is_main_process", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint_hook, "broadcast_object_list", lambda data: data.__setitem__(0, sent[0])
+        )
+        with pytest.raises(ValueError, match="cannot resume"):
+            work.resumed_from()
+    before = work.files()
+    assert work.resumed_from() is None  # by itself it does nothing
+    assert work.files() == before
+
+
+def test_flexible_runner_is_left_alone(work):
+    runner = FlexibleRunner.__new__(FlexibleRunner)
+    runner._resume, runner._load_from, runner._work_dir = True, None, str(work.folder)
+    work.save("epoch_1.pth", 3, 1)
+    CheckpointHook().before_run(runner)
+    assert os.listdir(work.folder) == ["epoch_1.pth"]
+
+
+def test_the_runner_goes_on_from_there(run, tmp_path):
+    work = tmp_path / "work"
+    run(3, workers=0, max_keep_ckpts=-1)
+    pointer = work / "last_checkpoint"
+    pointer.write_text(str(work / "epoch_2.pth"))
+    assert run(4, resume=True, workers=0, interval=100, save_last=False).start == 6
+    pointer.unlink()
+    for epoch, time in ((1, 30), (2, 20), (3, 10)):
+        os.utime(work / f"epoch_{epoch}.pth", (time, time))
+    assert run(4, resume=True, workers=0, interval=100, save_last=False).start == 9
+    (work / "epoch_3.pth").write_bytes((work / "epoch_3.pth").read_bytes()[:-100])
+    assert run(4, resume=True, workers=0, interval=100, save_last=False).start == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(iter="6"), "does not say after how many iterations and epochs it was saved"),
+        (dict(epoch=None), "does not say after how many iterations and epochs it was saved"),
+        (dict(seed=[0]), "the seed in the checkpoint is not an integer"),
+    ],
+)
+def test_a_meta_that_cannot_be_resumed_from(change, message, run, tmp_path):
+    run(2, workers=0)
+    path = tmp_path / "work/epoch_2.pth"
+    content = torch.load(path)
+    content["meta"].update(change)
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=f"cannot resume: .*{message}"):
+        run(4, workers=0, resume=str(path))
+
+
+# -------------------------------------------------------------------------- kills while it saves
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(point, patch, number):
+    """Raise at a point of save `number` what nothing catches, after which files stay as they are.
+
+    MMEngine's steps of a save and ours, in this order: write, rename, name in `last_checkpoint`,
+    remove the oldest.
+    """
+    calls = dict.fromkeys(("write", "rename", "pointer", "remove"), 0)
+
+    def killing(owner, attribute, step, when, half=None):
+        original = getattr(owner, attribute)
+
+        def replacement(*args, **kwargs):
+            if not when(*args):
+                return original(*args, **kwargs)
+            calls[step] += 1
+            if point == f"before {step}" and calls[step] == number:
+                raise Killed
+            if point == f"in {step}" and calls[step] == number:
+                half(*args)
+                raise Killed
+            result = original(*args, **kwargs)
+            if point == f"after {step}" and calls[step] == number:
+                raise Killed
+            return result
+
+        patch.setattr(owner, attribute, replacement)
+
+    def half(backend, data, path):
+        Path(path).write_bytes(data[: len(data) // 2])
+
+    def is_pointer(path, mode="r", *args):
+        return str(path).endswith("last_checkpoint") and mode == "w"
+
+    killing(LocalBackend, "put", "write", lambda *args: True, half)
+    killing(os, "replace", "rename", lambda source, target: ".pth" in str(target))
+    killing(builtins, "open", "pointer", is_pointer, lambda path, mode: Path(path).write_text(""))
+    killing(LocalBackend, "remove", "remove", lambda *args: True)
+
+
+@pytest.mark.parametrize(
+    ("point", "start", "left"),
+    [
+        # The third checkpoint, after 9 iterations, is about to replace the second.
+        ("before write", 6, [2]),
+        ("in write", 6, [2]),
+        ("after write", 6, [2]),
+        ("before rename", 6, [2]),
+        ("after rename", 6, [2, 3]),  # the second is still the one that is named
+        ("before pointer", 6, [2, 3]),
+        ("in pointer", 9, [2, 3]),
+        ("before remove", 9, [2, 3]),
+        ("after remove", 9, [3]),
+    ],
+)
+def test_a_kill_at_every_point_of_a_save(point, start, left, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        # The first is replaced, and so removed, when the second is there.
+        kill_at(point, patch, 2 if point.endswith("remove") else 3)
+        with pytest.raises(Killed):
+            run(workers=0)
+    names = sorted(path.name for path in (tmp_path / "work").glob("*.pth"))
+    assert names == [f"epoch_{epoch}.pth" for epoch in left]
+    resumed = run(workers=0, resume=True)
+    assert resumed.start == start
+    assert resumed.iter == 12
+    last = read_checkpoint((tmp_path / "work/last_checkpoint").read_text())
+    assert last["meta"]["iter"] == 12
 
 
 # --------------------------------------------------------------------------- the real training
@@ -236,6 +521,25 @@ def same(a, b):
     return a == b
 
 
+def held(path):
+    """Iterations and epochs of a checkpoint that loads."""
+    try:
+        meta = torch.load(path, weights_only=True)["meta"]
+    except (OSError, RuntimeError):
+        return None
+    return meta["iter"], meta["epoch"]
+
+
+def expected_start(folder):
+    """What a run in this folder should go on from: what is named, or the most iterations."""
+    pointer = folder / "last_checkpoint"
+    named = pointer.read_text() if pointer.exists() else ""
+    if named and (found := held(named)):
+        return found
+    files = [*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")]
+    return max(filter(None, map(held, files)), default=None)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("package", CONFIGS)
 def test_ten_kills(package, root, tmp_path):
@@ -268,15 +572,25 @@ def test_ten_kills(package, root, tmp_path):
         assert done.returncode == expected, f"{kill}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout + done.stderr
 
+    def resume(kill):
+        """From which iteration and epoch the run went on, by its own word."""
+        expected = expected_start(tmp_path / "killed")
+        found = re.findall(r"resumed epoch: (\d+), iter: (\d+)", run("killed", kill, "--resume"))
+        start = [(int(iterations), int(epochs)) for epochs, iterations in found]
+        assert start == ([expected] if expected else []), kill
+        return start[0] if start else (0, 0)
+
     run("whole", "never")
-    start = []
+    starts = []
     for kill in ten_points():
-        log = run("killed", kill, "--resume")
-        start.append(log.split("resumed epoch: ")[-1].split("\n")[0] if "resumed" in log else "")
+        starts.append(resume(kill))
         if kill.startswith("write"):
             assert list((tmp_path / "killed").glob("*.pth.partial"))  # cut short
-        print(kill, "|", start[-1], "|", sorted(os.listdir(tmp_path / "killed")))
-    run("killed", "never", "--resume")
+        print(kill, "|", starts[-1], "|", sorted(os.listdir(tmp_path / "killed")))
+    starts.append(resume("never"))
+    assert starts == sorted(starts)
+    assert starts[0] == (0, 0)
+    assert len(set(starts)) >= 5  # of eleven: some kills come before there is anything new
     whole, killed = (
         torch.load(tmp_path / name / last, weights_only=True) for name in ("whole", "killed")
     )
