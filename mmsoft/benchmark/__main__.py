@@ -173,24 +173,19 @@ def plan(args: argparse.Namespace) -> list[Group]:
     groups: list[Group] = []
     for (size, batch, mode), variant in itertools.product(backbones, variants):
         names = [n for n in args.models or BACKBONES if mode == "forward" or n not in FORWARD_ONLY]
-        groups.append(
-            ("results", [Case("backbone", name, size, batch, mode, **variant) for name in names])
-        )
+        cases = [Case("backbone", name, size, batch, mode, **variant) for name in names]
+        groups.append(("results", cases))
     for size in sections["scaling"] or []:
         groups.append(("scaling", [Case("backbone", n, size, **eager[0]) for n in SCALING_MODELS]))
     for side, mode in itertools.product(sections["operator"] or [], MODES):
-        groups.append(
-            (
-                "operator",
-                [Case("operator", n, (side, side), mode=mode, **eager[0]) for n in OPERATORS],
-            )
-        )
+        cases = [Case("operator", n, (side, side), mode=mode, **eager[0]) for n in OPERATORS]
+        groups.append(("operator", cases))
     if whole := sections["whole"]:
         sizes = {"RetinaNet": whole[0], "UperNet": whole[-1]}
         for (task, size), variant in itertools.product(sizes.items(), eager):
             names = [name for name, model in WHOLE.items() if model.task == task]
             groups.append(("whole", [Case("whole", name, size, **variant) for name in names]))
-    return groups
+    return [group for group in groups if group[1]]
 
 
 def entry(section: str, case: Case, figures: dict[str, Any]) -> dict[str, Any]:
@@ -278,6 +273,8 @@ def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.whole and len(args.whole) > 2:
         p.error("--whole takes the size for RetinaNet and that for UperNet")
     groups = plan(args)
+    if not groups:
+        p.error(f"nothing to measure: {' '.join(args.models)} has no mode but forward here")
     device = groups[0][1][0].device
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch sees no CUDA device; use --device cpu")

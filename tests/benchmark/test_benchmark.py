@@ -169,6 +169,7 @@ def test_writes_everything(command, tmp_path):
         (("--sizes", "8"), ("'8'", "at least 32")),
         (("--repeats", "0"), ("--repeats", "positive")),
         (("--preset", "cpu", "--sizes", "64"), ("--preset", "--sizes", "leave")),
+        (("--models", "released-tiny", "--modes", "train"), ("released-tiny", "forward")),
         (("--write-docs", "none.json"), ("none.json",)),
         (("plot", "none.json"), ("none.json",)),
     ],
