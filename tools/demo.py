@@ -22,9 +22,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -38,6 +40,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
+Panel = Callable[[Any], None]  # draws on the axes it is given
 DATA = "data/shapes"
 VARIANTS = ("softpp-mini", "softpp-mini-no-attention", "pvt-t")
 NEEDED_BYTES = 500e6  # data, checkpoints and pictures take less
@@ -111,7 +114,7 @@ def mim(title: str, arguments: list[str], log: Path) -> None:
             errors="replace",
         ) as process,
     ):
-        for line in process.stdout:
+        for line in process.stdout or ():
             file.write(line)
             if match := PROGRESS.search(line):
                 phase, rest = match.groups()
@@ -194,16 +197,23 @@ def paint(rows: list[list], titles: list[str], legend: list, path: Path) -> None
     plt.close(figure)
 
 
-def show_picture(axis, picture: np.ndarray, grey: bool) -> None:
+def show_picture(axis: Any, picture: np.ndarray, grey: bool) -> None:
     """Draw a picture, in colour or, where colours are to lie over it, in grey."""
     pixels = picture.mean(-1) if grey else picture
     axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
 
 
-def show_objects(picture, colours, boxes, labels, masks, scores=None):
+def show_objects(
+    picture: np.ndarray,
+    colours: np.ndarray,
+    boxes: Any,
+    labels: Any,
+    masks: Any,
+    scores: Any = None,
+) -> Panel:
     """A panel: the picture in grey under masks, with boxes and, if given, their scores."""
 
-    def panel(axis) -> None:
+    def panel(axis: Any) -> None:
         show_picture(axis, picture, grey=True)
         for mask, label in zip(masks, labels, strict=True):
             colour = np.broadcast_to(colours[label], (*mask.shape, 3))
@@ -224,10 +234,10 @@ def show_objects(picture, colours, boxes, labels, masks, scores=None):
     return panel
 
 
-def show_classes(picture, index, palette):
+def show_classes(picture: np.ndarray, index: np.ndarray, palette: np.ndarray) -> Panel:
     """A panel: the picture in grey under the colours of an index map (0 is background)."""
 
-    def panel(axis) -> None:
+    def panel(axis: Any) -> None:
         show_picture(axis, picture, grey=True)
         coloured = np.dstack([palette[index], np.where(index > 0, 0.65, 0.0)])
         axis.imshow(coloured, interpolation="nearest")
@@ -235,9 +245,12 @@ def show_classes(picture, index, palette):
     return panel
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """An image file as RGB."""
-    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+def read_picture(path: Path, grey: bool = False) -> np.ndarray:
+    """An image file as RGB, or one of a single channel."""
+    picture = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+    if picture is None:
+        raise DemoError(f"{path} is not an image that can be read")
+    return picture if grey else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 
 
 def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
@@ -255,7 +268,7 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(ROOT / DATA / "coco/annotations/instances_val2017.json")
-    rows = {"detection": [], "segmentation": []}
+    rows: dict[str, list[list[Panel]]] = {"detection": [], "segmentation": []}
     results = load(detection.folder(work_dir) / detection.out)
     for result in sorted(results, key=lambda result: result["img_id"])[:PAINTED]:
         ident = result["img_id"]
@@ -279,7 +292,7 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
         picture = read_picture(ROOT / DATA / "ade/images/validation" / f"{path.stem}.jpg")
         maps = (path, segmentation.folder(work_dir) / segmentation.out / path.name)
         # Both files count from 1: 0 is "unlabelled" in ADE20K.
-        pair = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) - 1 for file in maps]
+        pair = [read_picture(file, grey=True) - 1 for file in maps]
         rows["segmentation"].append(
             [
                 partial(show_picture, picture=picture, grey=False),
@@ -334,7 +347,7 @@ def demo(variant: str, seed: int = 0) -> None:
         )
     make_data()
     detection, segmentation = tasks(variant)
-    summary = {}
+    summary: dict[str, float] = {}
     for task in (detection, segmentation):
         summary |= train_and_test(task, work_dir, seed)
     print("\n== painting", flush=True)
