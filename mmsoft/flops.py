@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 import torch
-from mmengine.analysis import FlopAnalyzer, complexity_analysis
+from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -63,20 +63,19 @@ def _handle(name: str, macs: Callable[..., int], shapes: int, constants: tuple =
 
 
 HANDLES = {
-    f"{namespace}::{name}": _handle(name, macs, shapes, constants)
-    for namespace, name, macs, shapes, constants in (
-        ("mmsoft", "gaussian_kernel_product", gaussian_kernel_product_macs, 3, ()),
-        ("mmsoft", "newton_raphson_pinv", newton_raphson_pinv_macs, 1, (3,)),
-        ("mmsoft", "tikhonov_solve", lambda a, mu, b: tikhonov_solve_macs(a, b), 3, ()),
-        ("aten", "scaled_dot_product_attention", scaled_dot_product_attention_macs, 3, ()),
+    f"mmsoft::{name}": _handle(name, macs, shapes, constants)
+    for name, macs, shapes, constants in (
+        ("gaussian_kernel_product", gaussian_kernel_product_macs, 3, ()),
+        ("newton_raphson_pinv", newton_raphson_pinv_macs, 1, (3,)),
+        ("tikhonov_solve", lambda a, mu, b: tikhonov_solve_macs(a, b), 3, ()),
     )
 }
-
-
-def register() -> None:
-    """Give MMEngine the handles it lacks."""
-    for name, handle in HANDLES.items():
-        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(name, handle)
+# Of other models; ours are traced without it.
+_FUSED = {
+    "aten::scaled_dot_product_attention": _handle(
+        "scaled_dot_product_attention", scaled_dot_product_attention_macs, 3
+    )
+}
 
 
 def tensor_model(config: Config, shape: tuple[int, int]) -> Any:
@@ -105,8 +104,7 @@ def tensor_model(config: Config, shape: tuple[int, int]) -> Any:
 @torch.no_grad()
 def analyse(model: nn.Module, images: Tensor) -> FlopAnalyzer:
     """Count the multiply-adds of ``model(images)``, of our backbones or others."""
-    register()
-    analysis = FlopAnalyzer(model, images)
+    analysis = FlopAnalyzer(model, images).set_op_handle(**HANDLES, **_FUSED)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operator that nobody counts

@@ -229,7 +229,11 @@ class SoftmaxAttention(nn.Module):
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if torch.jit.is_tracing():  # as get_flops does, whose counters know no fused attention
+            logits = (q * q.shape[-1] ** -0.5) @ k.mT
+            out = (logits if bias is None else logits + bias).softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _keys(self, x: Tensor, hw_shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
