@@ -10,6 +10,6 @@ from mmsoft.version import __version__
 
 _integration.check_versions()
 _integration.register_config_prefix()
-_integration.allow_mmengine_checkpoints()
+_integration.allow_checkpoints()
 
 __all__ = ["__version__"]

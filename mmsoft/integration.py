@@ -4,14 +4,17 @@ Nothing here changes what other models, configs or checkpoints do. What replaces
 is asked for by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoint.loader`.
 """
 
+import argparse
 import sys
+from collections.abc import Callable
 from importlib import metadata
+from pickle import UnpicklingError
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 # Import name -> (distributions that provide it, versions). From torch 2.6 on loading a checkpoint
-# runs no code from it, and safe globals can be named (see allow_mmengine_checkpoints); mmdet and
+# runs no code from it, and safe globals can be named (see allow_checkpoints); mmdet and
 # mmseg refuse mmcv 2.2.
 CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str]] = {
     "torch": (("torch",), ">=2.6"),
@@ -49,20 +52,59 @@ def register_config_prefix() -> None:
     MODULE2PACKAGE.setdefault("mmsoft", "mmsoft.version")
 
 
-def allow_mmengine_checkpoints() -> None:
-    """Let torch load the checkpoints that MMEngine writes.
+def allow_checkpoints() -> None:
+    """Let torch load the checkpoints that MMEngine writes, and those of the authors.
 
     Since torch 2.6 ``torch.load`` accepts only listed globals, and MMEngine (up to 0.10.7) neither
     lists what its message hub pickles nor asks for the old behaviour, so it cannot resume or test
     from its own files (open-mmlab/mmengine issue 1655). The list here is what such files need and
-    no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers,
-    each of them made by a stand-in that takes no more than is stored.
+    no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers.
+    Released files need ``argparse.Namespace``, which only holds attributes.
     """
+    import numpy as np
     import torch
+    from mmengine.logging import HistoryBuffer
 
-    from mmsoft.unpickling import safe_globals
+    # Where NumPy 2 keeps the functions that rebuild arrays and scalars, and where NumPy 1 did.
+    multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+    rebuilders = [
+        (getattr(multiarray, function), f"numpy.{core}.multiarray.{function}")
+        for function in ("_reconstruct", "scalar")
+        for core in ("core", "_core")
+    ]
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+    torch.serialization.add_safe_globals(
+        [
+            argparse.Namespace,
+            HistoryBuffer,
+            (_history_statistic, "builtins.getattr"),
+            np.ndarray,
+            np.dtype,
+            *dtypes,
+            *rebuilders,
+        ]
+    )
 
-    torch.serialization.add_safe_globals(safe_globals())
+
+def _history_statistic(owner: type, name: str) -> Callable[..., float]:
+    """Stand in for `getattr` where a history buffer's pickle asks for its methods, and only there.
+
+    The real `getattr` in the list would let a crafted file reach any attribute of listed objects.
+    """
+    from mmengine.logging import HistoryBuffer
+
+    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
+        return getattr(HistoryBuffer, name)
+    raise UnpicklingError(f"refused getattr of a {type(owner).__name__} in a checkpoint")
+
+
+def register_flop_counters() -> None:
+    """Let the ``get_flops`` of every library count our operators, which MMEngine does not know."""
+    from mmengine.analysis import complexity_analysis
+
+    from mmsoft.flops import HANDLES
+
+    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(HANDLES)
 
 
 def _installed_version(distributions: tuple[str, ...]) -> str | None:

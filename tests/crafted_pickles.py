@@ -177,7 +177,6 @@ def _overlapping(size, after=(), by="_rebuild_tensor_v2", kind="Byte", before=()
 
 _TO_FLOAT = (name("torch.float32"), text("cpu"), b"\x89")
 _QUANTIZER = group(name("torch.per_tensor_affine"), b"G" + b"\0" * 8, number(0))
-# What torch.load takes; only our own ways of reading refuse it.
 CLAIMS = {
     "bytearray": (call("__builtin__.bytearray", number(GIB)), "a call of bytearray that stores no"),
     "encode": (

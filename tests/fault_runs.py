@@ -64,7 +64,9 @@ def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterati
     config.train_dataloader.sampler = dict(type="InfiniteSampler", shuffle=False)
     config.train_dataloader.pop("batch_sampler", None)
     config.param_scheduler = None
-    config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, save_last=False)
+    config.default_hooks.checkpoint = dict(
+        type="mmsoft.CheckpointHook", by_epoch=False, save_last=False
+    )
     config.default_hooks.logger.interval = 1
     config.log_processor.by_epoch = False
     config.work_dir = str(work_dir)

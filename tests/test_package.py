@@ -244,3 +244,43 @@ def test_mim_and_mmengine_find_the_configs_of_the_wheel(fresh_python, run_outsid
     (package,) = (tmp_path / "venv").glob("lib/python*/site-packages/mmsoft")
     assert (package / ".mim" / "model-index.yml").is_file()
     assert process.stdout.splitlines() == [str(package)] * 3, process.stderr
+
+
+UNCHANGED = """
+import torch
+from mmengine.analysis.complexity_analysis import _DEFAULT_SUPPORTED_FLOP_OPS as counters
+from mmengine.hooks import CheckpointHook
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+
+def state():
+    return dict(
+        loaders=dict(CheckpointLoader._schemes),
+        counters={name: f for name, f in counters.items() if not name.startswith("mmsoft::")},
+        hooks=dict(HOOKS.module_dict),
+        models=dict(MODELS.module_dict),
+        constructors=dict(OPTIM_WRAPPER_CONSTRUCTORS.module_dict),
+        threads=torch.get_num_threads(),
+        dtype=torch.get_default_dtype(),
+        matmul=torch.get_float32_matmul_precision(),
+        tf32=(torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+    )
+
+import torchvision, mmcv.cnn, mmengine.model, mmengine.optim  # which register something themselves
+before = state()
+import mmsoft.models, mmsoft.engine, mmsoft.checkpoint, mmsoft.analysis, mmsoft.visualization
+import mmsoft.benchmark
+after = state()
+assert HOOKS.get("CheckpointHook") is CheckpointHook
+assert HOOKS.get("mmsoft.CheckpointHook") is mmsoft.engine.CheckpointHook
+for key in before:
+    assert before[key] == after[key], key
+import mmsoft.checkpoint.loader
+assert state()["loaders"] != before["loaders"]
+"""
+
+
+def test_an_import_changes_nothing_for_others(run_outside):
+    """What replaces a part of MMEngine is asked for by name."""
+    done = run_outside("-W", "ignore", "-c", UNCHANGED)
+    assert done.returncode == 0, done.stderr[-2000:]

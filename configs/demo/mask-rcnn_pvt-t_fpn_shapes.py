@@ -1,8 +1,5 @@
 _base_ = "./mask-rcnn_softpp-mini_fpn_shapes.py"
 
-# Lets torch 2.6 and newer load the checkpoints that MMEngine writes.
-custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
-
 model = dict(
     backbone=dict(
         _delete_=True,

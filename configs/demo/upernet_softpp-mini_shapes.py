@@ -1,7 +1,8 @@
 # UperNet with a small SOFT++ backbone on the generated shapes, from random initialization.
 _base_ = "mmseg::upernet/upernet_r18_4xb4-160k_ade20k-512x512.py"
-# Before anything else, so that inferencers can load a checkpoint before they build the model.
-custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
+# Safe reading of checkpoints, and of released ones wherever a config names them; before anything
+# else, because inferencers load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft.checkpoint.loader"], allow_failed_imports=False)
 
 norm_cfg = dict(type="BN", requires_grad=True)
 # MMSegmentation starts the classifiers at 0.01: the shapes' rows then begin alike, and the many
@@ -80,5 +81,8 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=1400),
 ]
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=700, max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(interval=25),
+    checkpoint=dict(type="mmsoft.CheckpointHook", interval=700, max_keep_ckpts=1),
+)
 randomness = dict(seed=0)

@@ -1,8 +1,10 @@
 # Mask R-CNN with SOFT++ Tiny, COCO 1x. The authors released no recipe: this is a reconstruction
 # from PVT's, of the same lab (AdamW 1e-4 with weight decay 1e-4; 8 GPUs with 2 images each).
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
-# Before anything else, so that inferencers can load a checkpoint before they build the model.
-custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
+# Safe reading of checkpoints, and of released ones wherever a config names them; before anything
+# else, because inferencers load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft.checkpoint.loader"], allow_failed_imports=False)
+default_hooks = dict(checkpoint=dict(type="mmsoft.CheckpointHook"))  # survives a kill
 
 model = dict(
     backbone=dict(

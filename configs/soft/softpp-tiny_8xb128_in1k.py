@@ -1,7 +1,9 @@
 # SOFT++ Tiny on ImageNet-1k by the authors' released recipe.
 _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
-# Before anything else, so that inferencers can load a checkpoint before they build the model.
-custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
+# Safe reading of checkpoints, and of released ones wherever a config names them; before anything
+# else, because inferencers load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft.checkpoint.loader"], allow_failed_imports=False)
+default_hooks = dict(checkpoint=dict(type="mmsoft.CheckpointHook"))  # survives a kill
 
 model = dict(
     backbone=dict(

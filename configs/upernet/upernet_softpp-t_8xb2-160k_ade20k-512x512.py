@@ -2,8 +2,10 @@
 # Swin's, on which such results are commonly built (AdamW 6e-5 with weight decay 0.01; 8 GPUs with 2
 # images each).
 _base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
-# Before anything else, so that inferencers can load a checkpoint before they build the model.
-custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
+# Safe reading of checkpoints, and of released ones wherever a config names them; before anything
+# else, because inferencers load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft.checkpoint.loader"], allow_failed_imports=False)
+default_hooks = dict(checkpoint=dict(type="mmsoft.CheckpointHook"))  # survives a kill
 
 model = dict(
     backbone=dict(

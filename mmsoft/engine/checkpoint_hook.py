@@ -1,6 +1,5 @@
 """Checkpoints that a kill cannot corrupt, in place of MMEngine's hook."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,33 +7,44 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from mmengine.dist import broadcast_object_list, is_main_process, master_only
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook as _CheckpointHook
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import FlexibleRunner
 
 from mmsoft.checkpoint import read_checkpoint
+from mmsoft.fileio import write_whole
+from mmsoft.registry import HOOKS
 
-_PARTIAL = ".partial"
 _NO_STEPS = "does not say after how many iterations and epochs it was saved"
 
 
 class _DeferredRemoval:
-    """A file backend that notes what to remove instead of removing it."""
+    """A file backend that notes what to remove instead of removing it.
 
-    def __init__(self, backend: LocalBackend):
+    Nothing outside the folder of the checkpoints is noted. What to remove is named in the
+    checkpoint that a run was resumed from: that may be crafted, or the run a copy of another.
+    """
+
+    def __init__(self, backend: LocalBackend, folder: str):
         self.backend = backend
+        self.folder = Path(folder)
         self.outdated: set[Path] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
+    def isdir(self, path: str) -> bool:
+        return False  # MMEngine would remove the folder; checkpoints here are files
+
+    def isfile(self, path: str) -> bool:
+        return Path(path).parent == self.folder and self.backend.isfile(path)
+
     def remove(self, path: str) -> None:
         self.outdated.add(Path(path))
 
 
-@MMENGINE_HOOKS.register_module(name="CheckpointHook", force=True)
+@HOOKS.register_module()
 class CheckpointHook(_CheckpointHook):
     """MMEngine's hook, with the same options and files, for runs that may be killed at any moment.
 
@@ -50,9 +60,12 @@ class CheckpointHook(_CheckpointHook):
     copied or restored. Copies of the same state are all the same; the last path is taken. Nor does
     resuming execute what a checkpoint holds.
 
-    Registered under MMEngine's own name once the models of this package are imported, so that every
-    config gets it. Runs with ``FlexibleRunner``, and checkpoints that do not go to a local folder,
-    are left as they were.
+    Asked for by name, as our configs do::
+
+        default_hooks = dict(checkpoint=dict(type='mmsoft.CheckpointHook'))
+
+    Runs with ``FlexibleRunner``, and checkpoints that do not go to a local folder, are left as they
+    were.
     """
 
     file_backend: Any
@@ -78,16 +91,23 @@ class CheckpointHook(_CheckpointHook):
         it only compares numbers of GPUs in it.
 
         Raises:
-            ValueError: to resume from it, numbers of iterations and epochs, and a seed if there is
-                one, are needed.
+            ValueError: it does not say how to resume from it: iterations and epochs done and, where
+                it has them, the seed and the numbers of the checkpoints to keep must be integers.
         """
         meta = checkpoint.get("meta")
         if isinstance(meta, dict) and meta.pop("config", None) is not None:
             runner.logger.warning("the config in the checkpoint's meta was dropped, not executed")
-        if runner._resume and _steps(checkpoint) is None:
+        if not runner._resume:
+            return
+        if _steps(checkpoint) is None:
             raise ValueError(f"cannot resume: the checkpoint {_NO_STEPS}")
-        if runner._resume and type(checkpoint["meta"].get("seed")) not in (int, NoneType):
+        hub = checkpoint.get("message_hub")
+        info = hub.get("runtime_info") if isinstance(hub, dict) else None
+        kept = info.get("keep_ckpt_ids", []) if isinstance(info, dict) else []
+        if type(checkpoint["meta"].get("seed", 0)) not in (int, NoneType):
             raise ValueError("cannot resume: the seed in the checkpoint is not an integer")
+        if type(kept) is not list or any(type(number) is not int for number in kept):
+            raise ValueError("cannot resume: keep_ckpt_ids in the checkpoint are not integers")
 
     def _repair_last_checkpoint(self, runner: Any) -> str:
         """Let ``last_checkpoint`` name a complete checkpoint; returns why that cannot be done."""
@@ -107,13 +127,14 @@ class CheckpointHook(_CheckpointHook):
             for folder in folders
             if folder.is_dir()
             for path in folder.iterdir()
-            if re.fullmatch(pattern, path.name) and path.is_file() and path not in problems
+            if re.fullmatch(pattern, path.name) and path.is_file()
         ]
         complete = [(*steps, str(path)) for path in files if (steps := _read_steps(path, problems))]
         reasons = "; ".join(problems[path] for path in sorted(problems))
         if complete:
             iterations, epochs, path = max(complete)
-            _write_atomically(pointer, path)
+            with write_whole(pointer) as partial:
+                partial.write_text(path)
             runner.logger.warning(
                 f"{pointer} names {name or 'nothing'}; resuming from the complete checkpoint of "
                 f"the most iterations, {path} (iteration {iterations}, epoch {epochs})"
@@ -144,12 +165,15 @@ class CheckpointHook(_CheckpointHook):
         if type(backend) is not LocalBackend or isinstance(runner, FlexibleRunner):
             yield
             return
-        later, saved = _DeferredRemoval(backend), set()
+        later, saved = _DeferredRemoval(backend, self.out_dir), set()
 
         def save_atomically(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
             path = Path(out_dir, filename)
-            save(out_dir, filename + _PARTIAL, *args, **kwargs)
-            _complete(path)
+            if is_main_process():
+                with write_whole(path) as partial:
+                    save(out_dir, partial.name, *args, **kwargs)
+            else:  # which writes nothing, but gathers its part of the state
+                save(out_dir, filename, *args, **kwargs)
             saved.add(path)
 
         runner.save_checkpoint, self.file_backend = save_atomically, later
@@ -182,17 +206,3 @@ def _read_steps(path: Path, problems: dict[Path, str]) -> tuple[int, int] | None
     if steps is None:
         problems[path] = f"{path} {_NO_STEPS}"
     return steps
-
-
-@master_only
-def _complete(path: Path) -> None:
-    """Give the file under the temporary name its own, once it is on the disk."""
-    partial = path.with_name(path.name + _PARTIAL)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.with_name(path.name + _PARTIAL).write_text(text)
-    _complete(path)

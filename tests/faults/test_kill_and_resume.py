@@ -20,7 +20,6 @@ from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
 from torch import nn
 
-import mmsoft.models  # noqa: F401  (puts our checkpoint hook in MMEngine's place)
 from mmsoft.checkpoint import read_checkpoint
 from mmsoft.engine import CheckpointHook, checkpoint_hook
 
@@ -82,7 +81,7 @@ def run(tmp_path):
             ),
             train_cfg=dict(by_epoch=True, max_epochs=epochs),
             optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.1)),
-            default_hooks=dict(checkpoint=dict(type="CheckpointHook", **checkpoint)),
+            default_hooks=dict(checkpoint=dict(type="mmsoft.CheckpointHook", **checkpoint)),
             custom_hooks=[NoteStart(), *hooks, *([StopAt(stop)] if stop is not None else [])],
             randomness=dict(seed=seed),
             resume=bool(resume),
@@ -188,7 +187,8 @@ class Work:
         return path
 
     def point(self, path):
-        (self.folder / "last_checkpoint").write_text(str(path))
+        path = path if isinstance(path, bytes) else os.fsencode(path)
+        (self.folder / "last_checkpoint").write_bytes(path)
 
     def files(self):
         return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in self.folder.rglob("*.*")}
@@ -217,7 +217,7 @@ def test_a_complete_checkpoint_that_is_named_is_respected(named, legacy, work):
 
 
 @pytest.mark.parametrize(
-    "pointer", [None, "", "\0\0", "gone/epoch_9.pth", "truncated.pth", "odd.pth"]
+    "pointer", [None, "", "\0\0", b"\xff", "gone/epoch_9.pth", "truncated.pth", "odd.pth"]
 )
 @pytest.mark.parametrize("order", ["forwards", "backwards", "same"])
 def test_otherwise_the_one_of_the_most_iterations_is_taken(pointer, order, work):
@@ -231,7 +231,7 @@ def test_otherwise_the_one_of_the_most_iterations_is_taken(pointer, order, work)
     work.save("truncated.pth", 999, 999, kept=0.5)
     torch.save(dict(meta=[]), work.folder / "odd.pth")
     if pointer is not None:
-        work.point(work.folder / pointer if pointer.endswith("pth") else pointer)
+        work.point(work.folder / pointer if str(pointer).endswith("pth") else pointer)
     assert work.resumed_from() == "epoch_10.pth"
     (message,) = work.log
     assert "most iterations" in message
@@ -369,21 +369,69 @@ def test_the_runner_goes_on_from_there(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "change", "message"),
     [
-        (dict(iter="6"), "does not say after how many iterations and epochs it was saved"),
-        (dict(epoch=None), "does not say after how many iterations and epochs it was saved"),
-        (dict(seed=[0]), "the seed in the checkpoint is not an integer"),
+        ("meta", dict(iter="6"), "does not say after how many iterations and epochs it was saved"),
+        (
+            "meta",
+            dict(epoch=None),
+            "does not say after how many iterations and epochs it was saved",
+        ),
+        ("meta", dict(seed=[0]), "the seed in the checkpoint is not an integer"),
+        (
+            "runtime_info",
+            dict(keep_ckpt_ids=["/../../x"]),
+            "keep_ckpt_ids in the checkpoint are not",
+        ),
+        (
+            "runtime_info",
+            dict(keep_ckpt_ids="2"),
+            "keep_ckpt_ids in the checkpoint are not integers",
+        ),
     ],
 )
-def test_a_meta_that_cannot_be_resumed_from(change, message, run, tmp_path):
+def test_what_cannot_be_resumed_from(part, change, message, run, tmp_path):
     run(2, workers=0)
     path = tmp_path / "work/epoch_2.pth"
     content = torch.load(path)
-    content["meta"].update(change)
+    {**content, **content["message_hub"]}[part].update(change)
     torch.save(content, path)
     with pytest.raises(ValueError, match=f"cannot resume: .*{message}"):
         run(4, workers=0, resume=str(path))
+
+
+class Evaluate(Hook):
+    """As a validation after every epoch, each better than the one before."""
+
+    def after_train_epoch(self, runner):
+        (hook,) = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+        hook.after_val_epoch(runner, dict(acc=float(runner.epoch)))
+
+
+BEST = dict(hooks=[Evaluate()], workers=0, save_best="acc", rule="greater")
+
+
+def test_the_best_checkpoint_replaces_the_former(run, tmp_path):
+    run(3, **BEST)
+    names = sorted(path.name for path in (tmp_path / "work").glob("*.pth*"))
+    assert names == ["best_acc_epoch_2.pth", "epoch_3.pth"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_nothing_elsewhere_is_removed(kind, run, tmp_path):
+    """The path of the best checkpoint so far, to be removed when there is a better one, is data."""
+    run(2, **BEST)
+    path, victim = tmp_path / "work/epoch_2.pth", tmp_path / "victim"
+    if kind == "file":
+        victim.touch()
+    else:
+        (victim / "full").mkdir(parents=True)
+    content = torch.load(path)
+    content["message_hub"]["runtime_info"]["best_ckpt"] = str(victim)
+    torch.save(content, path)
+    run(4, resume=True, **BEST)
+    assert (tmp_path / "work/best_acc_epoch_3.pth").exists()
+    assert victim.exists()
 
 
 # -------------------------------------------------------------------------- kills while it saves
@@ -453,7 +501,7 @@ def test_a_kill_at_every_point_of_a_save(point, start, left, run, tmp_path, monk
         kill_at(point, patch, 2 if point.endswith("remove") else 3)
         with pytest.raises(Killed):
             run(workers=0)
-    names = sorted(path.name for path in (tmp_path / "work").glob("*.pth"))
+    names = sorted(path.name for path in (tmp_path / "work").glob("[!.]*.pth"))
     assert names == [f"epoch_{epoch}.pth" for epoch in left]
     resumed = run(workers=0, resume=True)
     assert resumed.start == start
@@ -585,7 +633,7 @@ def test_ten_kills(package, root, tmp_path):
     for kill in ten_points():
         starts.append(resume(kill))
         if kill.startswith("write"):
-            assert list((tmp_path / "killed").glob("*.pth.partial"))  # cut short
+            assert list((tmp_path / "killed").glob(".partial-*.pth"))  # cut short
         print(kill, "|", starts[-1], "|", sorted(os.listdir(tmp_path / "killed")))
     starts.append(resume("never"))
     assert starts == sorted(starts)

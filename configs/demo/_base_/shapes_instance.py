@@ -4,8 +4,9 @@ _base_ = [
     "mmdet::_base_/schedules/schedule_1x.py",
     "mmdet::_base_/default_runtime.py",
 ]
-# Before anything else, so that inferencers can load a checkpoint before they build the model.
-custom_imports = dict(imports=["mmsoft"], allow_failed_imports=False)
+# Safe reading of checkpoints, and of released ones wherever a config names them; before anything
+# else, because inferencers load a checkpoint before they build the model.
+custom_imports = dict(imports=["mmsoft.checkpoint.loader"], allow_failed_imports=False)
 
 data_root = "data/shapes/coco/"
 metainfo = dict(classes=("disc", "bar", "triangle", "crescent", "cross"))
@@ -53,5 +54,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
     dict(type="CosineAnnealingLR", eta_min=0, begin=0, end=3, convert_to_iter_based=True),
 ]
-default_hooks = dict(checkpoint=dict(interval=3, max_keep_ckpts=1))
+default_hooks = dict(checkpoint=dict(type="mmsoft.CheckpointHook", interval=3, max_keep_ckpts=1))
 randomness = dict(seed=0)

@@ -1,134 +1,32 @@
-"""What unpickling a checkpoint may build: no more than the file stores.
+"""What unpickling a checkpoint may claim: no more than the file stores.
 
 torch's ``weights_only`` keeps a checkpoint from running code, but not from claiming memory: a call
 such as ``bytearray(2**40)`` takes a few bytes of a file, and so does an array of any shape.
-:class:`ClaimCheck` follows a pickle before it is loaded. :func:`safe_globals` gives checked
-stand-ins for what MMEngine's checkpoints hold beyond torch's own list. Neither prints or multiplies
-what it has not checked: tuples of tuples may be exponentially large in print.
+:class:`ClaimCheck` follows a pickle before it is loaded. It neither prints nor multiplies what it
+has not checked: tuples of tuples may be exponentially large in print.
 """
 
 import math
 import pickletools
 import re
-from collections.abc import Callable
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
-
-# --------------------------------------------------------------- NumPy and MMEngine's statistics
-
-
-def _are_sizes(values: Any) -> bool:
-    return type(values) in (tuple, list) and all(type(n) is int and n >= 0 for n in values)
-
-
-class _DType:
-    """Stands in for ``numpy.dtype``: a kind of number, in either byte order.
-
-    The real one lets a pickle declare floats to be pointers to objects.
-    """
-
-    def __init__(self, code: str, align: bool = False, copy: bool = False):
-        if type(code) is not str or code not in ("f8", "f4", "i8"):
-            raise UnpicklingError("refused: a NumPy dtype other than float64, float32 and int64")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple) -> None:
-        version, order, *rest = state
-        if version != 3 or order not in ("<", ">") or rest != [None, None, None, -1, -1, 0]:
-            raise UnpicklingError("refused: a NumPy dtype that is not a plain number")
-        self.dtype = self.dtype.newbyteorder(order)
-
-
-class _Array(np.ndarray):
-    """Stands in for ``numpy.ndarray``: filled with exactly the bytes that are stored."""
-
-    def __new__(cls, *arguments: Any) -> "_Array":
-        if arguments:
-            raise UnpicklingError("refused: a NumPy array that stores nothing")
-        return super().__new__(cls, 0, "b")
-
-    def __setstate__(self, state: tuple) -> None:
-        version, shape, dtype, fortran, data = state
-        if not _are_sizes(shape) or type(dtype) is not _DType or type(data) is not bytes:
-            raise UnpicklingError("refused: a NumPy array that is not of plain numbers")
-        if len(shape) > 32 or math.prod(shape) * dtype.dtype.itemsize != len(data):
-            raise UnpicklingError(
-                f"refused: a NumPy array claims the shape {shape[:32]} but the checkpoint stores "
-                f"{len(data)} bytes of it"
-            )
-        super().__setstate__((version, shape, dtype.dtype, fortran, data))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.view(np.ndarray).__reduce_ex__(protocol)  # saved again, an ordinary array
-
-
-def _empty_array(kind: type, shape: tuple, code: Any) -> _Array:
-    """Stand in for NumPy's ``_reconstruct``, which allocates whatever shape it is given."""
-    if kind is not _Array or not _are_sizes(shape) or tuple(shape) != (0,):
-        raise UnpicklingError("refused: a NumPy array that stores nothing")
-    return _Array()
-
-
-def _scalar(dtype: _DType, data: bytes) -> np.generic:
-    """Stand in for NumPy's ``scalar``, which allocates what the dtype claims."""
-    if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.dtype.itemsize:
-        raise UnpicklingError("refused: a NumPy number that is not stored whole")
-    return np.frombuffer(data, dtype.dtype)[0]
-
-
-class _History(HistoryBuffer):
-    """Stands in for MMEngine's ``HistoryBuffer`` until its state is there."""
-
-    def __init__(self, *_: Any):
-        raise UnpicklingError("refused: a call of HistoryBuffer")  # pickles only fill them
-
-    def __setstate__(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.view(np.ndarray) if type(value) is _Array else value)
-        self.__class__ = HistoryBuffer
-
-
-def _history_statistic(owner: type, name: str) -> Callable[..., float]:
-    """Stand in for ``getattr`` where a history buffer's pickle asks for its methods.
-
-    The real one would let a crafted file reach any attribute of listed objects.
-    """
-    if owner is _History and name in ("min", "max", "current", "mean"):
-        return getattr(HistoryBuffer, name)
-    raise UnpicklingError(f"refused getattr of a {type(owner).__name__} in a checkpoint")
-
-
-def safe_globals() -> list[Any]:
-    """What :func:`torch.serialization.add_safe_globals` takes for MMEngine's checkpoints."""
-    # Where NumPy 2 keeps the functions that rebuild arrays and scalars, and where NumPy 1 did.
-    rebuilders = {
-        f"numpy.{core}.multiarray.{name}": function
-        for core in ("core", "_core")
-        for name, function in (("_reconstruct", _empty_array), ("scalar", _scalar))
-    }
-    stand_ins = {
-        "numpy.ndarray": _Array,
-        "numpy.dtype": _DType,
-        **rebuilders,
-        f"{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}": _History,
-        "builtins.getattr": _history_statistic,
-    }
-    return [(stand_in, name) for name, stand_in in stand_ins.items()]
-
-
-# ----------------------------------------------------------------------- claims of whole pickles
 
 _ELEMENT_BYTES = dict(
     Untyped=1, Byte=1, Char=1, Bool=1, QInt8=1, QUInt8=1, QUInt4x2=1, QUInt2x4=1, Half=2,
     BFloat16=2, Short=2, Float=4, Int=4, QInt32=4, Double=8, Long=8, ComplexFloat=8,
     ComplexDouble=16,
 )  # fmt: skip
+_NUMPY_BYTES = dict(f8=8, f4=4, i8=8)  # of the kinds of numbers that MMEngine's statistics are
 _CONSTANTS = dict(NONE=None, NEWTRUE=True, NEWFALSE=False, EMPTY_TUPLE=())
+_PLAIN_DTYPE = (None, None, None, -1, -1, 0)  # the state of a dtype, after version and byte order
 _LITERALS = {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"}
+
+
+def _are_sizes(values: Any) -> bool:
+    return type(values) in (tuple, list) and all(type(n) is int and n >= 0 for n in values)
 
 
 class _Global(str):
@@ -140,6 +38,10 @@ class _Made:
 
     def __init__(self, by: str, stored: int = 0, element: int = 1):
         self.by, self.stored, self.element = by, stored, element
+
+
+def _is_number(made: Any) -> bool:
+    return isinstance(made, _Made) and made.by == "dtype"
 
 
 class ClaimCheck:
@@ -268,6 +170,23 @@ class ClaimCheck:
                 return arguments[0]
             case "bytearray" if arguments and type(arguments[0]) is not str:
                 raise UnpicklingError("refused: a call of bytearray that stores no bytes")
+            case "_reconstruct" if arguments[:2] != ("ndarray", (0,)):
+                raise UnpicklingError("refused: a NumPy array that stores nothing")
+            case "ndarray":
+                raise UnpicklingError("refused: a NumPy array that stores nothing")
+            case "HistoryBuffer" if arguments:  # pickles only fill them
+                raise UnpicklingError("refused: a call of HistoryBuffer")
+            case "dtype":
+                if arguments[:1] == () or arguments[0] not in _NUMPY_BYTES:
+                    raise UnpicklingError(
+                        "refused: a NumPy dtype other than float64, float32 and int64"
+                    )
+                return _Made("dtype", element=_NUMPY_BYTES[arguments[0]])
+            case "scalar":
+                dtype: Any
+                dtype, data = arguments if len(arguments) == 2 else (None, None)
+                if not _is_number(dtype) or type(data) is not str or len(data) != dtype.element:
+                    raise UnpicklingError("refused: a NumPy number that is not stored whole")
             case "set" | "Counter" if arguments:
                 _check_keys(arguments[0])
             case "OrderedDict" if arguments:
@@ -276,6 +195,18 @@ class ClaimCheck:
 
     def _build(self, target: Any, state: Any) -> None:
         self._copy([state])
+        by = target.by if isinstance(target, _Made) else ""
+        if by == "_reconstruct":
+            _, shape, dtype, _, data = state
+            if not _are_sizes(shape) or not _is_number(dtype) or type(data) is not str:
+                raise UnpicklingError("refused: a NumPy array that is not of plain numbers")
+            if len(shape) > 32 or math.prod(shape) * dtype.element != len(data):
+                raise UnpicklingError(
+                    f"refused: a NumPy array claims the shape {tuple(shape[:32])} but the "
+                    f"checkpoint stores {len(data)} bytes of it"
+                )
+        if by == "dtype" and (state[1] not in ("<", ">") or state[2:] != _PLAIN_DTYPE):
+            raise UnpicklingError("refused: a NumPy dtype that is not a plain number")
         if isinstance(target, _Made) and re.match(r"_rebuild_|Parameter$", target.by):
             raise UnpicklingError(f"refused: a state for what {target.by} made")
 
