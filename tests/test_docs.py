@@ -1,6 +1,7 @@
 """The documentation: its pictures, links and commands. `make docs` builds the site itself."""
 
 import ast
+import importlib
 import re
 
 import cv2
@@ -31,7 +32,7 @@ def test_pictures_exist_are_small_and_have_a_description(root, pages):
 
 
 def test_every_page_is_in_the_navigation_and_links_lead_somewhere(root, pages):
-    navigation = set(re.findall(r"^  - .*: (\S+\.md)$", (root / "mkdocs.yml").read_text(), re.M))
+    navigation = set(re.findall(r"^ +- .*: (\S+\.md)$", (root / "mkdocs.yml").read_text(), re.M))
     assert navigation == {path.relative_to(root / "docs").as_posix() for path in pages}
     for path, text in pages.items():
         for target in re.findall(r"(?<!!)\[.*?\]\(([^)#]+)", text):
@@ -63,3 +64,21 @@ def test_python_blocks_are_python(pages):
     for text in pages.values():
         for block in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S):
             ast.parse(block)
+
+
+def test_the_reference_has_every_package_and_names_what_exists(root, pages):
+    listed = set()
+    for path, text in pages.items():
+        if path.parent.name == "api":
+            listed |= set(re.findall(r"^::: (\S+)$", text, re.M))
+    for name in listed:
+        importlib.import_module(name)
+    packages = {path.parent.name for path in (root / "mmsoft").glob("*/__init__.py")}
+    assert {f"mmsoft.{name}" for name in packages} <= listed
+
+
+def test_the_sites_linter_is_the_pinned_one(root):
+    """mkdocstrings formats signatures with it."""
+    pins = (root / "requirements/packages.txt").read_text().split()
+    (ruff,) = (pin for pin in pins if pin.startswith("ruff=="))
+    assert ruff in (root / "requirements/docs/packages.txt").read_text().split()
