@@ -21,8 +21,10 @@ def on_page_content(content: str, **_: Any) -> str:
     """Replace what `pymdownx.arithmatex` marked by MathML."""
 
     def mathml(match: re.Match) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[2]).strip(), display=display)
+        text = html.unescape(match[2]).strip()
+        if match[1] == "span":
+            return convert(text)
+        return f"<p>{convert(text, display='block')}</p>"
 
     return EQUATION.sub(mathml, content)
 
