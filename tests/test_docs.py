@@ -2,10 +2,14 @@
 
 import ast
 import importlib
+import json
 import re
 
 import cv2
 import pytest
+import yaml
+
+import mmsoft
 
 KB, MB = 1000, 1000**2
 
@@ -77,8 +81,45 @@ def test_the_reference_has_every_package_and_names_what_exists(root, pages):
     assert {f"mmsoft.{name}" for name in packages} <= listed
 
 
+# ------------------------------------------------------------------------------- contributing
+
+
+def test_versions_agree(root):
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(), re.M)[1]
+    assert mmsoft.__version__ == citation["version"] == newest
+
+
+def test_commit_hooks_are_those_of_make(root):
+    pins = (root / "requirements/packages.txt").read_text().split()
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["name"] for hook in hooks] == ["ruff check", "ruff format", "mypy"]
+    for hook in hooks:
+        if hook["language"] == "system":  # of .venv, which has the pinned versions
+            assert hook["entry"].startswith(".venv/bin/")
+        else:
+            assert set(hook["additional_dependencies"]) <= set(pins)
+
+
 def test_the_sites_linter_is_the_pinned_one(root):
     """mkdocstrings formats signatures with it."""
     pins = (root / "requirements/packages.txt").read_text().split()
     (ruff,) = (pin for pin in pins if pin.startswith("ruff=="))
     assert ruff in (root / "requirements/docs/packages.txt").read_text().split()
+
+
+def test_continuous_integration_runs_what_a_submission_runs(root):
+    workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    assert "bash .ci/run" in [step.get("run") for step in steps]
+    versions = [step["with"]["python-version"] for step in steps if "setup-python" in str(step)]
+    assert versions == ["3.11"]
+    assert "secrets" not in json.dumps(workflow)
+
+
+def test_templates_are_complete(root):
+    for path in (root / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        content = yaml.safe_load(path.read_text())
+        if path.name != "config.yml":
+            assert {"name", "description", "body"} <= set(content), path.name
+            assert all({"type", "id", "attributes"} <= set(field) for field in content["body"])
