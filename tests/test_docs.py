@@ -81,6 +81,15 @@ def test_the_reference_has_every_package_and_names_what_exists(root, pages):
     assert {f"mmsoft.{name}" for name in packages} <= listed
 
 
+def test_the_rooms_are_described(root, pages):
+    text = pages[root / "docs/layout.md"]
+    folders = {path.parent for path in (root / "mmsoft").glob("**/__init__.py")}
+    folders |= {path.parent for path in (root / "tools").glob("*/*.py")}
+    for folder in folders - {root / "mmsoft"}:
+        name = folder.relative_to(root).as_posix()
+        assert f"`{name}/" in text or f"`{folder.name}/`" in text, name
+
+
 # ------------------------------------------------------------------------------- contributing
 
 
