@@ -1,9 +1,13 @@
-"""The documentation: its pictures, links and commands. `make docs` builds the site itself."""
+"""The README, the documentation and what contributors are told.
+
+`make docs` builds the site itself, and checks the links between its pages.
+"""
 
 import ast
 import importlib
 import json
 import re
+from xml.etree import ElementTree
 
 import cv2
 import pytest
@@ -12,6 +16,7 @@ import yaml
 import mmsoft
 
 KB, MB = 1000, 1000**2
+PICTURES = {".jpg", ".png", ".svg"}
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +26,43 @@ def pages(root):
     return pages
 
 
-def test_pictures_exist_are_small_and_have_a_description(root, pages):
+@pytest.fixture(scope="module")
+def readme(root):
+    return (root / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def texts(root, pages, readme):
+    """All that a reader is shown: path -> text."""
+    contributing = root / "CONTRIBUTING.md"
+    return {**pages, root / "README.md": readme, contributing: contributing.read_text()}
+
+
+def width(picture):
+    if picture.suffix == ".svg":
+        return float(ElementTree.parse(picture).getroot().get("width"))
+    return cv2.imread(str(picture)).shape[1]
+
+
+def test_pictures_exist_are_small_and_have_a_description(root, texts):
     shown = set()
-    for path, text in pages.items():
+    for path, text in texts.items():
         for description, target in re.findall(r"!\[(.*?)\]\((.*?)\)", text):
             picture = path.parent / target
             assert description, target
             assert picture.stat().st_size < 150 * KB, target
-            assert cv2.imread(str(picture)).shape[1] >= 600, target
+            assert width(picture) >= 600, target
             shown.add(picture.resolve())
-    there = {path.resolve() for path in (root / "docs").rglob("*.png")}
+    there = {path.resolve() for path in (root / "docs").rglob("*") if path.suffix in PICTURES}
     assert there == shown
     assert sum(path.stat().st_size for path in there) < 1.5 * MB
 
 
-def test_every_page_is_in_the_navigation_and_links_lead_somewhere(root, pages):
+def test_every_page_is_in_the_navigation_and_links_lead_somewhere(root, pages, texts):
     navigation = set(re.findall(r"^ +- .*: (\S+\.md)$", (root / "mkdocs.yml").read_text(), re.M))
     assert navigation == {path.relative_to(root / "docs").as_posix() for path in pages}
-    for path, text in pages.items():
-        for target in re.findall(r"(?<!!)\[.*?\]\(([^)#]+)", text):
+    for path, text in texts.items():
+        for target in re.findall(r"(?<!!)\[[^][]*?\]\(([^)#]+)", text):
             assert target.startswith("https://") or (path.parent / target).is_file(), target
 
 
@@ -64,10 +87,93 @@ def test_commands_name_tools_and_options_that_exist(root, pages):
     assert found >= 7
 
 
-def test_python_blocks_are_python(pages):
-    for text in pages.values():
-        for block in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S):
+def python_blocks(text):
+    return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+
+
+def test_python_blocks_are_python(texts):
+    for text in texts.values():
+        for block in python_blocks(text):
             ast.parse(block)
+
+
+def test_make_targets_exist(root, texts):
+    known = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
+    for path, text in texts.items():
+        code = [*re.findall(r"`(make [^`\n]*)`", text), *re.findall(r"^(make .*)$", text, re.M)]
+        for command in code:
+            for target in command.partition("#")[0].split()[1:]:
+                assert target in known, f"{path.name}: {command}"
+
+
+# -------------------------------------------------------------------------------- the README
+
+
+def table(text):
+    """The rows of the first table in a text, as dicts."""
+    lines = re.search(r"^\|.*\n(?:\|.*\n)+", text, re.M).group().splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def between(name, text):
+    return re.search(f"<!-- {name} -->(.*)<!-- /{name} -->", text, re.S)[1]
+
+
+def test_readme_is_short(readme):
+    assert len(readme.splitlines()) <= 150
+
+
+def test_readme_python_runs_as_printed(readme, run_outside):
+    program, printed = re.search(
+        r"^```python\n(import .*?)```\n\n```\n(.*?)```$", readme, re.M | re.S
+    ).groups()
+    assert len([line for line in program.splitlines() if line]) == 5
+    done = run_outside("-c", program)
+    assert done.stdout == printed, done.stderr
+
+
+BUILD = """
+from mmengine import Config
+from mmengine.registry import init_default_scope
+from mmdet.registry import MODELS
+
+config = Config.fromfile("config.py")
+init_default_scope(config.default_scope)
+backbone = MODELS.build(config.model).backbone
+attention = backbone.stages[0].blocks[0].attn
+print(type(backbone).__name__, attention.max_landmarks, attention.solver)
+"""
+
+
+def test_readme_config_builds(readme, run_outside, tmp_path):
+    pytest.importorskip("mmdet")
+    (config,) = (block for block in python_blocks(readme) if block.startswith("_base_"))
+    (tmp_path / "config.py").write_text(config)
+    done = run_outside("-c", BUILD)
+    assert done.stdout.splitlines()[-1:] == ["SOFTPlusPlus 49 direct"], done.stderr
+
+
+def test_readme_results_are_those_of_the_generated_tables(root, readme):
+    """Multiply-adds and parameters as counted, accuracies as the model zoo's page has them."""
+    counted = {}
+    for size in ("224x224", "800x1344"):
+        page = (root / "docs/benchmarks.md").read_text()
+        rows = table(page.partition(f"**{size}, batch 1, forward, cpu, float32**")[2])
+        counted[size] = {row[""]: row for row in rows}
+    zoo = table(between("measured", (root / "docs/model_zoo.md").read_text()))
+    accuracy = {row["backbone"]: row["top-1, as published (%)"] for row in zoo}
+    rows = table(between("results", readme))
+    assert len(rows) > 5
+    for row in rows:
+        name = row["backbone"]
+        found = [counted[size][name]["GMACs"] for size in counted]
+        found += [counted["224x224"][name]["params (M)"], accuracy[name.partition(",")[0]]]
+        columns = ("multiply-adds (G) at 224x224", "at 800x1344", "params (M)")
+        assert found == [*(row[c] for c in columns), row["ImageNet top-1, published (%)"]], name
+
+
+# ------------------------------------------------------------------------- the API and the rooms
 
 
 def test_the_reference_has_every_package_and_names_what_exists(root, pages):

@@ -107,8 +107,7 @@ def test_cost_of_the_operator_is_what_is_traced(zoo, budget, solver):
 def copy(zoo, root, tmp_path, monkeypatch):
     shutil.copytree(root / "configs", tmp_path / "configs")
     shutil.copytree(root / "docs", tmp_path / "docs")
-    for name in ("README.md", "model-index.yml"):
-        shutil.copy(root / name, tmp_path)
+    shutil.copy(root / "model-index.yml", tmp_path)
     monkeypatch.setattr(zoo, "ROOT", tmp_path)
     return tmp_path
 
@@ -123,22 +122,22 @@ def test_stale_files_are_named_and_mended(zoo, counts, copy, monkeypatch, capsys
     count = counts[name]
     changed = counts | {name: replace(count, parameters=count.parameters + 10**7)}
     monkeypatch.setattr(zoo, "count_all", lambda known: changed)
-    before = (copy / "README.md").read_text()
+    before = (copy / "docs/model_zoo.md").read_text()
     with pytest.raises(SystemExit) as caught:
         run(zoo, monkeypatch, "--check")
-    files = ["configs/retinanet/metafile.yml", "configs/retinanet/README.md", "README.md"]
+    files = ["configs/retinanet/metafile.yml", "configs/retinanet/README.md", "docs/model_zoo.md"]
     assert caught.value.code.startswith(f"stale: {', '.join(files)};")
-    assert before == (copy / "README.md").read_text()  # --check writes nothing
+    assert before == (copy / "docs/model_zoo.md").read_text()  # --check writes nothing
 
     run(zoo, monkeypatch)
     assert capsys.readouterr().out.splitlines() == [f"wrote {file}" for file in files]
-    lines = set(before.splitlines()) ^ set((copy / "README.md").read_text().splitlines())
+    lines = set(before.splitlines()) ^ set((copy / "docs/model_zoo.md").read_text().splitlines())
     assert len(lines) == 2  # one row, as it was and as it is
     assert all(name in line for line in lines)
     assert zoo.read_counts()[name].parameters == count.parameters + 10**7
     run(zoo, monkeypatch, "--check")
     left = sorted(p.name for p in copy.iterdir())
-    assert left == ["README.md", "configs", "docs", "model-index.yml"]
+    assert left == ["configs", "docs", "model-index.yml"]
 
 
 def test_a_config_without_an_entry_is_named(zoo, copy):
@@ -150,8 +149,8 @@ def test_a_config_without_an_entry_is_named(zoo, copy):
 
 
 def test_missing_markers_are_named(zoo, copy, monkeypatch):
-    (copy / "README.md").write_text("nothing\n")
-    with pytest.raises(SystemExit, match=r"error: .*README.md must have one line <!-- model zoo"):
+    (copy / "docs/model_zoo.md").write_text("nothing\n")
+    with pytest.raises(SystemExit, match=r"error: .*model_zoo.md must have .* <!-- model zoo"):
         run(zoo, monkeypatch)
 
 

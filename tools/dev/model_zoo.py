@@ -5,9 +5,9 @@
     python tools/dev/model_zoo.py --check   # the same, but only name what is stale
 
 That is: the counts in `configs/*/metafile.yml` (parameters and FLOPs of the built models); from
-these files, where all else is typed, the tables of `README.md` and of `configs/*/README.md`
-(between `<!-- NAME -->` and `<!-- /NAME -->`) and `model-index.yml`; and the table of
-`docs/model_zoo.md`, from the benchmarks kept beside it.
+these files, where all else is typed, the tables of `docs/model_zoo.md` and of `configs/*/README.md`
+(between `<!-- NAME -->` and `<!-- /NAME -->`) and `model-index.yml`. Speed comes from the
+benchmarks kept beside the page.
 """
 
 import argparse
@@ -199,15 +199,15 @@ def folder_table(folder: str, counts: dict[str, Counts]) -> str:
 
 
 def zoo_table(counts: dict[str, Counts]) -> str:
-    """The table of the top README."""
-    header = ["model", "params (M)", "FLOPs (G)", "at", "published by the authors", "config"]
+    """The table of all configs, in the documentation."""
+    header = ["model", "params (M)", "FLOPs (G)", "at", "published by the authors", "configs/"]
     rows = []
     for folder, model in models():
         count = counts[model["Name"]]
         figures = [f"{value:.1f} {metric}" for metric, value in published(model).items()]
         row = [model["Metadata"]["Label"], f"{count.parameters / 1e6:.2f}", giga(count.flops)]
         row += ["{}x{}".format(*SHAPES[folder]), ", ".join(figures) or "-"]
-        rows.append([*row, f"[config]({model['Config']})"])
+        rows.append([*row, f"`{model['Config'].removeprefix('configs/')}`"])
     return table(header, rows)
 
 
@@ -273,12 +273,11 @@ def render(counts: dict[str, Counts]) -> dict[Path, str]:
     index = {"Import": [f"configs/{folder}/metafile.yml" for folder in SHAPES]}
     head = "# Written by tools/dev/model_zoo.py.\n"
     files[ROOT / "model-index.yml"] = head + yaml.safe_dump(index, sort_keys=False)
-    readme = ROOT / "README.md"
-    files[readme] = between(readme, "model zoo", zoo_table(counts), readme.read_text())
     page = ROOT / "docs" / "model_zoo.md"
+    text = between(page, "model zoo", zoo_table(counts), page.read_text())
     files_measured = sorted((ROOT / "docs" / "benchmarks").glob("cpu*.json"))
     measured = merge([read_json(path) for path in files_measured])[0]
-    files[page] = between(page, "measured", overview(measured), page.read_text())
+    files[page] = between(page, "measured", overview(measured), text)
     return files
 
 
