@@ -45,9 +45,10 @@ typecheck: setup  ## Check the types of mmsoft/ and tools/
 	$(VENV)/mypy
 
 # The site generator has an environment of its own, which the set-up program knows nothing of. The
-# marker file comes last, so that an interrupted installation is done again.
+# marker file comes last, so that an interrupted installation is done again. With --quiet, --strict
+# would count no warnings.
 docs: .venv-docs/installed  ## Build the documentation into site/
-	.venv-docs/bin/mkdocs build --quiet --strict
+	.venv-docs/bin/mkdocs build --strict
 	@echo "site/index.html"
 
 .venv-docs/installed: requirements/docs/packages.txt
