@@ -5,6 +5,7 @@ environment: nothing is downloaded or compiled.
 """
 
 import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +46,14 @@ def program(checkout, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("setup_env", checkout / "tools/dev/setup_env.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.commands = []
+    module.quiet_run_for_real, module.logged_run_for_real = module.quiet_run, module.logged_run
+    module.commands, module.settings = [], []
     module.answers = {}  # part of a command -> (status, output), or an exception to raise
 
     def logged_run(command, **settings):
         line = " ".join(map(str, command))
         module.commands.append(line)
+        module.settings.append(settings)
         for part, answer in module.answers.items():
             if part in line:
                 if isinstance(answer, BaseException):
@@ -98,6 +102,76 @@ def test_all_steps_run_once(program):
     program.commands.clear()
     assert program.main() == 0
     assert program.commands == []
+
+
+def test_pip_is_held_to_the_pins_and_mmcv_gets_its_cpu_operators(program, checkout):
+    assert program.main() == 0
+    constraints = f"-c {checkout / 'requirements/constraints.txt'}"
+    for name in ("build.txt", "packages.txt", "no-deps.txt"):
+        assert sum(c.endswith(f"{name} {constraints}") for c in program.commands) == 1
+    (compiled,) = (s for c, s in zip(program.commands, program.settings) if "input wheel" in c)
+    assert (compiled["MMCV_WITH_OPS"], compiled["FORCE_CUDA"]) == ("1", "0")
+
+
+def test_commands_are_not_led_out_of_the_environment(program, monkeypatch):
+    for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER"):
+        monkeypatch.setenv(name, "elsewhere")
+    environment = program.clean_environment(MAX_JOBS="2")
+    assert "elsewhere" not in environment.values()
+    assert (environment["PYTHONNOUSERSITE"], environment["MAX_JOBS"]) == ("1", "2")
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_an_environment_is_intact_if_every_pin_is_there(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "quiet_run", program.quiet_run_for_real)
+    monkeypatch.setattr(program, "PYTHON", sys.executable)
+    monkeypatch.setattr(program, "REQUIREMENTS", tmp_path)
+    for version, intact in ((pytest.__version__, True), ("0.1", False)):
+        (tmp_path / "packages.txt").write_text(f"# a comment\npytest=={version}\n")
+        assert program.intact() is intact
+
+
+def test_a_second_set_up_waits_for_the_first(program, checkout, monkeypatch):
+    said = []
+    handle = os.open(checkout, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+
+    def say(text):
+        said.append(text)
+        if "waiting" in text:
+            assert program.commands == []
+            fcntl.flock(handle, fcntl.LOCK_UN)  # the first has ended
+
+    monkeypatch.setattr(program, "say", say)
+    assert program.main() == 0
+    os.close(handle)
+    assert said[0] == "another set-up is running here; waiting for it"
+    assert done(program) == ALL_STEPS
+
+
+def test_what_is_interrupted_leaves_no_compiler_running(program, monkeypatch):
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "HEARTBEAT", 1)
+    monkeypatch.setattr(program, "say", interrupt)
+    program.VENV.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        program.logged_run_for_real(["sh", "-c", "sleep 600 & echo PID $!; wait"])
+    child = Path("/proc", program.LOG.read_text().split("PID ")[-1].strip())
+    deadline = time.monotonic() + 10
+    while child.exists() and "Z" not in (child / "stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_checkout_without_links_is_installed_again(program, checkout):
+    """`git clean` removes them: mim then finds neither configs nor tools."""
+    assert program.main() == 0
+    program.commands.clear()
+    (checkout / "mmsoft/.mim").rmdir()
+    assert program.main() == 0
+    assert ["-e" in command for command in program.commands] == [True, False]
 
 
 def test_wrong_python(program, monkeypatch, capsys):

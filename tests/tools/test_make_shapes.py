@@ -132,6 +132,37 @@ def test_a_hole_is_cut_open():
     np.testing.assert_array_equal(filled.astype(bool), mask)
 
 
+def test_shapes_lie_mostly_inside_and_are_mostly_seen(monkeypatch):
+    """At least 70 % of each inside the picture, and of that at least 65 % not hidden by others."""
+    side, areas, fill = 96 * make_shapes.SUPERSAMPLE, [], make_shapes.fill
+
+    def fill_and_note(points, side):
+        mask = fill(points, side)
+        areas.append((mask, cv2.contourArea(points.astype(np.float32))))
+        return mask
+
+    monkeypatch.setattr(make_shapes, "fill", fill_and_note)
+    found = 0
+    for seed in range(20):
+        shapes = make_shapes.place(np.random.default_rng(seed), 96)
+        front = np.zeros((side, side), bool)
+        for _, mask in reversed(shapes):
+            (area,) = (area for other, area in areas if other is mask)
+            assert mask.sum() >= 0.7 * area
+            assert (mask & ~front).sum() >= 0.65 * mask.sum()
+            front |= mask
+            found += 1
+    assert found > 40
+
+
+def test_a_surface_differs_from_what_it_covers():
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        picture = np.ones((32, 32, 3), np.float32) * make_shapes.vivid(rng)
+        coat = make_shapes.surface(rng, picture, np.ones((32, 32), np.float32), "disc")
+        assert np.linalg.norm((coat - picture).mean((0, 1))) > 0.45
+
+
 def test_colour_does_not_give_the_class_away():
     """The mean colours of the classes differ by less than chance would explain, times three."""
     colours = [[] for _ in make_shapes.CLASSES]

@@ -54,6 +54,42 @@ def image(folder):
     return next((folder / "data/shapes/coco/val2017").glob("*.jpg"))
 
 
+@pytest.fixture
+def drawn(monkeypatch, root):
+    """Note what a tool hands to a function that draws: its name -> its arguments."""
+    import importlib
+
+    noted = {}
+    monkeypatch.syspath_prepend(root / "tools/analysis_tools")
+
+    def spy(tool, name):
+        module = importlib.import_module(tool)
+        draw = getattr(module, name)
+
+        def draw_and_note(*arguments, **options):
+            noted[name] = arguments
+            return draw(*arguments, **options)
+
+        monkeypatch.setattr(module, name, draw_and_note)
+        return noted
+
+    return spy
+
+
+@pytest.fixture
+def state(root, folder, image):
+    """What the tools should show: stage 1 of the checkpoint on the image."""
+    from mmengine.config import Config
+
+    from mmsoft.analysis import capture, load_image, load_model
+
+    config = Config.fromfile(root / CONFIG)
+    model = load_model(config, str(folder / "model.pth"))
+    with torch.no_grad(), capture(model, (1, 0)) as states:
+        model.backbone(load_image(config, model, image).inputs)
+    return states[1, 0]
+
+
 def read(path):
     picture = cv2.imread(str(path))
     assert picture is not None
@@ -61,7 +97,8 @@ def read(path):
     return picture
 
 
-def test_attention(run, root, image, folder):
+def test_attention(run, root, image, folder, drawn, state):
+    noted = drawn("visualize_attention", "draw_attention")
     options = ["--query", "20,30", "--query", "63,63", "--stage", "1", "--compare", "softmax"]
     status, out, _ = run(
         "visualize_attention", root / CONFIG, image, "model.pth", *options, "--out", "sheet.png"
@@ -69,6 +106,13 @@ def test_attention(run, root, image, folder):
     assert (status, out) == (0, "sheet.png\n")
     # 2 queries; image, 2 heads, mean, softmax and the colour bar
     assert read(folder / "sheet.png").shape[1] == 1130
+    queries, maps = noted["draw_attention"][1:3]
+    assert queries == [(20, 30), (63, 63)]
+    # The test pipeline enlarges 64 pixels to 160: 20 x 20 tokens of 8.
+    rows = state.attention_rows([9 * 20 + 6, 19 * 20 + 19])[0].unflatten(-1, (20, 20))
+    assert list(maps) == ["SOFT++, head 0", "SOFT++, head 1", "SOFT++, mean", "softmax"]
+    for shown, expected in zip(maps.values(), (*rows, rows.mean(0))):
+        np.testing.assert_allclose(shown, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +150,17 @@ def test_a_missing_peer_is_one_line(run, root, image, folder, monkeypatch, metho
     assert not (folder / "none.png").exists()
 
 
-def test_landmarks(run, root, image, folder):
-    status, out, _ = run("visualize_landmarks", root / CONFIG, image, "model.pth", "--stage", "2")
+def test_landmarks(run, root, image, folder, drawn, state):
+    from mmsoft.analysis import landmark_regions
+
+    noted = drawn("visualize_landmarks", "draw_landmarks")
+    options = ["--stage", "1", "--head", "1"]
+    status, out, _ = run("visualize_landmarks", root / CONFIG, image, "model.pth", *options)
+    regions, strength = (
+        t[0, 1].unflatten(0, (20, 20)) for t in landmark_regions(state.q, state.landmarks)
+    )
+    np.testing.assert_array_equal(noted["draw_landmarks"][1], regions)
+    np.testing.assert_allclose(noted["draw_landmarks"][2], strength, rtol=1e-6)
     assert (status, out) == (0, "landmarks.png\nspectrum.png\n")
     assert read(folder / "landmarks.png").shape[1] == 1120
     assert read(folder / "spectrum.png").shape == (520, 640, 3)
