@@ -77,12 +77,16 @@ def test_get_model_and_inference(name):
 
 
 def test_inferencer(tmp_path):
-    from mmpretrain import ImageClassificationInferencer, get_model
+    """By name, with weights from a file: it predicts what the model that saved them does."""
+    from mmpretrain import ImageClassificationInferencer, get_model, inference_model
 
-    model = get_model(TINY)
+    model, other = get_model(TINY), get_model(TINY)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
     inferencer = ImageClassificationInferencer(TINY, str(tmp_path / "weights.pth"))
     image = np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)
     (result,) = inferencer(image, show=False)
     assert 0 <= result["pred_label"] < 1000
     assert result["pred_scores"].sum() == pytest.approx(1, abs=1e-4)
+    expected, differing = (inference_model(m, image)["pred_scores"] for m in (model, other))
+    np.testing.assert_allclose(result["pred_scores"], expected, rtol=1e-5)
+    assert np.abs(differing / expected - 1).max() > 0.1  # other random weights
