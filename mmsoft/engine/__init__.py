@@ -1,10 +1,7 @@
 """Training: optimizer settings by parameter, what to watch, and runs that survive faults."""
 
-from .checkpoint_hook import CheckpointHook
-from .finite_gradient_hook import FiniteGradientHook
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .newton_convergence import NewtonConvergenceHook
-from .random_state_hook import RandomStateHook
+from .hooks import CheckpointHook, FiniteGradientHook, NewtonConvergenceHook, RandomStateHook
+from .optimizers import LayerDecayOptimWrapperConstructor
 
 __all__ = [
     "CheckpointHook",

@@ -21,7 +21,8 @@ from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
 from torch import nn
 
 from mmsoft.checkpoint import read_checkpoint
-from mmsoft.engine import CheckpointHook, checkpoint_hook
+from mmsoft.engine import CheckpointHook
+from mmsoft.engine.hooks import checkpoint as checkpoint_hook
 
 # ------------------------------------------------------------------- the checkpoint hook alone
 

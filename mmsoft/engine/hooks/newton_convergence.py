@@ -1,7 +1,7 @@
 """A hook that watches the Newton-Raphson inverse while a model trains."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
@@ -10,10 +10,8 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmsoft.analysis import BlockState, attention_blocks, capture, newton_residuals
 from mmsoft.registry import HOOKS
-
-if TYPE_CHECKING:
-    from mmsoft.analysis import BlockState
 
 
 @HOOKS.register_module()
@@ -58,9 +56,6 @@ class NewtonConvergenceHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Refuse a model that has nothing to watch."""
-        # Here, because visualization builds on models, which import this package.
-        from mmsoft.analysis import attention_blocks
-
         layers = attention_blocks(self._model(runner)).values()
         if all(layer.solver != "newton" for layer in layers):
             raise ValueError(
@@ -70,8 +65,6 @@ class NewtonConvergenceHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Start watching the layers if this iteration's turn has come."""
-        from mmsoft.analysis import capture
-
         self._watching.close()  # a forward pass that failed may have left it open
         if is_main_process() and self.every_n_train_iters(runner, self.interval):
             self._states = self._watching.enter_context(capture(self._model(runner)))
@@ -80,8 +73,6 @@ class NewtonConvergenceHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Compute, log, and warn the first time."""
-        from mmsoft.analysis import newton_residuals
-
         states, self._states = self._states, None
         self._watching.close()
         if states is None:
@@ -108,7 +99,7 @@ class NewtonConvergenceHook(Hook):
                 self._warn(runner, self._advice(stage, every.max().item(), state))
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
-    def _advice(self, stage: int, residual: float, state: "BlockState") -> str:
+    def _advice(self, stage: int, residual: float, state: BlockState) -> str:
         advice = "take solver='direct'"
         if state.layer.max_landmarks is None:
             advice += ", or a landmark budget such as max_landmarks=49"

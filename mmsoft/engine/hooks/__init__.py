@@ -1,0 +1,8 @@
+"""Hooks for MMEngine's runner, each asked for by name."""
+
+from .checkpoint import CheckpointHook
+from .finite_gradient import FiniteGradientHook
+from .newton_convergence import NewtonConvergenceHook
+from .random_state import RandomStateHook
+
+__all__ = ["CheckpointHook", "FiniteGradientHook", "NewtonConvergenceHook", "RandomStateHook"]
