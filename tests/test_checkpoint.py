@@ -8,6 +8,7 @@ import runpy
 
 import pytest
 import torch
+from metrics import error
 from mini_models import LIBRARIES
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
@@ -35,10 +36,6 @@ def released_file(path, model="soft_norm_tiny", weights=None, **changes):
     content.update(changes)
     torch.save({k: v for k, v in content.items() if v is not None}, path)
     return str(path)
-
-
-def error(value, truth):
-    return float((value - truth).norm() / truth.norm())
 
 
 def pretrained(path, **kwargs):

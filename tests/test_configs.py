@@ -56,11 +56,11 @@ def groups():
 
 @pytest.fixture
 def results(root, run_outside):
-    """Run tests/train_step.py on a library's configs and give its line for each of them."""
+    """Run tests/helpers/train_step.py on a library's configs and give its line for each of them."""
 
     def results(library, configs, *flags):
         pytest.importorskip(library)
-        script = root / "tests/train_step.py"
+        script = root / "tests/helpers/train_step.py"
         done = run_outside("-W", "ignore", script, *flags, library, *configs)
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

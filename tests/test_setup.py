@@ -6,7 +6,6 @@ environment: nothing is downloaded or compiled.
 
 import errno
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from loading import load_tool
 
 DROPPED = (
     "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by "
@@ -43,9 +43,7 @@ def checkout(root, tmp_path):
 @pytest.fixture
 def program(checkout, tmp_path, monkeypatch):
     """The program as a module, its commands recorded and answered by stand-ins."""
-    spec = importlib.util.spec_from_file_location("setup_env", checkout / "tools/dev/setup_env.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("dev/setup_env.py", checkout)
     module.quiet_run_for_real, module.logged_run_for_real = module.quiet_run, module.logged_run
     module.commands, module.settings = [], []
     module.answers = {}  # part of a command -> (status, output), or an exception to raise
@@ -202,9 +200,7 @@ def test_missing_compiler(checkout, tmp_path):
 
 
 def test_machine_without_headers_or_space(checkout, monkeypatch):
-    spec = importlib.util.spec_from_file_location("setup_env", checkout / "tools/dev/setup_env.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("dev/setup_env.py", checkout)
     monkeypatch.setattr(module.shutil, "which", lambda tool: tool)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     with pytest.raises(module.SetupError, match=r"disk is full: .* 1\.0 GB are free"):

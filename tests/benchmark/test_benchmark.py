@@ -7,6 +7,7 @@ from functools import partial
 import cv2
 import pytest
 import torch
+from metrics import error
 from released import ARCH, images, outputs, state_dict
 
 from mmsoft.benchmark import cases
@@ -24,11 +25,6 @@ report = pytest.importorskip("mmsoft.benchmark.report", reason="needs tabulate (
 def command(root, run_outside):
     """Run the program in an empty folder."""
     return partial(run_outside, "-m", "mmsoft.benchmark", PYTHONPATH=str(root))
-
-
-def error(value, truth):
-    value, truth = value.detach(), truth.detach()
-    return float((value - truth).norm() / truth.norm())
 
 
 # ---------------------------------------------------------------------------------------------

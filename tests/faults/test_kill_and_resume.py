@@ -601,7 +601,9 @@ def test_ten_kills(package, root, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("\n".join(line.removeprefix(" " * 8) for line in text.splitlines()))
     train = Path(find_spec(package).origin).parent / ".mim/tools/train.py"  # as mim does
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH", "")]
+    )
 
     def run(work_dir, kill, *flags):
         command = [sys.executable, str(train), str(config), "--work-dir", str(tmp_path / work_dir)]

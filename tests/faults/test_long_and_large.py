@@ -48,7 +48,7 @@ print(json.dumps(memory))
 @pytest.mark.long
 def test_memory_is_flat_over_500_iterations_of_changing_sizes(root, shapes, tmp_path):
     pytest.importorskip("mmdet")
-    folders = [str(root / "tests"), str(root), str(shapes), str(tmp_path)]
+    folders = [str(root / "tests/helpers"), str(root), str(shapes), str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, *folders], capture_output=True, text=True, cwd=tmp_path
     )

@@ -1,17 +1,12 @@
 """At initialisation the attention is alive, and the same at every resolution."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from loading import load_tool
 
 from mmsoft.models import SOFT, SOFTPlusPlus
 
-TOOL = Path(__file__).parents[2] / "tools" / "analysis_tools" / "attention_scale.py"
-spec = importlib.util.spec_from_file_location("attention_scale", TOOL)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool("analysis_tools/attention_scale.py")
 
 CASES = [(SOFTPlusPlus, None), (SOFTPlusPlus, 256), (SOFTPlusPlus, 49), (SOFT, 49)]
 

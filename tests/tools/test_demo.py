@@ -1,6 +1,5 @@
 """The demo: its configs, its pictures, its failures. The job itself is `make demo`."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from loading import load_tool
 from mmengine.config import Config
 
 torch = pytest.importorskip("torch")
@@ -17,11 +17,7 @@ encode = pytest.importorskip("pycocotools.mask").encode
 
 @pytest.fixture(scope="module")
 def demo(root):
-    spec = importlib.util.spec_from_file_location("demo", root / "tools/demo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("demo.py")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The generator of the demo's data set."""
 
 import contextlib
-import importlib.util
 import json
 import resource
 import subprocess
@@ -11,18 +10,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from loading import load_tool
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools/dataset_converters/make_shapes.py"
 SMALL = dict(train=5, val=3, size=96, seed=7)
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("make_shapes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Workers of the generator's pool look its functions up by module name.
-    sys.modules["make_shapes"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("dataset_converters/make_shapes.py")
 
 
 make_shapes = load_script()

@@ -1,13 +1,12 @@
 """The model zoo: its tables are current, and its parameters are the published ones."""
 
-import importlib.util
 import logging
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from loading import load_tool
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -41,11 +40,7 @@ def _scope():
 
 @pytest.fixture(scope="module")
 def zoo(root):
-    spec = importlib.util.spec_from_file_location("model_zoo", root / "tools/dev/model_zoo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["model_zoo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("dev/model_zoo.py")
 
 
 @pytest.fixture(scope="module")

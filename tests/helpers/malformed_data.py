@@ -1,6 +1,6 @@
 """Odd images and annotations in the stock pipelines: what happens with Swin, and what with SOFT++.
 
-    python tests/odd_data.py            # rewrites the table in docs/robustness.md
+    python tests/helpers/malformed_data.py            # rewrites the table in docs/robustness.md
 
 Each case replaces one image (or its annotations) of a small data set, trains two iterations on
 batches that contain it, and evaluates on a set that contains it.
@@ -19,9 +19,10 @@ from PIL import Image
 
 from mmsoft.fileio import write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/robustness.md"
-BEGIN, END = "<!-- odd data: python tests/odd_data.py -->", "<!-- end of odd data -->"
+BEGIN = "<!-- malformed data: python tests/helpers/malformed_data.py -->"
+END = "<!-- end of malformed data -->"
 MODELS = {"Swin": SWIN, "SOFT++": SOFTPP}
 NUMBER = 2  # the image that is replaced, of both splits
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tools/dataset_converters/make_shapes.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools/dataset_converters/make_shapes.py"
 
 # COCO numbers its 80 categories from 1 to 90 and leaves these out.
 COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})

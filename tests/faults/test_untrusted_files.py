@@ -255,7 +255,7 @@ def test_memory_is_not_taken_first(root, tmp_path):
         [sys.executable, "-c", MEMORY, str(tmp_path / "small.pth")],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/helpers")])},
     )
     assert done.stdout == "done\n", done.stdout + done.stderr[-2000:]
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 ARCH = dict(depths=[1, 2, 2, 2], embed_dims=[32, 64, 96, 128], num_heads=[1, 2, 3, 4])
 
 

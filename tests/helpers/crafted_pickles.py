@@ -1,4 +1,4 @@
-"""Pickles that no program would write, opcode by opcode, for tests/faults/test_hostile_files.py."""
+"""Pickles that no program would write, opcode by opcode, for test_untrusted_files.py."""
 
 import io
 import pickle

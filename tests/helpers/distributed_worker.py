@@ -1,6 +1,6 @@
 """Train a config for its length in N gloo processes, or in one, and write what happened.
 
-    python tests/distributed_worker.py CONFIG OUT --processes 2
+    python tests/helpers/distributed_worker.py CONFIG OUT --processes 2
 
 OUT/rank{r}.pth holds, per iteration, the losses of that process, its number of positive anchors and
 the gradients that the optimizer was handed; and at last the parameters. MMEngine's own launcher
