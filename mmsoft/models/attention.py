@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from mmsoft.ops import landmark_grid, landmark_patches, softmax_free_attention
 
+from .plain import is_plain
+
 
 def _inverse_gelu(y: float) -> float:
     """The ``x >= 0`` with ``x Phi(x) = y``, by bisection."""
@@ -19,6 +21,33 @@ def _inverse_gelu(y: float) -> float:
         else:
             high = middle
     return low
+
+
+class LandmarkConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel, of patches ``[..., r*r, d]``: ``[..., d]``."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__(channels, channels, stride, stride, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """One product, because a patch is all that an output depends on."""
+        return F.linear(patches.flatten(-2), self.weight.permute(0, 2, 3, 1).flatten(1))
+
+
+class ValueConv2d(nn.Conv2d):
+    """A depthwise convolution of ``[B, C, H, W]`` with one filter for all channels of a head."""
+
+    def __init__(self, num_heads: int, kernel_size: int):
+        padding = kernel_size // 2
+        super().__init__(
+            num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Any memory format, which the result keeps."""
+        channels = image.shape[1]
+        weight = self.weight.repeat_interleave(channels // self.out_channels, 0)
+        return F.conv2d(image, weight, padding=self.padding, groups=channels)
 
 
 class SoftmaxFreeAttention(nn.Module):
@@ -70,19 +99,10 @@ class SoftmaxFreeAttention(nn.Module):
         self.value = nn.Linear(embed_dims, embed_dims)
         self.landmark_conv = None
         if landmark_sampling == "conv":
-            self.landmark_conv = nn.Conv2d(
-                self.head_dims, self.head_dims, landmark_stride, landmark_stride, bias=False
-            )
+            self.landmark_conv = LandmarkConv2d(self.head_dims, landmark_stride)
         self.landmark_norm = nn.LayerNorm(self.head_dims)
         self.init_landmark_norm(attn_init)
-        self.value_conv = nn.Conv2d(
-            num_heads,
-            num_heads,
-            value_kernel,
-            padding=value_kernel // 2,
-            groups=num_heads,
-            bias=False,
-        )
+        self.value_conv = ValueConv2d(num_heads, value_kernel)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
@@ -117,8 +137,10 @@ class SoftmaxFreeAttention(nn.Module):
 
     def queries_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled queries, which are the keys too, and values of ``x``; all ``[B, H*W, C]``."""
-        # The product scales at no cost; of a linear layer either factor would need another pass.
         scale = self.head_dims**-0.25
+        if torch.compiler.is_compiling() or not is_plain(self.query, nn.Linear.forward):
+            return self.query(x) * scale, self.value(x)
+        # The product scales at no cost, where the result of a call would need another pass.
         weight, bias = self.query.weight, self.query.bias
         q = torch.addmm(bias, x.flatten(0, 1), weight.mT, beta=scale, alpha=scale)
         return q.unflatten(0, x.shape[:2]), self.value(x)
@@ -128,19 +150,13 @@ class SoftmaxFreeAttention(nn.Module):
         patches = landmark_patches(
             q, hw_shape, self.num_heads, self.landmark_stride, self.max_landmarks
         )
-        if self.landmark_conv is None:
-            landmarks = patches.mean(3)
-        else:
-            weight = self.landmark_conv.weight.permute(0, 2, 3, 1).flatten(1)
-            landmarks = F.linear(patches.flatten(3), weight)
+        landmarks = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
         return F.gelu(self.landmark_norm(landmarks)).transpose(1, 2)
 
     def convolve_values(self, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The depthwise convolution of ``v [B, H*W, C]``, one filter for all channels of a head."""
         image = v.view(-1, *hw_shape, v.shape[-1]).permute(0, 3, 1, 2)  # channels-last memory
-        weight = self.value_conv.weight.repeat_interleave(self.head_dims, 0)
-        out = F.conv2d(image, weight, padding=self.value_conv.padding, groups=v.shape[-1])
-        return out.permute(0, 2, 3, 1).reshape(v.shape)
+        return self.value_conv(image).permute(0, 2, 3, 1).reshape(v.shape)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Attend.

@@ -11,7 +11,8 @@ import torch.utils.checkpoint
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from .plain import is_hooked, is_plain
 
 
 def _build_norm(norm_cfg: Any, channels: int) -> nn.Module:
@@ -22,6 +23,9 @@ def _build_norm(norm_cfg: Any, channels: int) -> nn.Module:
     if type(norm) is nn.LayerNorm:
         raise ValueError(f"norm_cfg must be of a norm of images, got {norm_cfg!r}")
     return norm
+
+
+_FOLDABLE_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
 class ConvNormAct(nn.Sequential):
@@ -35,24 +39,30 @@ class ConvNormAct(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]``."""
+        if not self._foldable(x):
+            x = self.norm(self.conv(x))
+            # The ReLU overwrites what a hook may have kept.
+            return self.act(x.clone() if is_hooked(self.norm) else x)
+        # A frozen norm is part of the convolution: one pass over the image less.
+        conv: Any = self.conv
+        norm: Any = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = conv.weight * scale[:, None, None, None]
+        bias = norm.bias - norm.running_mean * scale
+        if conv.bias is not None:
+            bias = bias + conv.bias * scale
+        return self.act(conv._conv_forward(x, weight, bias))
+
+    def _foldable(self, x: Tensor) -> bool:
         norm = self.norm
-        if not isinstance(norm, _BatchNorm) or norm.training or not norm.affine:
-            return super().forward(x)
         # A compiler fuses the norm itself. On few pixels it costs less than a new weight, but no
         # traced program should depend on their number.
         small = not torch.jit.is_tracing() and x[:, 0].numel() < 9 * x.shape[1]
         if torch.compiler.is_compiling() or small:
-            return super().forward(x)
-        mean, var = norm.running_mean, norm.running_var
-        if mean is None or var is None:
-            return super().forward(x)
-        # A frozen norm is part of the convolution: one pass over the image less.
-        scale = norm.weight * (var + norm.eps).rsqrt()
-        weight = self.conv.weight * scale[:, None, None, None]
-        bias = norm.bias - mean * scale
-        if self.conv.bias is not None:
-            bias = bias + self.conv.bias * scale
-        return self.act(F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding))
+            return False
+        if not is_plain(self.conv, nn.Conv2d.forward) or not is_plain(norm, *_FOLDABLE_NORMS):
+            return False
+        return not norm.training and bool(norm.affine) and norm.running_mean is not None
 
 
 def patch_embedding(in_channels: int, embed_dims: int, norm_cfg: dict) -> nn.Sequential:
@@ -144,10 +154,13 @@ class _Block(nn.Module):
         In evaluation on a CPU tokens take their turn in parts that fit its caches. That is faster,
         because fresh memory is expensive (a third of the time of a block at 4096x4096), and the
         hidden activations never exist as a whole. With a backward pass they all have to be kept.
+        A hook sees all tokens at once.
         """
         x = tokens[0]
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training
         if plain or x.device.type != "cpu" or x.numel() <= self.part_elements:
+            return function(*tokens)
+        if any(map(is_hooked, self.modules())):
             return function(*tokens)
         rows = max(1, self.part_elements // x.shape[-1])
         parts = zip(*(t.flatten(0, 1).split(rows) for t in tokens))

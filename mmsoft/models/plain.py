@@ -1,0 +1,26 @@
+"""Whether a module is what its class says, so that its weights may be used without calling it."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook waits for a call of ``module``, forward or backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def is_plain(module: nn.Module, *forwards: Callable) -> bool:
+    """Whether a call of ``module`` is one of these functions and nothing else.
+
+    It is not with hooks, nor where an adapter or a quantized layer has taken its place.
+    """
+    replaced = "forward" in vars(module) or type(module).forward not in forwards
+    return not replaced and not is_hooked(module)
