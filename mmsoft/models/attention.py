@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmsoft.ops import landmark_grid, landmark_patches, softmax_free_attention
+from mmsoft.ops.island import forward_mode
 
 from .plain import is_plain
 
@@ -245,7 +246,8 @@ class SoftmaxAttention(nn.Module):
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
         )
-        if torch.jit.is_tracing():  # as get_flops does, whose counters know no fused attention
+        # Fused attention has no tangents, and get_flops, which traces, no counter for it.
+        if torch.jit.is_tracing() or forward_mode():
             logits = (q * q.shape[-1] ** -0.5) @ k.mT
             out = (logits if bias is None else logits + bias).softmax(-1) @ v
         else:

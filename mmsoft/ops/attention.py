@@ -3,14 +3,9 @@
 import torch
 from torch import Tensor
 
-from .gaussian import (
-    compute_dtype,
-    fits_one_block,
-    gaussian_gram,
-    gaussian_kernel,
-    gaussian_kernel_product,
-)
+from .gaussian import fits_one_block, gaussian_gram, gaussian_kernel, gaussian_kernel_product
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
+from .island import compute_dtype, matmul, no_autocast
 
 SOLVERS = ("newton", "direct")
 
@@ -88,8 +83,11 @@ def softmax_free_attention(
         scale: the factor ``c``, which costs nothing here: it multiplies ``m`` rows, not ``N``.
 
     Returns:
-        ``[B, heads, N, d_v]`` in the dtype of ``v``, finite for finite arguments. Its memory runs
-        ``[B, N, heads, d_v]``, so that ``out.transpose(1, 2).flatten(2)`` copies nothing.
+        ``[B, heads, N, d_v]`` in the dtype of ``v``. Its memory runs ``[B, N, heads, d_v]``, so
+        that ``out.transpose(1, 2).flatten(2)`` copies nothing.
+
+        Finite for finite arguments. Differentiable once; in forward mode and under ``torch.func``,
+        which store ``K``, any number of times.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or the dtypes do not go together.
@@ -97,7 +95,7 @@ def softmax_free_attention(
             ``steps`` is unknown.
     """
     _check(q, v, landmarks, solver, steps)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
         a = gaussian_gram(landmarks)
         # Of a few tokens the kernel need not be computed twice.
@@ -116,7 +114,7 @@ def softmax_free_attention(
             alpha, cubic = step_size(a, guarded=normalize)
             if not normalize:
                 a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-            s = newton_raphson_pinv(a, alpha, cubic, steps) @ s
+            s = matmul(newton_raphson_pinv(a, alpha, cubic, steps), s)
         s = scale * s if root is None else scale * root * s
         if kernel is None:
             out = gaussian_kernel_product(q, landmarks, s)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .island import compute_dtype, forward_mode, matmul, no_autocast, transformed
+
 # Elements of K alive at once. On a CPU a block should stay in the cores' caches; on a GPU it should
 # be large enough to fill the device.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}
@@ -17,11 +19,6 @@ _BLOCK_ELEMENTS_DEVICE = 1 << 25
 # Coordinates are clamped here so that squares cannot overflow: the kernel of two points that far
 # from the landmarks is 0 (or 1, for a pair beyond the same bound) whatever their distance.
 _COORDINATE_MAX = 1e9
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the float32 island: float64 if any argument is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -39,14 +36,15 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     """
     y = y.clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
     centre = y.detach().mean(-2, keepdim=True)
-    return _near_zero(x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX).sub_(centre), y.sub_(centre))
+    return _near_zero(x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX) - centre, y - centre)
 
 
 def _near_zero(x: Tensor, y: Tensor) -> Tensor:
     """The kernel of centred points. In place, because large fresh memory is slow."""
     half = y.square().sum(-1).mul_(0.5)
     half_x = half if x is y else x.square().sum(-1).mul_(0.5)
-    exponent = (x @ y.mT).sub_(half_x[..., :, None] + half[..., None, :])  # symmetric if x is y
+    # Symmetric if x is y.
+    exponent = matmul(x, y.mT).sub_(half_x[..., :, None] + half[..., None, :])
     return exponent.clamp_(max=0).exp_()
 
 
@@ -122,7 +120,7 @@ def _empty_like_tokens(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 def _product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     dtype = compute_dtype(x, y, w)
     out = _empty_like_tokens(x, w.shape[-1], dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         if x.shape[-2] >= y.shape[-2]:
             w = w.to(dtype)
             for bs, ns, _, kernel in _Stream(x, y, dtype):
@@ -148,7 +146,7 @@ def _product_backward(
     dx = _empty_like_tokens(x, x.shape[-1], dtype)
     dy = _empty_like_tokens(y, y.shape[-1], dtype)
     dw = _empty_like_tokens(w, w.shape[-1], dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         # grad belongs to x's side and w to y's; the product grad w^T pairs them off.
         if x.shape[-2] >= y.shape[-2]:
             _stream_backward(_Stream(x, y, dtype), grad, w, dx, dy, None, dw)
@@ -197,6 +195,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    if forward_mode():
+        raise NotImplementedError(
+            "the backward pass of gaussian_kernel_product has no forward-mode derivative; compute "
+            "the forward pass under forward mode too, as torch.func.jvp of torch.func.grad does"
+        )
     inputs = ctx.saved_tensors
     grads = torch.ops.mmsoft.gaussian_kernel_product_backward(grad, *inputs)
     return tuple(g.to(t.dtype) for g, t in zip(grads, inputs))
@@ -217,7 +220,8 @@ def gaussian_kernel_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     """``K w`` with ``K_ij = exp(-||x_i - y_j||^2 / 2)``, never storing ``K``.
 
     Time is ``O(n m d)``; extra memory is one block of ``K`` whatever ``n`` and ``m``. Strided and
-    expanded arguments are read in place.
+    expanded arguments are read in place. Under a transform of ``torch.func``, or in forward mode,
+    ``K`` is stored.
 
     Args:
         x: ``[B, heads, n, d]``.
@@ -226,6 +230,11 @@ def gaussian_kernel_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 
     Returns:
         ``[B, heads, n, d_w]`` in float32 (float64 if any argument is), whatever autocast says. Its
-        memory runs ``[B, n, heads, d_w]``. Differentiable once in all three arguments.
+        memory runs ``[B, n, heads, d_w]``. Differentiable once in all three arguments, in forward
+        mode and by ``torch.func`` as often as you like.
     """
-    return torch.ops.mmsoft.gaussian_kernel_product(x, y, w)
+    if not transformed():
+        return torch.ops.mmsoft.gaussian_kernel_product(x, y, w)
+    with no_autocast(x):
+        dtype = compute_dtype(x, y, w)
+        return matmul(gaussian_kernel(x.to(dtype), y.to(dtype)), w.to(dtype))

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .island import forward_mode, matmul, no_autocast, transformed
+
 # SOFT inverts A + 0.01 I; SOFT++ inverts A itself (authors' release).
 RIDGE_SOFT = 0.01
 # The guard accepts alpha |A^2| of about 0.01, so 20 steps damp below sqrt(100 / 2^20) = 0.01 |A|.
@@ -52,7 +54,8 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
     # A >= 0, so column j of |I - alpha A^2| sums to |1 - alpha d_j| + alpha (s_j - d_j), with d the
     # diagonal of A^2 and s its column sums: all candidates cost O(m), and no product of matrices.
     diagonal = a.square().sum(-1)
-    columns = (a @ rows[..., None]).squeeze(-1)
+    with no_autocast(a):
+        columns = (a @ rows[..., None]).squeeze(-1)
     halvings = torch.arange(_HALVINGS, dtype=a.dtype, device=a.device)
     alpha = 2 / rows.amax((-2, -1), keepdim=True).square()  # [B, 1, 1]
     candidates = alpha[..., None] * torch.exp2(-halvings)  # [B, 1, 1, 10]
@@ -73,17 +76,20 @@ def newton_iterates(a: Tensor, alpha: Tensor, cubic: Tensor) -> Iterator[Tensor]
         cubic: likewise.
     """
     shape = a.shape
-    v = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
+    with no_autocast(a):
+        v = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
     a = a.flatten(0, -3)
     while True:
         yield v.view(shape)
-        v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
+        with no_autocast(a):
+            v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
 
 
-@torch.library.custom_op("mmsoft::newton_raphson_pinv", mutates_args=())
-def _newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        return next(islice(newton_iterates(a, alpha, cubic), steps, None))
+def _iterate(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+    return next(islice(newton_iterates(a, alpha, cubic), steps, None))
+
+
+_newton = torch.library.custom_op("mmsoft::newton_raphson_pinv", _iterate, mutates_args=())
 
 
 @_newton.register_fake
@@ -97,17 +103,26 @@ def _newton_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (v,) = ctx.saved_tensors
-    return -(v.mT @ grad @ v.mT), None, None, None
+    return -matmul(matmul(v.mT, grad), v.mT), None, None, None
 
 
 _newton.register_autograd(_newton_backward, setup_context=_newton_context)
+
+
+class _Newton(torch.autograd.Function):
+    """For ``torch.func``."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_iterate)
+    setup_context = staticmethod(_newton_context)
+    backward = staticmethod(_newton_backward)
 
 
 def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20) -> Tensor:
     """``steps`` Newton-Raphson steps ``V <- 2V - V A V`` from ``V = alpha A - cubic A^3``.
 
     The backward pass is the theoretical one, ``dL/dA = -V^T (dL/dV) V^T`` (SOFT, proposition 3); it
-    stores the result alone, and can itself be differentiated.
+    stores the result alone, and can itself be differentiated. Forward mode follows it.
 
     Args:
         a: symmetric matrices ``[B, heads, m, m]``, float32 or float64.
@@ -118,16 +133,26 @@ def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20
     Returns:
         ``[B, heads, m, m]``.
     """
-    return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
+    if not transformed():
+        return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
+    if not forward_mode():
+        return _Newton.apply(a, alpha, cubic, steps)
+    with no_autocast(a):
+        v = _iterate(a.detach(), alpha.detach(), cubic.detach(), steps)
+        # (I + V (A - A))^-1 V: the value is V, and every derivative follows from dV = -V dA V.
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        return torch.linalg.inv(eye + v @ (a - a.detach())) @ v
 
 
-@torch.library.custom_op("mmsoft::tikhonov_solve", mutates_args=())
-def _solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
+def _factorise_and_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    with no_autocast(a):
         normal = a @ a
         normal.diagonal(dim1=-2, dim2=-1).add_(mu.square().squeeze(-1))
         factor, _ = torch.linalg.cholesky_ex(normal)
         return torch.cholesky_solve(b, factor).contiguous()
+
+
+_solve = torch.library.custom_op("mmsoft::tikhonov_solve", _factorise_and_solve, mutates_args=())
 
 
 @_solve.register_fake
@@ -142,11 +167,32 @@ def _solve_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     a, mu, x = ctx.saved_tensors
-    y = torch.ops.mmsoft.tikhonov_solve(a, mu, grad)
-    return -(y @ (a @ x).mT + (a @ y) @ x.mT), None, y
+    y = _tikhonov_solve(a, mu, grad)
+    return -(matmul(y, matmul(a, x).mT) + matmul(matmul(a, y), x.mT)), None, y
 
 
 _solve.register_autograd(_solve_backward, setup_context=_solve_context)
+
+
+class _Solve(torch.autograd.Function):
+    """For ``torch.func``."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_factorise_and_solve)
+    setup_context = staticmethod(_solve_context)
+    backward = staticmethod(_solve_backward)
+
+
+def _tikhonov_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    """``(A^2 + mu^2 I)^-1 b``."""
+    if not transformed():
+        return torch.ops.mmsoft.tikhonov_solve(a, mu, b)
+    if not forward_mode():
+        return _Solve.apply(a, mu, b)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    with no_autocast(a):
+        # Not linalg.solve, whose second derivative in forward mode is wrong (torch 2.13).
+        return torch.linalg.inv(a @ a + mu.square() * eye) @ b
 
 
 def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:
@@ -164,4 +210,4 @@ def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:
         ``[B, heads, m, d]``, twice differentiable.
     """
     mu = TIKHONOV * a.detach().sum(-1).amax(-1)[..., None, None]
-    return torch.ops.mmsoft.tikhonov_solve(a, mu, a @ b)
+    return _tikhonov_solve(a, mu, matmul(a, b))

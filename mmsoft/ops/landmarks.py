@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .island import forward_mode, transformed
+
 
 def landmark_grid(
     height: int, width: int, stride: int, max_landmarks: int | None = None
@@ -67,8 +69,7 @@ def _select(
     return patches, index, kept
 
 
-@torch.library.custom_op("mmsoft::landmark_patches", mutates_args=())
-def _patches(
+def _gather(
     q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
 ) -> Tensor:
     image = q.reshape(q.shape[0], height, width, heads, q.shape[2] // heads)
@@ -78,10 +79,11 @@ def _patches(
     patches, index, (rows, cols) = _select(image, stride, max_landmarks)
     if index is not None:
         patches = patches[:, index[0]][:, :, :, index[1]]
-    out = q.new_empty(q.shape[0], rows * cols, heads, stride * stride, image.shape[-1])
-    blocks = out.view(q.shape[0], rows, cols, heads, stride, stride, image.shape[-1])
-    blocks.copy_(patches.permute(0, 1, 3, 5, 2, 4, 6))
-    return out
+    blocks = patches.permute(0, 1, 3, 5, 2, 4, 6).clone(memory_format=torch.contiguous_format)
+    return blocks.view(q.shape[0], rows * cols, heads, stride * stride, image.shape[-1])
+
+
+_patches = torch.library.custom_op("mmsoft::landmark_patches", _gather, mutates_args=())
 
 
 @_patches.register_fake
@@ -92,8 +94,7 @@ def _(
     return q.new_empty(q.shape[0], rows * cols, heads, stride * stride, q.shape[2] // heads)
 
 
-@torch.library.custom_op("mmsoft::landmark_patches_backward", mutates_args=())
-def _patches_backward(
+def _scatter(
     grad: Tensor, height: int, width: int, stride: int, max_landmarks: int | None
 ) -> Tensor:
     batch, _, heads, _, d = grad.shape
@@ -107,6 +108,11 @@ def _patches_backward(
     return image[:, :height, :width].reshape(batch, height * width, heads * d).clone()
 
 
+_patches_backward = torch.library.custom_op(
+    "mmsoft::landmark_patches_backward", _scatter, mutates_args=()
+)
+
+
 @_patches_backward.register_fake
 def _(grad: Tensor, height: int, width: int, stride: int, max_landmarks: int | None) -> Tensor:
     return grad.new_empty(grad.shape[0], height * width, grad.shape[2] * grad.shape[4])
@@ -118,8 +124,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     height, width, _, stride, max_landmarks = ctx.arguments
-    grad = torch.ops.mmsoft.landmark_patches_backward(grad, height, width, stride, max_landmarks)
-    return grad, None, None, None, None, None
+    scatter = _scatter if forward_mode() else torch.ops.mmsoft.landmark_patches_backward
+    return scatter(grad, height, width, stride, max_landmarks), None, None, None, None, None
 
 
 def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,7 +133,8 @@ def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return torch.ops.mmsoft.landmark_patches(grad, *ctx.arguments), None, None, None, None
+    gather = _gather if forward_mode() else torch.ops.mmsoft.landmark_patches
+    return gather(grad, *ctx.arguments), None, None, None, None
 
 
 _patches.register_autograd(_backward, setup_context=_context)
@@ -183,4 +190,5 @@ def landmark_patches(
         )
     if q.shape[2] % num_heads:
         raise ValueError(f"q must have channels for {num_heads} heads, got {q.shape[2]}")
-    return torch.ops.mmsoft.landmark_patches(q, *hw_shape, num_heads, stride, max_landmarks)
+    gather = _gather if transformed() else torch.ops.mmsoft.landmark_patches
+    return gather(q, *hw_shape, num_heads, stride, max_landmarks)

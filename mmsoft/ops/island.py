@@ -1,0 +1,85 @@
+"""The float32 island: arithmetic that autocast does not reach, in either pass.
+
+A backward pass runs under the autocast of whoever calls ``backward()``, whatever the forward pass
+ran under. Only products of matrices are affected, hence :func:`matmul`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the island: float64 if any argument is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Disable autocast on the device of ``x``, where there is any (not on ``meta``)."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work, ``torch.func.jvp`` included.
+
+    A custom operator drops tangents silently, and so does the ``jvp`` of an ``autograd.Function``
+    in a nested transform: what has to be right is plain torch.
+    """
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether any transform of ``torch.func``, or forward mode, is at work.
+
+    Custom operators know neither: they raise, drop tangents, or run once for each sample.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    with no_autocast(a):
+        return (a @ b).contiguous()
+
+
+# An operator, so that a compiler too leaves its backward pass alone.
+_matmul = torch.library.custom_op("mmsoft::matmul", _multiply, mutates_args=())
+
+
+@_matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _matmul_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    a, b = ctx.saved_tensors
+    a_needs, b_needs = ctx.needs_input_grad
+    return matmul(grad, b.mT) if a_needs else None, matmul(a.mT, grad) if b_needs else None
+
+
+_matmul.register_autograd(_matmul_backward, setup_context=_matmul_context)
+
+
+class _Matmul(torch.autograd.Function):
+    """For ``torch.func``."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_multiply)
+    setup_context = staticmethod(_matmul_context)
+    backward = staticmethod(_matmul_backward)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of equal batch dimensions and dtype, without autocast in any pass."""
+    if forward_mode() or torch.jit.is_tracing():  # as get_flops does, which knows a plain product
+        return _multiply(a, b)
+    return _Matmul.apply(a, b) if transformed() else torch.ops.mmsoft.matmul(a, b)

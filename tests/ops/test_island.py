@@ -1,0 +1,129 @@
+"""The float32 island: no autocast in either pass; devices without data."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from mmsoft.ops import (
+    gaussian_kernel,
+    gaussian_kernel_product,
+    landmark_patches,
+    newton_raphson_pinv,
+    softmax_free_attention,
+    step_size,
+    tikhonov_pinv_product,
+)
+
+VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
+
+
+def autocast(enabled: bool):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def arguments(**kwargs) -> list[Tensor]:
+    return [torch.randn(2, 2, n, 16, **kwargs).requires_grad_() for n in (60, 60, 9)]
+
+
+@pytest.mark.parametrize("forward_inside", [False, True])
+@pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
+def test_backward_inside_autocast(normalize, solver, forward_inside):
+    """To the last bit the gradients of a backward pass outside, wherever the forward pass ran."""
+    tensors = arguments()
+    kwargs = dict(normalize=normalize, solver=solver)
+    cotangent = torch.randn_like(tensors[0])
+    expected = torch.autograd.grad(softmax_free_attention(*tensors, **kwargs), tensors, cotangent)
+    with autocast(forward_inside):
+        out = softmax_free_attention(*tensors, **kwargs)
+    with autocast(True):
+        ours = torch.autograd.grad(out, tensors, cotangent)
+        of_func = torch.func.vjp(lambda *t: softmax_free_attention(*t, **kwargs), *tensors)[1]
+        for a, b, c in zip(ours, expected, of_func(cotangent)):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(c, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_compiled_backward_inside_autocast(solver):
+    """Both passes of a training step with automatic mixed precision."""
+    tensors = arguments()
+
+    def function(*args):
+        return softmax_free_attention(*args, solver=solver)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    cotangent = torch.randn_like(tensors[0])
+    expected = torch.autograd.grad(function(*tensors), tensors, cotangent)
+    for inside in (False, True):
+        with autocast(True):
+            out = compiled(*tensors)
+        with autocast(inside):
+            for a, b in zip(torch.autograd.grad(out, tensors, cotangent), expected):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+def test_second_derivatives_inside_autocast():
+    points = torch.randn(2, 2, 9, 16)
+    a = gaussian_kernel(points, points).requires_grad_()
+    b = torch.randn(2, 2, 9, 5, requires_grad=True)
+    q = torch.randn(2, 48, 32, requires_grad=True)
+    calls = {
+        "newton": (lambda a: newton_raphson_pinv(a, *step_size(a, guarded=True)), (a,)),
+        "direct": (tikhonov_pinv_product, (a, b)),
+        "kernel": (lambda x: gaussian_kernel(x, points), (points.clone().requires_grad_(),)),
+        "patches": (lambda q: landmark_patches(q, (6, 8), 2, 2, 5).square(), (q,)),
+    }
+    for name, (function, leaves) in calls.items():
+        results = []
+        for inside in (False, True):
+            with autocast(inside):
+                first = torch.autograd.grad(
+                    function(*leaves).square().sum(), leaves, create_graph=True
+                )
+                second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+            results.append([*first, *second])
+        for outside, inside in zip(*results):
+            assert torch.equal(outside, inside), name
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("device", ["meta", "fake"])
+@pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
+def test_tensors_without_data(normalize, solver, device, grad):
+    """Shape, dtype and memory of the result and the gradients, under autocast as well."""
+    real = [t.requires_grad_(grad) for t in arguments(dtype=torch.bfloat16)]
+    real[2] = real[2].detach().float().requires_grad_(grad)
+    fake = FakeTensorMode()
+
+    def outputs(tensors):
+        with torch.set_grad_enabled(grad), autocast(True):
+            out = softmax_free_attention(*tensors, normalize=normalize, solver=solver)
+        return [out, *(torch.autograd.grad(out.sum(), tensors) if grad else ())]
+
+    if device == "meta":
+        results = outputs([t.detach().to("meta").requires_grad_(grad) for t in real])
+    else:
+        with fake:
+            results = outputs([fake.from_tensor(t) for t in real])
+    for ours, expected in zip(results, outputs(real)):
+        assert isinstance(ours, FakeTensor) or ours.is_meta
+        assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+        assert ours.stride() == expected.stride()
+
+
+def test_operators_on_the_meta_device():
+    x, y, w = (torch.empty(2, 3, n, 8, device="meta", requires_grad=True) for n in (30, 5, 5))
+    out = gaussian_kernel_product(x, y, w)
+    assert out.shape == (2, 3, 30, 8)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (x, y, w))] == [
+        t.shape for t in (x, y, w)
+    ]
+    a = torch.empty(2, 3, 5, 5, device="meta", requires_grad=True)
+    for out in (newton_raphson_pinv(a, *step_size(a, True)), tikhonov_pinv_product(a, y)):
+        assert torch.autograd.grad(out.sum(), a)[0].shape == a.shape
+    q = torch.empty(2, 48, 32, device="meta", requires_grad=True)
+    patches = landmark_patches(q, (6, 8), 2, 2, 5)
+    assert patches.shape == (2, 4, 2, 4, 16)
+    assert torch.autograd.grad(patches.sum(), q)[0].shape == q.shape
