@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .gaussian import fits_one_block, gaussian_gram, gaussian_kernel, gaussian_kernel_product
+from .gaussian import fits_one_block, gaussian_gram, gaussian_kernel, product_in_units, unit_of
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
-from .island import compute_dtype, matmul, no_autocast
+from .island import compute_dtype, matmul, no_autocast, transformed
 
 SOLVERS = ("newton", "direct")
 
@@ -86,8 +86,10 @@ def softmax_free_attention(
         ``[B, heads, N, d_v]`` in the dtype of ``v``. Its memory runs ``[B, N, heads, d_v]``, so
         that ``out.transpose(1, 2).flatten(2)`` copies nothing.
 
-        Finite for finite arguments. Differentiable once; in forward mode and under ``torch.func``,
-        which store ``K``, any number of times.
+        Finite wherever the exact result is in the range of that dtype, though sums of ``v`` on the
+        way to it be not; beyond it infinite, but 65504 in float16. The same holds for gradients,
+        with a cotangent and a ``scale`` of moderate size. Differentiable once; in forward mode and
+        under ``torch.func``, which store ``K``, any number of times.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or the dtypes do not go together.
@@ -97,14 +99,17 @@ def softmax_free_attention(
     _check(q, v, landmarks, solver, steps)
     with no_autocast(q):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
+        unit = unit_of(v, landmarks.dtype)
+        if landmarks.requires_grad and not transformed():  # their gradient, see product_in_units
+            landmarks = landmarks.detach() + unit * (landmarks - landmarks.detach())
         a = gaussian_gram(landmarks)
         # Of a few tokens the kernel need not be computed twice.
         small = not torch.is_grad_enabled() and fits_one_block(q, landmarks)
         kernel = gaussian_kernel(q.to(a.dtype), landmarks) if small else None
         if kernel is None:
-            s = gaussian_kernel_product(landmarks, q, v)  # K^T v: [B, heads, m, d_v]
+            s = product_in_units(landmarks, q, v, unit, divide=True)  # K^T v: [B, heads, m, d_v]
         else:
-            s = kernel.mT @ v.to(a.dtype)
+            s = kernel.mT @ (v.to(a.dtype) / unit)
         root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
         if root is not None:
             s = root * s
@@ -117,9 +122,9 @@ def softmax_free_attention(
             s = matmul(newton_raphson_pinv(a, alpha, cubic, steps), s)
         s = scale * s if root is None else scale * root * s
         if kernel is None:
-            out = gaussian_kernel_product(q, landmarks, s)
+            out = product_in_units(q, landmarks, s, unit, divide=False)
         else:
-            out = (kernel @ s).transpose(1, 2).contiguous().transpose(1, 2)
+            out = (unit * (kernel @ s)).transpose(1, 2).contiguous().transpose(1, 2)
     if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
         out = out.clamp(-65504, 65504)
     return out.to(v.dtype)

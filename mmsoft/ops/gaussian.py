@@ -16,6 +16,8 @@ from .island import compute_dtype, forward_mode, matmul, no_autocast, transforme
 # be large enough to fill the device.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_DEVICE = 1 << 25
+# Sums of values within 2^-40 and 2^40, times what the inverse may amplify, are far from any limit.
+_MODERATE = 40
 # Coordinates are clamped here so that squares cannot overflow: the kernel of two points that far
 # from the landmarks is 0 (or 1, for a pair beyond the same bound) whatever their distance.
 _COORDINATE_MAX = 1e9
@@ -24,7 +26,7 @@ _COORDINATE_MAX = 1e9
 def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     """The kernel matrix itself, for a short ``x`` and ``y``.
 
-    Points are taken relative to the mean of ``y``, which the kernel does not notice but rounding
+    Points are taken relative to a centre of ``y``, which the kernel does not notice but rounding
     does.
 
     Args:
@@ -35,8 +37,16 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
         ``[..., n, m]`` in (0, 1], differentiable.
     """
     y = y.clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
-    centre = y.detach().mean(-2, keepdim=True)
+    centre = _centre(y)
     return _near_zero(x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX) - centre, y - centre)
+
+
+def _centre(y: Tensor) -> Tensor:
+    """The mean of the points but outliers, of which one would take all others' digits."""
+    y = y.detach()
+    squared = y.square().sum(-1, keepdim=True)
+    near = (squared <= 16 * squared.amin(-2, keepdim=True)).to(y.dtype)
+    return (near * y).sum(-2, keepdim=True) / near.sum(-2, keepdim=True)
 
 
 def _near_zero(x: Tensor, y: Tensor) -> Tensor:
@@ -65,7 +75,7 @@ def gaussian_gram(x: Tensor) -> Tensor:
     may sum to 0.
     """
     x = x.clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
-    x = x - x.detach().mean(-2, keepdim=True)
+    x = x - _centre(x)
     eye = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
     return _near_zero(x, x).masked_fill(eye, 1)
 
@@ -79,7 +89,7 @@ class _Stream:
     def __init__(self, long: Tensor, short: Tensor, dtype: torch.dtype):
         self.long = long
         short = short.to(dtype).clamp(-_COORDINATE_MAX, _COORDINATE_MAX)
-        self.centre = short.mean(-2, keepdim=True)
+        self.centre = _centre(short)
         self.short = short - self.centre
         self.one = torch.ones_like(short[..., :1])
         half = self.short.square().sum(-1, keepdim=True).mul_(-0.5)
@@ -117,41 +127,61 @@ def _empty_like_tokens(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("mmsoft::gaussian_kernel_product", mutates_args=())
-def _product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+def _product(
+    x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
+) -> Tensor:
     dtype = compute_dtype(x, y, w)
     out = _empty_like_tokens(x, w.shape[-1], dtype)
+    unit = _unless_one(unit)
+    divisor = unit if divide else None
     with no_autocast(x):
         if x.shape[-2] >= y.shape[-2]:
-            w = w.to(dtype)
+            w = _in_units(w.to(dtype), divisor)
             for bs, ns, _, kernel in _Stream(x, y, dtype):
                 out[bs, :, ns] = kernel @ w[bs]
         else:
             out.zero_()
             for bs, ns, _, kernel in _Stream(y, x, dtype):
-                out[bs] += kernel.mT @ w[bs, :, ns].to(dtype)
+                out[bs] += kernel.mT @ _in_units(w[bs, :, ns].to(dtype), divisor, bs)
+        if unit is not None and not divide:
+            out *= unit
     return out
 
 
+def _in_units(w: Tensor, unit: Tensor | None, samples: slice = slice(None)) -> Tensor:
+    return w if unit is None else w / unit[samples]
+
+
 @_product.register_fake
-def _(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+def _(x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False) -> Tensor:
     return _empty_like_tokens(x, w.shape[-1], compute_dtype(x, y, w))
 
 
 @torch.library.custom_op("mmsoft::gaussian_kernel_product_backward", mutates_args=())
 def _product_backward(
-    grad: Tensor, x: Tensor, y: Tensor, w: Tensor
+    grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dx = W y - (W 1) x``, ``dy = W^T x - (W^T 1) y``, ``dw = K^T g``, ``W = K * (g w^T)``."""
+    """``dx = W y - (W 1) x``, ``dy = W^T x - (W^T 1) y``, ``dw = K^T g``, ``W = K * (g w^T)``.
+
+    In ``W`` ``w`` is in units. The gradient of the tokens, ``y`` if ``divide`` else ``x``, is
+    multiplied by the unit; that of the landmarks is not.
+    """
     dtype = compute_dtype(x, y, w)
     dx = _empty_like_tokens(x, x.shape[-1], dtype)
     dy = _empty_like_tokens(y, y.shape[-1], dtype)
     dw = _empty_like_tokens(w, w.shape[-1], dtype)
+    unit = _unless_one(unit)
+    divisor = unit if divide else None
     with no_autocast(x):
         # grad belongs to x's side and w to y's; the product grad w^T pairs them off.
         if x.shape[-2] >= y.shape[-2]:
+            w = _in_units(w.to(dtype), divisor)
             _stream_backward(_Stream(x, y, dtype), grad, w, dx, dy, None, dw)
         else:
-            _stream_backward(_Stream(y, x, dtype), w, grad, dy, dx, dw, None)
+            _stream_backward(_Stream(y, x, dtype), w, grad, dy, dx, dw, None, divisor)
+        if unit is not None:
+            tokens = dy if divide else dx
+            tokens *= unit
     return dx, dy, dw
 
 
@@ -163,6 +193,7 @@ def _stream_backward(
     d_short: Tensor,
     d_long_w: Tensor | None,
     d_short_w: Tensor | None,
+    long_unit: Tensor | None = None,
 ) -> None:
     dtype = stream.short.dtype
     d = stream.short.shape[-1]
@@ -177,6 +208,7 @@ def _stream_backward(
             d_long_w[bs, :, ns] = kernel @ short_w[bs]
         if d_short_w is not None:
             d_short_w[bs] += kernel.mT @ block_w
+        block_w = _in_units(block_w, long_unit, bs)
         weight = (block_w @ short_w[bs].mT).mul_(kernel)
         push = weight @ short_with_one[bs]
         d_long[bs, :, ns] = torch.addcmul(push[..., :d], push[..., d:], tokens[..., :d], value=-1)
@@ -185,24 +217,27 @@ def _stream_backward(
 
 
 @_product_backward.register_fake
-def _(grad: Tensor, x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+def _(
+    grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
+) -> tuple[Tensor, ...]:
     dtype = compute_dtype(x, y, w)
     return tuple(_empty_like_tokens(t, t.shape[-1], dtype) for t in (x, y, w))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.divide = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if forward_mode():
         raise NotImplementedError(
             "the backward pass of gaussian_kernel_product has no forward-mode derivative; compute "
             "the forward pass under forward mode too, as torch.func.jvp of torch.func.grad does"
         )
-    inputs = ctx.saved_tensors
-    grads = torch.ops.mmsoft.gaussian_kernel_product_backward(grad, *inputs)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs))
+    *inputs, unit = ctx.saved_tensors
+    grads = torch.ops.mmsoft.gaussian_kernel_product_backward(grad, *inputs, unit, ctx.divide)
+    return *(g.to(t.dtype) for g, t in zip(grads, inputs)), None, None
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -233,8 +268,48 @@ def gaussian_kernel_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         memory runs ``[B, n, heads, d_w]``. Differentiable once in all three arguments, in forward
         mode and by ``torch.func`` as often as you like.
     """
+    return product_in_units(x, y, w, None, divide=False)
+
+
+def unit_of(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """A power of 2 near the largest ``|w|`` of each sample, 1 if that is moderate: [B, 1, 1, 1]."""
+    w = w.detach()
+    largest = torch.maximum(w.amax((1, 2, 3)), -w.amin((1, 2, 3))).to(dtype)[:, None, None, None]
+    tiny = torch.finfo(dtype).tiny
+    unit = largest.clamp(2 * tiny, 0.5 / tiny).log2().floor().exp2()  # of normal reciprocal
+    return torch.where((largest < 2.0**-_MODERATE) | (largest > 2.0**_MODERATE), unit, 1)
+
+
+def _unless_one(unit: Tensor | None) -> Tensor | None:
+    """``None`` for units of 1, where asking costs nothing: it is what they usually are."""
+    if unit is None or unit.device.type != "cpu" or (unit - 1).any():
+        return unit
+    return None
+
+
+def product_in_units(
+    x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None, *, divide: bool
+) -> Tensor:
+    """``K (w / unit)`` if ``divide``, else ``unit * (K w)``: nothing in between can overflow.
+
+    ``S = K^T (v / unit)`` stands for ``unit * S``, and outside :func:`transformed` its cotangent is
+    that of what it stands for: the gradient with respect to ``v`` or to the values' sums then needs
+    no unit. That of anything else does, at its end: queries get it here, ``y`` if ``divide`` and
+    ``x`` if not; the landmarks' is left to the caller, after all of it has been summed.
+
+    Args:
+        x: as for :func:`gaussian_kernel_product`.
+        y: likewise.
+        w: likewise.
+        unit: from :func:`unit_of`; ``None`` for 1.
+        divide: which of the two.
+    """
     if not transformed():
-        return torch.ops.mmsoft.gaussian_kernel_product(x, y, w)
+        return torch.ops.mmsoft.gaussian_kernel_product(x, y, w, unit, divide)
     with no_autocast(x):
         dtype = compute_dtype(x, y, w)
-        return matmul(gaussian_kernel(x.to(dtype), y.to(dtype)), w.to(dtype))
+        w = w.to(dtype)
+        if unit is not None and divide:
+            w = w / unit
+        out = matmul(gaussian_kernel(x.to(dtype), y.to(dtype)), w)
+        return out if unit is None or divide else unit * out

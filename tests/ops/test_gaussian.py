@@ -80,14 +80,34 @@ def test_translation_does_not_cost_precision():
     torch.testing.assert_close(gaussian_kernel(x, y).double(), exact, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("units", [(), (8.0, True), (0.25, False)], ids=str)
 @pytest.mark.parametrize(("n", "m"), [(30, 4), (4, 30)])
-def test_custom_operators_pass_opcheck(n, m):
+def test_custom_operators_pass_opcheck(n, m, units):
     g = torch.Generator().manual_seed(0)
     x, y, w = (torch.randn(2, 2, k, 8, generator=g, requires_grad=True) for k in (n, m, m))
-    opcheck(torch.ops.mmsoft.gaussian_kernel_product.default, (x, y, w))
+    if units:
+        units = torch.full((2, 1, 1, 1), units[0]), units[1]
+    opcheck(torch.ops.mmsoft.gaussian_kernel_product.default, (x, y, w, *units))
     grad = torch.randn(2, 2, n, 8, generator=g)
     detached = [t.detach() for t in (x, y, w)]
-    opcheck(torch.ops.mmsoft.gaussian_kernel_product_backward.default, (grad, *detached))
+    opcheck(torch.ops.mmsoft.gaussian_kernel_product_backward.default, (grad, *detached, *units))
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize(("n", "m"), [(30, 4), (4, 30)])
+def test_units(n, m, divide):
+    """A sample's own unit, and which of the gradients it multiplies."""
+    tensors = [torch.randn(2, 2, k, 8).requires_grad_() for k in (n, m, m)]
+    unit = torch.tensor([8.0, 0.25])[:, None, None, None]
+    plain = gaussian_kernel_product(*tensors)
+    ours = gaussian.product_in_units(*tensors, unit, divide=divide)
+    torch.testing.assert_close(ours, plain / unit if divide else plain * unit)
+    grad = torch.randn_like(plain)
+    dx, dy, dw = torch.autograd.grad(plain, tensors, grad)
+    # W is in units if w is divided by them; tokens are y then, and x if not.
+    expected = (dx / unit, dy, dw) if divide else (dx * unit, dy, dw)
+    for a, b in zip(torch.autograd.grad(ours, tensors, grad), expected):
+        torch.testing.assert_close(a, b)
 
 
 def peak_elements(function) -> int:
