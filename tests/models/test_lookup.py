@@ -47,7 +47,7 @@ def test_lookup(attention):
     g = torch.Generator().manual_seed(0)
     model = Lookup(attention)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
-    steps = 300 if attention else 100
+    steps = 300
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * step / steps)
         classes, places = batch(16, g)

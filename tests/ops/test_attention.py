@@ -80,27 +80,41 @@ def test_as_many_landmarks_as_the_release_has_for_detection(solver):
         assert error(ours, truth) < 1e-7
 
 
+# landmarks: 1 to 257, at powers of 2, beside them, and the usual 49
+LOW_PRECISION_SHAPES = [
+    (2, 1, 5, 1, 64),
+    (8, 2, 30, 2, 32),
+    *SHAPES[:2],
+    (3, 2, 40, 50, 32),  # more landmarks than tokens
+    (1, 2, 150, 64, 32),
+    (1, 1, 200, 100, 32),
+    (1, 1, 300, 128, 32),
+    (1, 1, 300, 257, 32),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
-@pytest.mark.parametrize("shape", [*SHAPES[:2], SHAPES[5]], ids=str)
+@pytest.mark.parametrize("shape", LOW_PRECISION_SHAPES, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 0.3, 0.03])
 def test_low_precision_loses_no_more_than_plain_torch(shape, normalize, solver, spread, dtype):
-    """Error against float64 at most 2 times (forward), 3 times (backward) that of plain PyTorch."""
+    """Error at most 2 times (forward), 3 times (backward) that of plain PyTorch in float32.
+
+    And never above 2 %, which plain PyTorch exceeds where landmarks nearly coincide.
+    """
     tensors = arguments(shape, spread, dtype)
     kwargs = dict(normalize=normalize, solver=solver)
-    # In half precision linalg has no CPU kernel: plain torch may solve in float32, no more.
-    plain_dtype = torch.float32 if solver == "direct" else dtype
     truth = run(reference, [t.double() for t in tensors], **kwargs)
-    plain = run(reference, [t.to(plain_dtype) for t in tensors], **kwargs)
+    plain = run(reference, [t.float() for t in tensors], **kwargs)
     ours = run(softmax_free_attention, tensors, **kwargs)
-    floor = 4 * torch.finfo(dtype).eps  # rounding of the result itself
+    floor = 8 * torch.finfo(torch.float32).eps  # of kernel values, whose exponents reach -13
     for name, factor, mine, theirs, exact in zip(
         ("out", "q", "v", "landmarks"), (2, 3, 3, 3), ours, plain, truth
     ):
         assert mine.dtype == dtype
-        allowed = error(theirs.to(dtype), exact)
-        allowed = float("inf") if allowed != allowed else max(factor * allowed, floor)
-        assert error(mine, exact) <= allowed, name
+        allowed = min(max(factor * error(theirs, exact), floor), 0.02)
+        rounding = 5 * error(exact.to(dtype), exact)  # of terms that may cancel, and of their sum
+        assert error(mine, exact) <= allowed + rounding, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -132,28 +146,32 @@ def test_autocast_leaves_the_arithmetic_in_float32(dtype):
     assert half.dtype == dtype
 
 
+# How an argument may lie in memory: functions of a leaf, the result of which has the shape of it.
+LAYOUTS = {
+    "heads inside": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels outside": lambda t: t.mT.contiguous().mT,
+    "every other element": lambda t: torch.stack((t, -t), -1)[..., 0],
+    "slice of a longer one": lambda t: torch.cat((t, -t), 2)[:, :, : t.shape[2]],
+    "one for all": lambda t: t[:1, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("solver", ["newton", "direct"])
-def test_strided_and_expanded_arguments(solver):
-    q, v, landmarks = arguments((2, 3, 70, 9, 32))
-    expected = run(softmax_free_attention, (q, v, landmarks), solver=solver)
-
-    def strided(t: Tensor) -> Tensor:  # as a layer splits its heads
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-
-    out = softmax_free_attention(strided(q), strided(v), strided(landmarks), solver=solver)
-    torch.testing.assert_close(out, expected[0])
-    wide = torch.cat((q, q), -1)[..., ::2]  # inner stride 2
-    narrow = softmax_free_attention(wide, v, wide[:, :, :9], solver=solver)
-    torch.testing.assert_close(
-        narrow, softmax_free_attention(wide.contiguous(), v, wide[:, :, :9].clone(), solver=solver)
-    )
-    one = landmarks[:1, :1].clone().requires_grad_()
-    expanded = softmax_free_attention(q, v, one.expand(2, 3, 9, 32), solver=solver)
-    expanded.sum().backward()
-    assert one.grad.isfinite().all()
-    torch.testing.assert_close(
-        expanded, softmax_free_attention(q, v, one.expand(2, 3, 9, 32).clone(), solver=solver)
-    )
+def test_strided_and_expanded_arguments(solver, layout):
+    """Outputs and gradients are those of contiguous arguments; the cotangent is strided as well."""
+    lay = LAYOUTS[layout]
+    leaves = arguments((2, 3, 70, 9, 32))
+    results = []
+    for change in (lay, lambda t: lay(t).clone(memory_format=torch.contiguous_format)):
+        tensors = [t.clone().requires_grad_() for t in leaves]
+        laid = [change(t) for t in tensors]
+        assert all(t.is_contiguous() for t in laid) == (change is not lay)
+        out = softmax_free_attention(*laid, solver=solver)
+        gradients = torch.autograd.grad(out, tensors, change(torch.ones_like(out) + leaves[0]))
+        results.append([out, *gradients])
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_output_memory_merges_heads_without_a_copy():

@@ -136,24 +136,31 @@ def test_direct_solve_and_both_derivatives(m):
 def test_direct_solve_is_stable_at_any_conditioning(m):
     """A constant image: A is all ones, of rank 1. Float32 against float64."""
     ones, b = torch.ones(1, 1, m, m), torch.randn(1, 1, m, 4)
-    ours = tikhonov_pinv_product(ones, b)
     exact = (b.double().mean(2, keepdim=True) / m / (1 + 1e-4)).expand(1, 1, m, 4)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=1e-5)
+    assert (tikhonov_pinv_product(ones, b) - exact).norm() < 5e-3 * exact.norm()
     for spread in (1e-3, 1e-2, 0.1, 1.0):
         points = torch.randn(1, 1, m, 32) * spread
         a = gaussian_kernel(points, points)
         solution = tikhonov_pinv_product(a, a @ b)
-        assert solution.isfinite().all()
         assert solution.norm() <= 1.01 * b.norm()  # g(x) x <= 1
+        a, b64 = a.double(), b.double()
+        mu = 0.01 * a.sum(-1).max()
+        exact = torch.linalg.solve(a @ a + mu**2 * torch.eye(m).double(), a @ (a @ b64))
+        assert (solution - exact).norm() < 0.02 * exact.norm()
 
 
 def test_distance_between_the_solvers():
-    """What the docs say: close where A is well conditioned, a few per cent apart elsewhere."""
-    for condition, bound in ((2, 2e-3), (1e2, 0.05), (1e4, 0.4), (1e8, 0.4)):
+    """Close where A is well conditioned, or nearly of rank 1; some per cent apart in between."""
+    for condition, low, high in (
+        (2, 0, 4e-4),
+        (1e2, 5e-3, 0.03),
+        (1e4, 3e-3, 0.015),
+        (1e8, 0, 5e-4),
+    ):
         a = gram(49, condition)
         newton = newton_raphson_pinv(a, *step_size(a, guarded=True))
         direct = reference.tikhonov_filter(a)
-        assert float((a @ (newton - direct) @ a).norm() / a.norm()) < bound
+        assert low < float((a @ (newton - direct) @ a).norm() / a.norm()) < high
 
 
 def test_custom_operators_pass_opcheck():
