@@ -58,6 +58,8 @@ def test_project_trains_with_the_wheel_and_no_pythonpath(
     losses = [entry["loss"] for entry in map(json.loads, text.splitlines()) if "loss" in entry]
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
+    # Our COCO configs keep BatchNorm in evaluation mode, and this run has no weights.
+    assert output.count("do not normalize") == (name == "retinanet_softpp-t_coco")
     # The config as it was resolved: our backbone, and no trace of the repository.
     resolved = (project / "work" / f"{name}.py").read_text()
     assert "type='mmsoft.SOFTPlusPlus'" in resolved

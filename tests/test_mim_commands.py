@@ -1,4 +1,8 @@
-"""The commands of mim on full-size configs, over data sets in their true layout."""
+"""The commands of mim, over data sets on disk in their true layout.
+
+Training, resuming and testing with one config of each library among the quick tests, and with every
+full-size family among the long ones.
+"""
 
 import json
 import math
@@ -7,28 +11,94 @@ import sys
 
 import cv2
 import pytest
-from true_layout import make_ade20k, make_coco, make_imagenet
+from true_layout import make_ade20k, make_coco, make_imagenet, make_shapes
 
+
+def make_demo_shapes(folder):
+    make_shapes(folder / "data", train=12, val=4, size=64)
+
+
+# An untrained detector is sure of nothing, and without detections there is no metric.
+SURE = ["model.test_cfg.score_thr=0"]
 SMALL_COCO = [
     "train_dataloader.dataset.pipeline.2.scale=(160,96)",
     "test_dataloader.dataset.pipeline.1.scale=(160,96)",
     "val_dataloader.dataset.pipeline.1.scale=(160,96)",
     "train_dataloader.dataset.filter_cfg.min_size=1",
 ]
-# `length` is the option that sets the length, `lengths` its values in training and on resuming.
+BOXES = ["val_evaluator.outfile_prefix=val", "test_evaluator.outfile_prefix=test"]
+MAPS = ["val_evaluator.output_dir=val", "test_evaluator.output_dir=test"]
 FAMILIES = {
+    "shapes-retinanet": dict(
+        package="mmdet",
+        config="demo/retinanet_softpp-mini_fpn_shapes.py",
+        data=make_demo_shapes,
+        options=[
+            *SURE,
+            *BOXES,
+            # With so few iterations the cosine must not fall faster than the warm-up grows.
+            "param_scheduler.1.end=100",
+        ],
+        # `length` is the option that sets the length, `lengths` its values in training and on
+        # resuming, `iterations` those of one unit of it.
+        length="train_cfg.max_epochs={}",
+        lengths=(1, 2),
+        iterations=3,
+        checkpoint="epoch_{}.pth",
+        metric="coco/bbox_mAP_50",
+        scale_lr=["--auto-scale-lr"],
+        batch_sizes=(4, 16),
+    ),
+    "shapes-upernet": dict(
+        package="mmseg",
+        config="demo/upernet_softpp-mini_shapes.py",
+        data=make_demo_shapes,
+        options=MAPS,
+        length="train_cfg.max_iters={}",
+        lengths=(3, 6),
+        iterations=1,
+        checkpoint="iter_{}.pth",
+        metric="mIoU",
+        # mmseg's train.py has no --auto-scale-lr and its bases no entry; MMEngine obeys one.
+        scale_lr=["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=16"],
+        batch_sizes=(4, 16),
+    ),
+    "imagenet": dict(
+        package="mmpretrain",
+        config="soft/softpp-tiny_8xb128_in1k.py",
+        data=make_imagenet,
+        options=[
+            "train_dataloader.batch_size=4",
+            "train_dataloader.dataset.indices=4",
+            "val_dataloader.dataset.indices=4",
+            "test_dataloader.dataset.indices=4",
+            "train_cfg.val_interval=100",  # and at the end
+            "default_hooks.checkpoint.interval=100",
+            "optim_wrapper.optimizer.lr=0.256",  # 1e-3 when scaled
+            # The first step changes next to nothing: an average that kept to it would be seen.
+            "param_scheduler.0.start_factor=0.01",
+            "param_scheduler.1.end=100",  # a cosine that begins after the end is refused
+        ],
+        length="train_cfg.max_epochs={}",
+        lengths=(1, 8),
+        iterations=1,
+        checkpoint="epoch_{}.pth",
+        metric="accuracy/top5",
+        scale_lr=["--auto-scale-lr"],
+        batch_sizes=(4, 1024),
+    ),
     "retinanet": dict(
         package="mmdet",
         config="retinanet/retinanet_softpp-t_fpn_1x_coco.py",
         data=make_coco,
-        # An untrained detector is sure of nothing, and without detections there is no metric.
-        options=[*SMALL_COCO, "model.test_cfg.score_thr=0"],
+        options=[*SMALL_COCO, *SURE, *BOXES],
         length="train_cfg.max_epochs={}",
         lengths=(1, 2),
+        iterations=2,
         checkpoint="epoch_{}.pth",
         metric="coco/bbox_mAP",
         scale_lr=["--auto-scale-lr"],
-        base_batch_size=16,
+        batch_sizes=(2, 16),
     ),
     "mask_rcnn": dict(
         package="mmdet",
@@ -36,6 +106,7 @@ FAMILIES = {
         data=make_coco,
         options=[
             *SMALL_COCO,
+            *BOXES,
             "model.test_cfg.rcnn.score_thr=0",
             # Fewer regions: mmcv's RoIAlign is slow on a CPU.
             "model.train_cfg.rcnn.sampler.num=16",
@@ -43,50 +114,36 @@ FAMILIES = {
         ],
         length="train_cfg.max_epochs={}",
         lengths=(1, 2),
+        iterations=2,
         checkpoint="epoch_{}.pth",
         metric="coco/segm_mAP",
         scale_lr=["--auto-scale-lr"],
-        base_batch_size=16,
+        batch_sizes=(2, 16),
     ),
     "upernet": dict(
         package="mmseg",
         config="upernet/upernet_softpp-t_8xb2-160k_ade20k-512x512.py",
         data=make_ade20k,
         options=[
+            *MAPS,
             "train_dataloader.dataset.pipeline.2.scale=(256,96)",
             "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
             "model.data_preprocessor.size=(64,64)",
             "val_dataloader.dataset.pipeline.1.scale=(256,64)",
             "test_dataloader.dataset.pipeline.1.scale=(256,64)",
-            "default_hooks.checkpoint.interval=2",
+            "param_scheduler.0.start_factor=0.5",  # else nothing is learnt within 4 iterations
         ],
         length="train_cfg.max_iters={}",
         lengths=(2, 4),
+        iterations=1,
         checkpoint="iter_{}.pth",
         metric="mIoU",
-        # mmseg's train.py has no --auto-scale-lr and its bases no entry; MMEngine obeys one.
         scale_lr=["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=16"],
-        base_batch_size=16,
-    ),
-    "imagenet": dict(
-        package="mmpretrain",
-        config="soft/softpp-tiny_8xb128_in1k.py",
-        data=make_imagenet,
-        options=[
-            "train_dataloader.batch_size=2",
-            "train_dataloader.dataset.indices=4",
-            "param_scheduler.1.begin=0",  # of 10: a cosine that begins after the end is refused
-            "val_dataloader.dataset.indices=2",
-            "test_dataloader.dataset.indices=2",
-        ],
-        length="train_cfg.max_epochs={}",
-        lengths=(1, 2),
-        checkpoint="epoch_{}.pth",
-        metric="accuracy/top1",
-        scale_lr=["--auto-scale-lr"],
-        base_batch_size=1024,
+        batch_sizes=(2, 16),
     ),
 }
+QUICK = ("shapes-retinanet", "shapes-upernet", "imagenet")
+FULL_SIZE = ("imagenet", "retinanet", "mask_rcnn", "upernet")
 ALIASES = {"mmseg": "mmsegmentation"}  # the names by which mim knows the package
 
 
@@ -100,9 +157,16 @@ def mim(folder, *arguments):
 
 
 def scalars(work_dir):
-    """What the latest run in `work_dir` logged of its iterations."""
+    """What the latest run in `work_dir` logged: entries of training, and of validation."""
     text = max(work_dir.glob("*/vis_data/scalars.json")).read_text()
-    return [entry for entry in map(json.loads, text.splitlines()) if "loss" in entry]
+    entries = [json.loads(line) for line in text.splitlines()]
+    return [e for e in entries if "loss" in e], [e for e in entries if "loss" not in e]
+
+
+def predictions(folder, split):
+    """Every file of detections, or of label maps, that an evaluator wrote."""
+    files = [*folder.glob(f"{split}.*.json"), *folder.glob(f"{split}/*.png")]
+    return {file.name.removeprefix(split): file.read_bytes() for file in files}
 
 
 def is_painted(file):
@@ -111,52 +175,83 @@ def is_painted(file):
     return picture is not None and picture.std() > 5
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("family", FAMILIES)
-def test_full_size_config_trains_resumes_and_tests(family, root, tmp_path):
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in QUICK else [pytest.mark.long]) for f in FAMILIES]
+)
+def test_config_trains_resumes_and_tests(family, root, tmp_path):
     case = FAMILIES[family]
     package = case["package"]
     pytest.importorskip(package)
     case["data"](tmp_path)
     config = root / "configs" / case["config"]
-    options = [*case["options"], "default_hooks.logger.interval=1"]
+    work = tmp_path / "work"
 
     def train(length, *flags):
         name = ALIASES.get(package, package) if "--resume" in flags else package
         flags = [*flags, "--gpus", 0, "--work-dir", "work"]
-        changes = [*options, case["length"].format(length)]
+        changes = [
+            *case["options"],
+            "default_hooks.logger.interval=1",
+            case["length"].format(length),
+        ]
         # One begins with "--", the other is a change of the config.
         (flags if case["scale_lr"][0].startswith("--") else changes).extend(case["scale_lr"])
         output = mim(tmp_path, "train", name, config, *flags, "--cfg-options", *changes)
-        assert (tmp_path / "work" / case["checkpoint"].format(length)).is_file()
-        return output, scalars(tmp_path / "work")
+        assert (work / case["checkpoint"].format(length)).is_file()
+        return output, *scalars(work)
 
-    output, first = train(case["lengths"][0])
-    assert [entry["iter"] for entry in first] == [1, 2]
-    scaling = f"batch size of {case['base_batch_size']} and the current batch size is 2"
-    assert scaling in output
-    output, resumed = train(case["lengths"][1], "--resume")
-    assert f"resumed epoch: {case['lengths'][0] if 'epochs' in case['length'] else 0}" in output
-    assert [entry["iter"] for entry in resumed] == [3, 4]
+    start, end = case["lengths"]
+    output, first, (first_scores,) = train(start)
+    is_kept_untrained = family in ("retinanet", "mask_rcnn")  # norm_eval=True, and no weights
+    assert output.count("do not normalize") == is_kept_untrained
+    assert [entry["iter"] for entry in first] == [*range(1, start * case["iterations"] + 1)]
+    own, base = case["batch_sizes"]
+    assert f"batch size of {base} and the current batch size is {own}" in output
+    first_predictions = predictions(tmp_path, "val")
+    output, resumed, (*_, scores) = train(end, "--resume")
+    assert f"resumed epoch: {start if 'epochs' in case['length'] else 0}" in output
+    assert resumed[0]["iter"] == first[-1]["iter"] + 1
+    assert resumed[-1]["iter"] == end * case["iterations"]
+    # The schedule continued too: still warming up, the rate grows from entry to entry.
+    rates = [entry["lr"] for entry in first + resumed]
+    assert rates == sorted(set(rates))
     losses = [v for entry in first + resumed for k, v in entry.items() if "loss" in k]
     assert all(math.isfinite(loss) for loss in losses)
 
-    checkpoint = f"work/{case['checkpoint'].format(case['lengths'][1])}"
-    tests = [option for option in options if not option.startswith(("train_", "val_"))]
-    common = ["--gpus", 0, "--work-dir", "test", "--cfg-options", *tests]
-    output = mim(tmp_path, "test", package, config, "--checkpoint", checkpoint, *common)
-    (report,) = (tmp_path / "test").glob("*/*.json")
-    assert 0 <= json.loads(report.read_text())[case["metric"]] <= 100
+    # With the config that training wrote, which has the options of its command line.
+    checkpoint = f"work/{case['checkpoint'].format(end)}"
+    common = ["--checkpoint", checkpoint, "--gpus", 0, "--work-dir", "test"]
+    output = mim(tmp_path, "test", package, work / config.name, *common)
     assert f"Load checkpoint from {checkpoint}" in output
+    (report,) = (tmp_path / "test").glob("*/*.json")
+    tested = {k: v for k, v in json.loads(report.read_text()).items() if "time" not in k}
+    # The same numbers as the last validation's, from the same predictions, which training changed.
+    assert tested == {k: v for k, v in scores.items() if k in tested}
+    assert case["metric"] in tested
+    assert predictions(tmp_path, "test") == predictions(tmp_path, "val")
+    if package == "mmpretrain":  # whose evaluators write none: all four images are learnt by heart
+        assert first_scores["accuracy/top5"] < tested["accuracy/top5"] == 100
+    else:
+        assert predictions(tmp_path, "val").keys() == first_predictions.keys() != set()
+        assert predictions(tmp_path, "val") != first_predictions
+        # The full-size detectors find none of 80 classes within 4 iterations.
+        assert tested[case["metric"]] > 0 or family in ("retinanet", "mask_rcnn")
 
+
+@pytest.mark.long
+@pytest.mark.parametrize("package", ["mmdet", "mmseg", "mmpretrain"])
+def test_analyze_logs(package, tmp_path):
+    pytest.importorskip(package)
+    entries = [dict(loss=1 / i, lr=0.1, epoch=1, iter=i, step=i) for i in range(1, 5)]
+    (tmp_path / "scalars.json").write_text("\n".join(map(json.dumps, entries)) + "\n")
     plot = [] if package == "mmseg" else ["plot_curve"]  # the one script knows no sub-commands
-    log = max((tmp_path / "work").glob("*/vis_data/scalars.json"))
-    mim(tmp_path, "run", package, "analyze_logs", *plot, log, "--keys", "loss", "--out", "loss.png")
+    flags = ["--keys", "loss", "--out", "loss.png"]
+    mim(tmp_path, "run", package, "analyze_logs", *plot, "scalars.json", *flags)
     assert is_painted(tmp_path / "loss.png")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FULL_SIZE)
 def test_print_config(family, root, tmp_path):
     case = FAMILIES[family]
     pytest.importorskip(case["package"])
@@ -167,7 +262,7 @@ def test_print_config(family, root, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FULL_SIZE)
 def test_browse_dataset(family, root, tmp_path):
     case = FAMILIES[family]
     package = case["package"]
