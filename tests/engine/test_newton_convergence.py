@@ -1,6 +1,7 @@
 """The convergence hook in MMEngine's runner."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ from released import ARCH
 
 from mmsoft.analysis import capture, newton_residuals
 from mmsoft.engine import NewtonConvergenceHook
+from mmsoft.engine.hooks import newton_convergence
+from mmsoft.models import SOFTPlusPlus
 
 
 @MODELS.register_module()
@@ -120,6 +123,100 @@ def test_nothing_to_watch_is_said_before_training(tmp_path):
     other = SimpleNamespace(model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="has no softmax-free attention"):
         NewtonConvergenceHook().before_train(other)
+
+
+# ------------------------------------------------------------------------------- without a runner
+
+
+class Steps:
+    """What the hook sees of a runner: the model, the number of the iteration and a visualizer."""
+
+    def __init__(self, **options):
+        self.model = SOFTPlusPlus(ARCH, out_indices=(0, 1), **options)
+        self.iter, self.scalars, self.warnings = 0, [], []
+        self.logger = logging.Logger("steps")
+        self.logger.addHandler(logging.NullHandler())
+        self.logger.handle = lambda record: self.warnings.append(record.getMessage())
+        self.visualizer = SimpleNamespace(
+            add_scalars=lambda scalars, step: self.scalars.append((step, scalars))
+        )
+        self.hook = NewtonConvergenceHook(interval=2)
+
+    def step(self, forward=True, fails=False):
+        self.hook.before_train_iter(self, 0)
+        if forward:
+            with torch.no_grad():
+                self.model(torch.rand(1, 3, 64, 64))
+        if not fails:
+            self.hook.after_train_iter(self, 0)
+            self.iter += 1
+
+
+def hooks(model):
+    return [hook for module in model.modules() for hook in module._forward_pre_hooks]
+
+
+def test_weights_that_are_nan_are_warned_of():
+    steps = Steps()
+    steps.model.stages[1].blocks[0].attn.query.weight.data.fill_(float("nan"))
+    steps.step()
+    assert not steps.scalars
+    steps.step()
+    (warning,) = steps.warnings
+    assert "the residual is inf, above 0.05" in warning
+
+
+def test_only_the_main_process_looks(monkeypatch):
+    monkeypatch.setattr(newton_convergence, "is_main_process", lambda: False)
+    steps = Steps()
+    for _ in range(2):
+        steps.step()
+    assert not steps.scalars
+    assert not steps.warnings
+
+
+def test_an_iteration_that_failed_leaves_nothing():
+    steps = Steps()
+    steps.step()
+    steps.step(fails=True)
+    assert hooks(steps.model)
+    steps.iter += 1
+    steps.hook.before_train_iter(steps, 0)
+    assert not hooks(steps.model)
+    steps.step()
+    assert not steps.scalars  # those of the pass that failed were not of this iteration
+    steps.step()
+    assert [step for step, _ in steps.scalars] == [4]
+
+
+def test_layers_that_do_not_iterate_are_left_out():
+    steps = Steps()
+    for block in steps.model.stages[0].blocks:
+        block.attn.solver = "direct"
+    steps.hook.before_train(steps)
+    for _ in range(2):
+        steps.step()
+    ((_, scalars),) = steps.scalars
+    assert scalars.keys() == {"newton_residual/stage1", "newton_residual/stage1_max"}
+
+
+def test_a_wrapped_model():
+    steps = Steps()
+    steps.model = torch.nn.DataParallel(steps.model)
+    steps.hook.before_train(steps)
+    for _ in range(2):
+        steps.step()
+    ((_, scalars),) = steps.scalars
+    assert len(scalars) == 4
+
+
+def test_a_model_that_skips_its_layers_is_said_once():
+    steps = Steps()
+    for _ in range(4):
+        steps.step(forward=False)
+    (warning,) = steps.warnings
+    assert "saw no attention layer run: the model is compiled, or skips them" in warning
+    assert not steps.scalars
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def test_training_goes_on_or_names_the_sample(fault, model, message, root, folde
         with pytest.raises(FloatingPointError, match=rf"iteration 1 .*{message} .*{VICTIM}"):
             runner.train()
     assert weights_are_finite(runner)
+    assert all(buffer.isfinite().all() for buffer in runner.model.buffers())
 
 
 def test_without_the_hook_the_weights_become_nan(root, folder):

@@ -7,7 +7,6 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmsoft.analysis import BlockState, attention_blocks, capture, newton_residuals
@@ -50,13 +49,9 @@ class NewtonConvergenceHook(Hook):
         self._watching = ExitStack()
         self._states: dict[tuple[int, int], BlockState] | None = None
 
-    @staticmethod
-    def _model(runner: Runner) -> Any:
-        return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
     def before_train(self, runner: Runner) -> None:
         """Refuse a model that has nothing to watch."""
-        layers = attention_blocks(self._model(runner)).values()
+        layers = attention_blocks(runner.model).values()
         if all(layer.solver != "newton" for layer in layers):
             raise ValueError(
                 "NewtonConvergenceHook needs a backbone with solver='newton'; this one has "
@@ -66,8 +61,9 @@ class NewtonConvergenceHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Start watching the layers if this iteration's turn has come."""
         self._watching.close()  # a forward pass that failed may have left it open
+        self._states = None
         if is_main_process() and self.every_n_train_iters(runner, self.interval):
-            self._states = self._watching.enter_context(capture(self._model(runner)))
+            self._states = self._watching.enter_context(capture(runner.model))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
