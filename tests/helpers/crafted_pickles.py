@@ -137,6 +137,7 @@ NUMPY_CLAIMS = {
         array([GIB // 8], FEW),
         r"a NumPy array claims the shape \(134217728,\) but the checkpoint stores 8 bytes of it",
     ),
+    "elements for bytes": (array([8], FEW), "a NumPy array claims the shape"),
     "overflowing shape": (array([1 << 32, 1 << 32], FEW), "a NumPy array claims the shape"),
     "dimensions": (array([1] * 40, FEW), "a NumPy array claims the shape"),
     "objects": (

@@ -16,6 +16,7 @@ CONFIGS = {
     "upernet": ("mmseg", "upernet_softpp-mini_shapes.py"),
 }
 SOFTPP = dict(type="mmsoft.SOFTPlusPlus", arch={**ARCH, "depths": [1, 1, 1, 1]})
+# Of like size: 1.2 M parameters, where SOFTPP has 0.8 M.
 SWIN = dict(
     type="SwinTransformer", embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
     window_size=7, drop_path_rate=0.0,

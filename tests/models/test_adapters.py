@@ -103,12 +103,12 @@ def test_a_hook_changes_what_follows(model, image, name):
     assert all(map(torch.equal, features(model, image), expected))
 
 
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
 @pytest.mark.parametrize("name", SHORTCUTS)
-def test_a_backward_hook_sees_the_gradient(model, image, name):
+def test_a_backward_hook_sees_the_gradient(model, image, name, kind):
     seen = []
-    model.get_submodule(name).register_full_backward_hook(
-        lambda module, grad_in, grad_out: seen.append(float(grad_out[0].norm()))
-    )
+    register = getattr(model.get_submodule(name), f"register_{kind}")
+    register(lambda module, *grads: seen.append(float(grads[-1][0].norm())))
     sum(out.square().mean() for out in model(image.requires_grad_())).backward()
     assert len(seen) == 1
     assert seen[0] > 0

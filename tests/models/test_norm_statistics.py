@@ -85,12 +85,13 @@ def test_no_warning_where_nothing_is_kept_untouched(options, warnings):
     assert warnings == []
 
 
-def test_only_those_kept_in_evaluation_count(warnings):
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var", "num_batches_tracked"])
+def test_only_those_kept_in_evaluation_count(statistic, warnings):
     """The stem's statistics were loaded, and it is frozen; the others are trained."""
     model = SOFTPlusPlus(ARCH, frozen_stages=0)
     for module in model.stages[0].patch_embed.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.fill_(0.1)
+            getattr(module, statistic).fill_(2)
     model.train()
     assert warnings == []
 

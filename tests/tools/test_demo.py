@@ -97,6 +97,34 @@ def test_pictures(demo, workplace):
         assert picture.std() > 10
 
 
+def test_summary_holds_what_mim_test_measured(demo, workplace, monkeypatch):
+    measured = {"coco/bbox_mAP": 0.61, "coco/segm_mAP": 0.52, "mIoU": 77.0}
+    commands = []
+
+    def mim(title, arguments, log):
+        commands.append(arguments[:3])
+        folder = log.parent
+        (folder / "last_checkpoint").write_text(str(folder / "last.pth"))
+        run = folder / f"2026010{len(commands)}_000000"
+        run.mkdir()
+        # A validation while training, then the test, whose metrics count.
+        scale = 0.5 if arguments[0] == "train" else 1
+        text = json.dumps({name: scale * value for name, value in measured.items()})
+        (run / f"{run.name}.json").write_text(text)
+
+    monkeypatch.setattr(demo, "mim", mim)
+    monkeypatch.setattr(demo, "make_data", lambda: None)
+    monkeypatch.setattr(demo, "paint_curves", lambda *_: None)
+    monkeypatch.setattr(demo, "paint_predictions", lambda *_: None)
+    demo.demo(demo.VARIANTS[0])
+    summary = json.loads((workplace / "work_dirs/demo/summary.json").read_text())
+    assert summary.pop("seconds") >= 0
+    assert summary == dict(box_ap=0.61, mask_ap=0.52, miou=0.77)
+    assert [command[:2] for command in commands] == [
+        ["train", "mmdet"], ["test", "mmdet"], ["train", "mmseg"], ["test", "mmseg"],
+    ]  # fmt: skip
+
+
 @pytest.mark.long
 def test_retinanet_trains_as_well(demo, root, tmp_path, monkeypatch):
     """On the demo's data and schedule: its config is not part of the demo itself."""
