@@ -3,18 +3,15 @@
 from collections.abc import Callable
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
+
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_OF_ALL = tuple(getattr(torch_module, f"_global_{hooks}") for hooks in _HOOKS)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook waits for a call of ``module``, forward or backward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    )
+    return any(_OF_ALL) or any(getattr(module, f"_{hooks}") for hooks in _HOOKS)
 
 
 def is_plain(module: nn.Module, *forwards: Callable) -> bool:

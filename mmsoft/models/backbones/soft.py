@@ -345,8 +345,7 @@ class SOFT(BaseModule):
             )
         stage: Any = self.stages[0]
         dtype = stage.pos_embed.dtype
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if x.dtype != dtype and not (autocast and x.is_floating_point()):
             raise TypeError(f"x must be {dtype}, as the weights, got {x.dtype}")
 
