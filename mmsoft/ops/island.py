@@ -77,7 +77,10 @@ class _Matmul(torch.autograd.Function):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of equal batch dimensions and dtype, without autocast in any pass."""
+    """``a @ b`` of equal dtype, without autocast in any pass."""
     if forward_mode() or torch.jit.is_tracing():  # as get_flops does, which knows a plain product
         return _multiply(a, b)
+    if a.shape[:-2] != b.shape[:-2]:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        a, b = (t.expand(*batch, *t.shape[-2:]) for t in (a, b))
     return _Matmul.apply(a, b) if transformed() else torch.ops.mmsoft.matmul(a, b)

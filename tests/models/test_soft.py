@@ -633,7 +633,13 @@ def test_parts_of_an_evaluation_make_the_whole(mini, monkeypatch, max_keys):
     backbone, x = mini(max_keys=max_keys, max_landmarks=4).eval(), image(80, 112)
     whole = [out.detach() for out in backbone(x)]
     monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 7 * DIMS[0])
+    after, parts = SOFTBlock._after_attention, []
+    monkeypatch.setattr(
+        SOFTBlock, "_after_attention", lambda self, *t: parts.append(t[0].shape) or after(self, *t)
+    )
     with torch.no_grad():
+        backbone(x)
+        assert parts[:160] == [(1, 7, DIMS[0])] * 160  # two images of 20 * 28 tokens
         for part, out in zip(backbone(x), whole):
             assert torch.allclose(part, out, atol=1e-5)
             assert part.stride() == out.stride()

@@ -65,6 +65,16 @@ def test_any_finite_coordinate_gives_a_kernel_in_the_unit_interval(magnitude):
         torch.testing.assert_close(gaussian_kernel(x, y).double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def test_kernel_broadcasts():
+    x, y = torch.randn(5, 3).double(), torch.randn(2, 1, 4, 3).double()
+    tensors = x.requires_grad_(), y.requires_grad_()
+    grad = torch.randn(2, 1, 5, 4).double()
+    ours, expected = gaussian_kernel(*tensors), naive(*tensors)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(*(torch.autograd.grad(k, tensors, grad) for k in (ours, expected))):
+        torch.testing.assert_close(a, b)
+
+
 def test_translation_does_not_cost_precision():
     """Points far from the origin but near each other, where the expanded square cancels."""
     g = torch.Generator().manual_seed(0)

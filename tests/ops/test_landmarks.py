@@ -104,3 +104,11 @@ def test_centres_are_the_means_of_the_patches(size, budget):
     patches = landmark_patches(grid[None], size, 1, 4, budget)
     centres = landmark_centres(height, width, 4, budget)
     torch.testing.assert_close(centres, patches.mean(3)[0, :, 0])
+
+
+def test_a_budget_keeps_the_middles_of_equal_intervals():
+    """Of 7 rows 3 and of 5 columns 3; from either end as far away."""
+    centres = landmark_centres(7 * 4, 5 * 4, 4, 9) / 4 - 3 / 8
+    assert centres[:, 0].unique().tolist() == [1, 3, 5]
+    assert centres[:, 1].unique().tolist() == [0, 2, 4]
+    assert landmark_centres(100 * 2, 2, 2, 10)[:, 0].tolist() == [10.5 + 20 * i for i in range(10)]
