@@ -17,7 +17,7 @@ setup:  ## Build or refresh .venv (about 10 minutes the first time)
 	@test -n "$(PYTHON)" || { echo "setup: no Python found; install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/dev/setup_env.py
 
-demo: setup  ## Train, test and paint a small detector and segmenter on generated data
+demo: setup  ## Train, test and paint a small detector and segmentor on generated data
 	$(VENV)/python tools/demo.py
 
 # pytest comes last, so that its summary ends the output. One thread per worker: with more, the
@@ -37,7 +37,7 @@ lint: setup  ## Check style and formatting
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
-format: setup  ## Mend what ruff can mend
+format: setup  ## Fix what ruff can fix
 	$(VENV)/ruff check --fix .
 	$(VENV)/ruff format .
 

@@ -320,7 +320,7 @@ def test_files_without_the_backbone(tmp_path):
     with pytest.raises(ValueError, match=r"prefix given is 'backbone\.'"):
         SOFT(ARCH, init_cfg=pretrained(tmp_path / "two.pth", prefix="backbone")).init_weights()
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match=r"text.pth is no checkpoint"):
+    with pytest.raises(ValueError, match=r"text.pth is not a checkpoint"):
         read_checkpoint(tmp_path / "text.pth")
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "nowhere.pth")

@@ -56,7 +56,7 @@ NOISE = re.compile(
 
 
 class DemoError(Exception):
-    """Something the user can mend; the message is one line."""
+    """Something the user can fix; the message is one line."""
 
 
 @dataclass
@@ -374,7 +374,7 @@ def main() -> None:
     except DemoError as error:
         sys.exit(f"\nerror: {error}")
     except OSError as error:  # a full disk, most of all
-        sys.exit(f"\nerror: {error}; mend that and call again")
+        sys.exit(f"\nerror: {error}; fix that and call again")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command starts the training again")
 

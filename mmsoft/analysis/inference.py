@@ -153,7 +153,7 @@ def load_image(config: Config, model: Any, path: str) -> ModelImage:
         path: the file.
 
     Raises:
-        ValueError: the file is no image, or the pipeline normalizes by itself.
+        ValueError: the file is not an image, or the pipeline normalizes by itself.
     """
     picture = cv2.imread(str(path))
     if picture is None:

@@ -54,14 +54,14 @@ def newton_residuals(
         normalize: True for the step rule of SOFT++, False for that of SOFT.
         steps: iterations ``T``.
         rule: ``'mmsoft'``, or ``'released'``: SOFT++'s maxima then run over the whole batch, and
-            the start is not mended (see :func:`mmsoft.ops.step_size`). For SOFT they are the same.
+            the start is not corrected (see :func:`mmsoft.ops.step_size`). SOFT has one rule.
         norm: ``'2'``, the spectral norm, or ``'fro'``, which costs no eigenvalues.
 
     Returns:
         ``[steps + 1, B, heads]``, float64; infinite where the iteration overflowed.
 
     Raises:
-        ValueError: an argument is off.
+        ValueError: an argument is invalid.
     """
     _check(landmarks, rule=(rule, STEP_RULES), norm=(norm, NORMS))
     with torch.autocast(landmarks.device.type, enabled=False):
@@ -109,7 +109,7 @@ def inverse_filter(
         ``[B, heads, n]``.
 
     Raises:
-        ValueError: an argument is off.
+        ValueError: an argument is invalid.
     """
     _check(landmarks, solver=(solver, SOLVERS))
     a = gaussian_gram(landmarks.double())

@@ -106,7 +106,7 @@ def check_tensors(weights: Mapping[str, Any], prefix: str, own: Mapping[str, Ten
         own: the state dict of the module. Shapes are left to ``load_state_dict``.
 
     Raises:
-        TypeError: an entry is no tensor, or its dtype is of another kind.
+        TypeError: an entry is not a tensor, or its dtype is of another kind.
         ValueError: a tensor is sparse or quantized, has another number of dimensions, or claims
             more elements than it stores.
     """

@@ -31,9 +31,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = 
             in torch's present format.
 
     Raises:
-        ValueError: the file is no checkpoint, is truncated, holds objects other than tensors, plain
-            values, ``argparse.Namespace`` and what MMEngine's own checkpoints hold, or would unpack
-            to more than its size.
+        ValueError: the file is not a checkpoint, is truncated, holds objects other than tensors,
+            plain values, ``argparse.Namespace`` and what MMEngine's own checkpoints hold, or would
+            unpack to more than its size.
     """
     if "://" in str(path) and not str(path).startswith(HTTP):
         with refusals(path):
@@ -96,7 +96,7 @@ def refusals(path: str | Path) -> Iterator[None]:
         if refused:
             raise ValueError(f"{path} is refused: {refused[1]}") from None
         if unsafe is None:
-            raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from None
         raise ValueError(
             f"{path} is refused and nothing in it was run: it pickles {unsafe[1]}, where a "
             "checkpoint may hold only tensors, plain values and argparse.Namespace"

@@ -89,7 +89,11 @@ def test_arch_as_a_dict(mini):
         (dict(ARCH, mlp_ratio=4), ValueError, "unknown keys 'mlp_ratio'"),
         (dict(ARCH, depths=[1, 1, 1]), ValueError, r"\['depths'\] must list 4 .*\[1, 1, 1\]"),
         (dict(ARCH, depths=[1, 1, 0, 1]), ValueError, r"\['depths'\] must hold positive"),
-        (dict(ARCH, num_heads=[1, 2, 3, 3]), ValueError, "128 is no multiple of its num_heads 3"),
+        (
+            dict(ARCH, num_heads=[1, 2, 3, 3]),
+            ValueError,
+            "128 is not a multiple of its num_heads 3",
+        ),
         (dict(ARCH, value_kernels=[9, 4, 3]), ValueError, r"must be odd, got \[9, 4, 3\]"),
     ],
 )

@@ -74,7 +74,7 @@ def test_one_landmark_and_far_landmarks_are_inverted():
 
 
 @pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-5])
-def test_the_mended_start_keeps_the_released_filter(gap):
+def test_the_corrected_start_keeps_the_released_filter(gap):
     a = torch.tensor([[1.0, 1 - gap, 0], [1 - gap, 1, 0.002], [0, 0.002, 1]]).double()[None, None]
     alpha, cubic = step_size(a, guarded=True)
     assert float(cubic) > 0  # accepted at once

@@ -112,7 +112,7 @@ def run(zoo, monkeypatch, *arguments):
     zoo.main()
 
 
-def test_stale_files_are_named_and_mended(zoo, counts, copy, monkeypatch, capsys):
+def test_stale_files_are_named_and_rewritten(zoo, counts, copy, monkeypatch, capsys):
     name = CHEAP["retinanet"]
     count = counts[name]
     changed = counts | {name: replace(count, parameters=count.parameters + 10**7)}

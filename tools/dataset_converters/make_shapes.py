@@ -409,7 +409,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(
             f"\nerror: cannot write the data set {args.out}: {error.strerror or error}; "
-            "nothing was left behind, mend that and call again"
+            "nothing was left behind, fix that and call again"
         )
     print(f"{args.out}: " + ("written" if new else "complete already, kept"))
 

@@ -373,7 +373,7 @@ def is_sound(wheel: Path) -> bool:
 
 
 def install_mmsoft() -> None:
-    """Install this checkout, so that edits take effect, and the torchvision mend."""
+    """Install this checkout, so that edits take effect, and the torchvision workaround."""
     pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     (site_packages,) = VENV.glob("lib/python*/site-packages")
     hook = "_mmsoft_torchvision_schemas"

@@ -55,7 +55,9 @@ def resolve_arch(arch: str | dict) -> dict[str, list[int]]:
             raise ValueError(f"arch[{key!r}] must hold positive integers, got {values!r}")
     for dims, heads in zip(resolved["embed_dims"], resolved["num_heads"]):
         if dims % heads:
-            raise ValueError(f"arch['embed_dims'] {dims} is no multiple of its num_heads {heads}")
+            raise ValueError(
+                f"arch['embed_dims'] {dims} is not a multiple of its num_heads {heads}"
+            )
     if any(kernel % 2 == 0 for kernel in resolved["value_kernels"]):
         raise ValueError(f"arch['value_kernels'] must be odd, got {resolved['value_kernels']}")
     return {key: list(values) for key, values in resolved.items()}

@@ -65,7 +65,7 @@ class SOFT(BaseModule):
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.
 
     Raises:
-        TypeError, ValueError: an argument is off; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
 
     normalize = False
@@ -318,7 +318,7 @@ class SOFT(BaseModule):
             8, 16, 32; or the class token ``[B, C_4]``. All are contiguous.
 
         Raises:
-            TypeError, ValueError: ``x`` is no batch of images, or not of the model's dtype.
+            TypeError, ValueError: ``x`` is not a batch of images, or not of the model's dtype.
         """
         self._check_images(x)
         x = x.contiguous(memory_format=torch.channels_last)
