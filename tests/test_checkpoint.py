@@ -1,6 +1,7 @@
 """Released checkpoints and our own, into backbones and whole models."""
 
 import argparse
+import itertools
 import logging
 import os
 import re
@@ -57,12 +58,16 @@ def _default_scope():
     init_default_scope("mmengine")
 
 
+_numbers = itertools.count()
+
+
 @pytest.fixture
 def log(caplog):
     """What mmengine logs, which by default goes past pytest."""
     from mmengine.logging import MMLogger
 
-    logger = MMLogger.get_instance("test-checkpoint")
+    # A new one, because MMEngine logs to the one that was made last.
+    logger = MMLogger.get_instance(f"test-checkpoint-{next(_numbers)}")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)

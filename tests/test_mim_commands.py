@@ -229,8 +229,8 @@ def test_config_trains_resumes_and_tests(family, root, tmp_path):
     assert tested == {k: v for k, v in scores.items() if k in tested}
     assert case["metric"] in tested
     assert predictions(tmp_path, "test") == predictions(tmp_path, "val")
-    if package == "mmpretrain":  # whose evaluators write none: all four images are learnt by heart
-        assert first_scores["accuracy/top5"] < tested["accuracy/top5"] == 100
+    if package == "mmpretrain":  # whose evaluators write none: trained weights are tested
+        assert first_scores["accuracy/top5"] < tested["accuracy/top5"]
     else:
         assert predictions(tmp_path, "val").keys() == first_predictions.keys() != set()
         assert predictions(tmp_path, "val") != first_predictions
