@@ -177,7 +177,7 @@ class ClaimCheck:
             case "HistoryBuffer" if arguments:  # pickles only fill them
                 raise UnpicklingError("refused: a call of HistoryBuffer")
             case "dtype":
-                if arguments[:1] == () or arguments[0] not in _NUMPY_BYTES:
+                if type(arguments[0]) is not str or arguments[0] not in _NUMPY_BYTES:
                     raise UnpicklingError(
                         "refused: a NumPy dtype other than float64, float32 and int64"
                     )
@@ -216,6 +216,7 @@ class ClaimCheck:
         element = _ELEMENT_BYTES[dtype.removesuffix("Storage")]
         if kind != "storage" or type(dtype) is not _Global or not _are_sizes([numel]):
             raise UnpicklingError("refused: a storage without a size")
+        _check_storage_key(key)
         if key not in self.storages:
             self.storages[key] = _Made("storage", numel * element, element)
             self.claimed["storages"] += numel * element
@@ -224,6 +225,7 @@ class ClaimCheck:
         if view is None:
             return self.storages[key]
         view_key, offset, numel = view
+        _check_storage_key(view_key)
         if view_key not in self.storages:
             if not _are_sizes([offset, numel]):
                 raise UnpicklingError("refused: a storage without a size")
@@ -254,3 +256,8 @@ def _check_keys(keys: Any) -> None:
     for key in keys:
         if type(key) is tuple and any(type(item) is tuple for item in key):
             raise UnpicklingError("refused: nested tuples as the key of a dict")
+
+
+def _check_storage_key(key: Any) -> None:
+    if type(key) is not str:
+        raise UnpicklingError("refused: a storage whose key is not text")

@@ -56,9 +56,9 @@ def data(value):
 # ---------------------------------------------------------------------------------------- tensors
 
 
-def storage(kind="Byte", size=8, key="0", view=b""):
+def storage(kind="Byte", size=8, key=text("0"), view=b""):
     kind = name(f"torch.{kind}Storage")
-    return group(text("storage"), kind, text(key), text("cpu"), number(size), view) + b"Q"
+    return group(text("storage"), kind, key, text("cpu"), number(size), view) + b"Q"
 
 
 def tensor(stored, size, stride, by="_rebuild_tensor_v2", before=(), after=()):
@@ -248,6 +248,8 @@ CLAIMS = {
     ),
     "deep set": (call("__builtin__.set", b"](" + DEEP + b"e"), "nested tuples as the key"),
     "deep Counter": (call("UserDict.Counter", b"](" + DEEP + b"e"), "nested tuples as the key"),
+    "deep storage key": (tensor(storage(key=DEEP), [8], [1]), "a storage whose key is not text"),
+    "dtype of a list": (call("numpy.dtype", b"]"), "a NumPy dtype other than float64"),
     "deep OrderedDict": (
         call("UserDict.OrderedDict", b"](" + group(DEEP, b"N") + b"e"), "nested tuples as the key"
     ),
@@ -259,9 +261,13 @@ LEGACY_CLAIMS = {
         r"weight claims the shape \(8,\) but the checkpoint stores only 4 bytes of it",
     ),
     "view of another": (
-        b"](" + storage(size=4, key="1")
+        b"](" + storage(size=4, key=text("1"))
         + tensor(storage(view=group(text("1"), number(0), number(8))), [8], [1]) + b"e",
         "claims the shape",
+    ),
+    "deep view key": (
+        tensor(storage(view=group(DEEP, number(4), number(4))), [8], [1]),
+        "a storage whose key is not text",
     ),
     "view beyond": (
         tensor(storage(view=group(text("1"), number(4), number(GIB))), [GIB], [1]), "claims the sha"
