@@ -17,14 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers():
-    """Make every test draw the same numbers whenever and in whatever order it runs."""
+def independence_of_other_tests():
+    """Give every test the same random numbers, and MMEngine's default scope as it was."""
     import numpy
     import torch
 
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002  (OpenMMLab's transforms draw from it)
     torch.manual_seed(0)
+    yield
+    if registry := sys.modules.get("mmengine.registry"):
+        registry.init_default_scope("mmengine")
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +53,33 @@ def run_outside(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """Run a script of tools/ in this process; returns exit status, output and errors."""
+    from loading import load_tool
+
+    def run(path, *arguments):
+        monkeypatch.setattr("sys.argv", [Path(path).name, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = load_tool(path).main()
+        except SystemExit as caught:
+            status = caught.code
+        return status or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A folder with data/shapes in it, not to be written to."""
+    from true_layout import make_demo_data
+
+    folder = tmp_path_factory.mktemp("shapes")
+    make_demo_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

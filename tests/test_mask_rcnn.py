@@ -1,18 +1,11 @@
 """Mask R-CNN learns: its RoI features are the backbone's, and its loss falls like Swin's."""
 
 import pytest
-from fault_runs import SOFTPP, SWIN, config, make_data, plain_loop
+from fault_runs import SOFTPP, SWIN, config, plain_loop
 
 pytest.importorskip("mmdet")
 
 ITERATIONS = 120
-
-
-@pytest.fixture(scope="module")
-def shapes(root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    make_data(root, folder)
-    return folder
 
 
 def test_learns_as_well_as_with_swin(root, shapes, tmp_path):

@@ -1,4 +1,4 @@
-"""The commands of mim, over data sets on disk in their true layout.
+"""The commands of mim, on small data sets in their usual layout.
 
 Training, resuming and testing with one config of each library among the quick tests, and with every
 full-size family among the long ones.
@@ -11,15 +11,10 @@ import sys
 
 import cv2
 import pytest
-from true_layout import make_ade20k, make_coco, make_imagenet, make_shapes
+from true_layout import make_ade20k, make_coco, make_demo_data, make_imagenet
 
-
-def make_demo_shapes(folder):
-    make_shapes(folder / "data", train=12, val=4, size=64)
-
-
-# An untrained detector is sure of nothing, and without detections there is no metric.
-SURE = ["model.test_cfg.score_thr=0"]
+# The scores of an untrained detector are low, and without detections there is no metric.
+ALL_BOXES = ["model.test_cfg.score_thr=0"]
 SMALL_COCO = [
     "train_dataloader.dataset.pipeline.2.scale=(160,96)",
     "test_dataloader.dataset.pipeline.1.scale=(160,96)",
@@ -28,42 +23,47 @@ SMALL_COCO = [
 ]
 BOXES = ["val_evaluator.outfile_prefix=val", "test_evaluator.outfile_prefix=test"]
 MAPS = ["val_evaluator.output_dir=val", "test_evaluator.output_dir=test"]
+# Of each library: the option that sets the length, its values in training and on resuming, the
+# checkpoint, and how the learning rate is scaled (mmseg's train.py has no --auto-scale-lr and its
+# bases no entry, but MMEngine obeys one).
+EPOCHS = dict(
+    length="train_cfg.max_epochs={}",
+    lengths=(1, 2),
+    checkpoint="epoch_{}.pth",
+    scale_lr=["--auto-scale-lr"],
+)
+ITERATIONS = dict(
+    length="train_cfg.max_iters={}",
+    lengths=(2, 4),
+    iterations=1,
+    checkpoint="iter_{}.pth",
+    scale_lr=["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=16"],
+    metric="mIoU",
+)
+# `iterations` are those of one unit of length; `batch_sizes` ours here and that of the recipe.
 FAMILIES = {
     "shapes-retinanet": dict(
+        EPOCHS,
         package="mmdet",
         config="demo/retinanet_softpp-mini_fpn_shapes.py",
-        data=make_demo_shapes,
-        options=[
-            *SURE,
-            *BOXES,
-            # With so few iterations the cosine must not fall faster than the warm-up grows.
-            "param_scheduler.1.end=100",
-        ],
-        # `length` is the option that sets the length, `lengths` its values in training and on
-        # resuming, `iterations` those of one unit of it.
-        length="train_cfg.max_epochs={}",
-        lengths=(1, 2),
+        data=make_demo_data,
+        # With so few iterations the cosine must not fall faster than the warm-up grows.
+        options=[*ALL_BOXES, *BOXES, "param_scheduler.1.end=100"],
         iterations=3,
-        checkpoint="epoch_{}.pth",
         metric="coco/bbox_mAP_50",
-        scale_lr=["--auto-scale-lr"],
         batch_sizes=(4, 16),
     ),
     "shapes-upernet": dict(
+        ITERATIONS,
         package="mmseg",
         config="demo/upernet_softpp-mini_shapes.py",
-        data=make_demo_shapes,
+        data=make_demo_data,
         options=MAPS,
-        length="train_cfg.max_iters={}",
         lengths=(3, 6),
-        iterations=1,
-        checkpoint="iter_{}.pth",
-        metric="mIoU",
-        # mmseg's train.py has no --auto-scale-lr and its bases no entry; MMEngine obeys one.
-        scale_lr=["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=16"],
         batch_sizes=(4, 16),
     ),
     "imagenet": dict(
+        EPOCHS,
         package="mmpretrain",
         config="soft/softpp-tiny_8xb128_in1k.py",
         data=make_imagenet,
@@ -79,28 +79,23 @@ FAMILIES = {
             "param_scheduler.0.start_factor=0.01",
             "param_scheduler.1.end=100",  # a cosine that begins after the end is refused
         ],
-        length="train_cfg.max_epochs={}",
         lengths=(1, 8),
         iterations=1,
-        checkpoint="epoch_{}.pth",
         metric="accuracy/top5",
-        scale_lr=["--auto-scale-lr"],
         batch_sizes=(4, 1024),
     ),
     "retinanet": dict(
+        EPOCHS,
         package="mmdet",
         config="retinanet/retinanet_softpp-t_fpn_1x_coco.py",
         data=make_coco,
-        options=[*SMALL_COCO, *SURE, *BOXES],
-        length="train_cfg.max_epochs={}",
-        lengths=(1, 2),
+        options=[*SMALL_COCO, *ALL_BOXES, *BOXES],
         iterations=2,
-        checkpoint="epoch_{}.pth",
         metric="coco/bbox_mAP",
-        scale_lr=["--auto-scale-lr"],
         batch_sizes=(2, 16),
     ),
     "mask_rcnn": dict(
+        EPOCHS,
         package="mmdet",
         config="mask_rcnn/mask-rcnn_softpp-t_fpn_1x_coco.py",
         data=make_coco,
@@ -112,15 +107,12 @@ FAMILIES = {
             "model.train_cfg.rcnn.sampler.num=16",
             "model.test_cfg.rpn.max_per_img=16",
         ],
-        length="train_cfg.max_epochs={}",
-        lengths=(1, 2),
         iterations=2,
-        checkpoint="epoch_{}.pth",
         metric="coco/segm_mAP",
-        scale_lr=["--auto-scale-lr"],
         batch_sizes=(2, 16),
     ),
     "upernet": dict(
+        ITERATIONS,
         package="mmseg",
         config="upernet/upernet_softpp-t_8xb2-160k_ade20k-512x512.py",
         data=make_ade20k,
@@ -133,12 +125,6 @@ FAMILIES = {
             "test_dataloader.dataset.pipeline.1.scale=(256,64)",
             "param_scheduler.0.start_factor=0.5",  # else nothing is learnt within 4 iterations
         ],
-        length="train_cfg.max_iters={}",
-        lengths=(2, 4),
-        iterations=1,
-        checkpoint="iter_{}.pth",
-        metric="mIoU",
-        scale_lr=["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=16"],
         batch_sizes=(2, 16),
     ),
 }
@@ -229,7 +215,7 @@ def test_config_trains_resumes_and_tests(family, root, tmp_path):
     assert tested == {k: v for k, v in scores.items() if k in tested}
     assert case["metric"] in tested
     assert predictions(tmp_path, "test") == predictions(tmp_path, "val")
-    if package == "mmpretrain":  # whose evaluators write none: trained weights are tested
+    if package == "mmpretrain":  # whose evaluators write none
         assert first_scores["accuracy/top5"] < tested["accuracy/top5"]
     else:
         assert predictions(tmp_path, "val").keys() == first_predictions.keys() != set()
@@ -244,7 +230,7 @@ def test_analyze_logs(package, tmp_path):
     pytest.importorskip(package)
     entries = [dict(loss=1 / i, lr=0.1, epoch=1, iter=i, step=i) for i in range(1, 5)]
     (tmp_path / "scalars.json").write_text("\n".join(map(json.dumps, entries)) + "\n")
-    plot = [] if package == "mmseg" else ["plot_curve"]  # the one script knows no sub-commands
+    plot = [] if package == "mmseg" else ["plot_curve"]  # mmseg's script has no subcommands
     flags = ["--keys", "loss", "--out", "loss.png"]
     mim(tmp_path, "run", package, "analyze_logs", *plot, "scalars.json", *flags)
     assert is_painted(tmp_path / "loss.png")
@@ -271,7 +257,7 @@ def test_browse_dataset(family, root, tmp_path):
     config = root / "configs" / case["config"]
     options = [option for option in case["options"] if option.startswith("train_")]
     flags = ["--output-dir", "painted", "--not-show", "--cfg-options", *options]
-    if package == "mmseg":  # whose own fails
+    if package == "mmseg":  # whose own script fails
         script = root / "tools/analysis_tools/browse_seg_dataset.py"
         command = [sys.executable, str(script), str(config), *flags]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -1,12 +1,14 @@
 """The package: import, versions, registry, config prefix, checkpoints, wheel."""
 
 import re
+import shutil
 import subprocess
 import zipfile
 from importlib import metadata
 
 import pytest
 import torch
+from crafted_pickles import Call
 
 import mmsoft
 from mmsoft import integration
@@ -21,7 +23,7 @@ def test_import_is_quiet_and_needs_no_extra_and_no_gpu(run_outside):
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
-def test_import_leaves_the_models_and_mmcv_for_later(run_outside):
+def test_import_does_not_import_models_and_mmcv(run_outside):
     program = (
         "import sys, mmsoft; print([m for m in ('mmcv', 'mmsoft.models') if m in sys.modules])"
     )
@@ -75,12 +77,12 @@ def test_torch_in_range(monkeypatch, version):
     integration.check_versions()
 
 
-def test_mmcv_lite_will_do(monkeypatch):
+def test_mmcv_lite_is_enough(monkeypatch):
     fake_versions(monkeypatch, mmcv=None, **{"mmcv-lite": "2.1.0"})
     integration.check_versions()
 
 
-def test_wrong_version_is_named_when_a_config_is_what_imports_us(run_outside):
+def test_wrong_version_is_named_when_the_registry_imports_us(run_outside):
     # MMEngine drops ImportErrors there, and would say only that SOFT is not registered.
     program = (
         "from importlib import metadata\n"
@@ -93,7 +95,7 @@ def test_wrong_version_is_named_when_a_config_is_what_imports_us(run_outside):
     assert error.rstrip().endswith("mmsoft needs torch>=2.6, but torch 2.5.1 is installed.")
 
 
-def test_registry_is_a_child_that_knows_where_its_modules_are():
+def test_registry_is_a_child_of_mmengines_with_its_locations():
     from mmengine.registry import MODELS as PARENT
 
     assert MODELS.scope == "mmsoft"
@@ -102,7 +104,7 @@ def test_registry_is_a_child_that_knows_where_its_modules_are():
 
 
 @pytest.mark.parametrize("codebase", EXTRAS)
-def test_backbone_builds_by_its_scoped_name_alone(run_outside, codebase):
+def test_backbone_builds_by_its_scoped_name(run_outside, codebase):
     program = (
         "from mmengine.registry import init_default_scope\n"
         f"from {codebase}.registry import MODELS\n"
@@ -140,7 +142,7 @@ def test_history_buffer_loads_and_works(tmp_path):
     assert loaded["runtime_info"]["best"] == 0.5
 
 
-def test_checkpoint_of_the_other_numpy_loads(tmp_path):
+def test_checkpoint_of_another_numpy_loads(tmp_path):
     import numpy as np
 
     modules = [b"numpy._core.multiarray", b"numpy.core.multiarray"]
@@ -155,21 +157,13 @@ def test_checkpoint_of_the_other_numpy_loads(tmp_path):
     assert torch.load(tmp_path / "theirs.pth", weights_only=True).tolist() == [0, 1, 2]
 
 
-class Crafted:
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __reduce__(self):
-        return getattr, self.arguments
-
-
 @pytest.mark.parametrize("name", ["__init__", "__class__", "_set_default_statistics"])
-def test_getattr_reaches_only_the_statistics(tmp_path, name):
+def test_getattr_is_limited_to_the_statistics(tmp_path, name):
     from pickle import UnpicklingError
 
     from mmengine.logging import HistoryBuffer
 
-    torch.save(Crafted(HistoryBuffer, name), tmp_path / "crafted.pth")
+    torch.save(Call(getattr, HistoryBuffer, name), tmp_path / "crafted.pth")
     with pytest.raises(UnpicklingError, match="refused getattr"):
         torch.load(tmp_path / "crafted.pth", weights_only=True)
 
@@ -195,14 +189,6 @@ def test_wheel_carries_configs_tools_and_model_index(wheel, root):
     assert not [name for name in names if name.startswith(("tests", "configs", "tools"))]
 
 
-DETECTOR = """
-_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
-model = dict(
-    backbone=dict(_delete_=True, type='mmsoft.SOFTPlusPlus', arch='tiny'),
-    neck=dict(in_channels=[64, 128, 320, 512]),
-)
-"""
-
 BUILD_DETECTOR = """
 import torch
 from mmengine import Config
@@ -222,7 +208,7 @@ print(mmsoft.__file__)
 
 
 def test_wheel_in_a_fresh_environment_builds_a_detector(fresh_python, run_outside, tmp_path, root):
-    (tmp_path / "detector.py").write_text(DETECTOR)
+    shutil.copy(root / "tests/downstream/configs/retinanet_stock.py", tmp_path / "detector.py")
     process = run_outside("-c", BUILD_DETECTOR, python=fresh_python, PYTHONPATH="")
     assert process.returncode == 0, process.stderr
     shapes, file = process.stdout.splitlines()[-2:]
@@ -280,7 +266,7 @@ assert state()["loaders"] != before["loaders"]
 """
 
 
-def test_an_import_changes_nothing_for_others(run_outside):
+def test_imports_change_nothing_for_other_packages(run_outside):
     """What replaces a part of MMEngine is asked for by name."""
     done = run_outside("-W", "ignore", "-c", UNCHANGED)
     assert done.returncode == 0, done.stderr[-2000:]

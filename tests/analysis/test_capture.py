@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from mini_models import LIBRARIES
-from mmengine.registry import MODELS, init_default_scope
+from mini_models import LIBRARIES, build
 from released import ARCH
 
 from mmsoft.analysis import attention_blocks, capture, choose_block
@@ -54,9 +53,7 @@ def test_only_one_block_and_no_hooks_left():
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_blocks_of_whole_models(library):
-    pytest.importorskip(library)
-    init_default_scope(library)
-    model = MODELS.build(LIBRARIES[library]())
+    model = build(library)
     assert list(attention_blocks(model)) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert choose_block(model, 1, -1) == (1, 1)
 

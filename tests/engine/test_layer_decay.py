@@ -1,10 +1,9 @@
 """Learning rate and weight decay of every parameter, in all three libraries."""
 
 import pytest
-from mini_models import LIBRARIES
-from mmengine.config import ConfigDict
+import torch
+from mini_models import LIBRARIES, build
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
 
 LR, DECAY, RATE = 1e-3, 0.05, 0.5
 # What the README recommends, and the ImageNet configs set; biases decay in the dense ones.
@@ -60,11 +59,7 @@ EXPECTED = {
 
 @pytest.fixture(params=LIBRARIES)
 def model(request):
-    library = request.param
-    pytest.importorskip(f"{library}.models", exc_type=(ImportError, RuntimeError))
-    init_default_scope(library)
-    yield MODELS.build(ConfigDict(LIBRARIES[library]()))
-    init_default_scope("mmengine")
+    return build(request.param)
 
 
 def settings(model, constructor=None, **paramwise):
@@ -113,20 +108,15 @@ def test_layer_decay_joins_other_multipliers(model):
 
 
 def test_agrees_with_mmpretrain():
-    pytest.importorskip("mmpretrain.models", exc_type=(ImportError, RuntimeError))
-    init_default_scope("mmpretrain")
-    model = MODELS.build(ConfigDict(LIBRARIES["mmpretrain"]()))
+    model = build("mmpretrain")
     theirs = settings(model, "LearningRateDecayOptimWrapperConstructor", layer_decay_rate=RATE)
     ours = settings(model, OURS, layer_decay_rate=RATE)
-    init_default_scope("mmengine")
     assert theirs.keys() == ours.keys()
     for name, values in ours.items():
         assert theirs[name] == pytest.approx(values), name
 
 
 def test_other_backbones_are_named():
-    import torch
-
     model = torch.nn.Module()
     model.backbone = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"backbone has get_layer_depth, got Module .* Linear"):

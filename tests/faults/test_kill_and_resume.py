@@ -13,12 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from crafted_pickles import Call
+from metrics import same
 from mmengine.dataset import DefaultSampler
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
 from torch import nn
+from true_layout import make_demo_data
 
 from mmsoft.checkpoint import read_checkpoint
 from mmsoft.engine import CheckpointHook
@@ -47,7 +50,7 @@ class Toy(BaseModel):
 
 
 class StopAt(Hook):
-    """End the run in the middle, as a kill would for what is in memory."""
+    """End the run as a kill would, losing what is in memory."""
 
     def __init__(self, iteration):
         self.iteration = iteration
@@ -58,7 +61,7 @@ class StopAt(Hook):
 
 
 class NoteStart(Hook):
-    """Where a run went on from, as `runner.start`."""
+    """Note the first iteration of a run as `runner.start`."""
 
     def before_train(self, runner):
         runner.start = runner.iter
@@ -95,9 +98,7 @@ def run(tmp_path):
         try:
             runner.train()
         finally:
-            runner.train_dataloader._iterator = (
-                None  # ends its workers, which others would wait for
-            )
+            runner.train_dataloader._iterator = None  # ends its workers
         return runner
 
     return run
@@ -119,8 +120,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run):
     assert torch.equal(weights(resumed), whole)
 
 
-def test_without_the_hook_it_does_not(run):
-    """What RandomStateHook is for: MMEngine alone draws other numbers after a resume."""
+def test_without_the_hook_a_resumed_run_differs(run):
+    """MMEngine alone draws other random numbers after a resume."""
     whole = weights(run())
     with pytest.raises(KeyboardInterrupt):
         run(stop=8)
@@ -138,7 +139,7 @@ def test_epochs_iterations_and_workers_draw_different_numbers(run):
     assert len({number for batch in drawn for number in batch}) == 12 * 3
 
 
-def test_random_state_hook_says_what_it_needs(run):
+def test_random_state_hook_needs_a_seed_and_workers(run):
     with pytest.raises(ValueError, match=r"needs a seed: set randomness=dict\(seed=...\)"):
         run(hooks=RANDOM_STATE, seed=None)
     with pytest.raises(ValueError, match="num_workers >= 1"):
@@ -207,7 +208,7 @@ class Work:
 
 @pytest.mark.parametrize("named", ["epoch_1.pth", "best_mIoU_epoch_1.pth", "elsewhere/x.pth"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_complete_checkpoint_that_is_named_is_respected(named, legacy, work):
+def test_a_complete_checkpoint_in_last_checkpoint_is_taken(named, legacy, work):
     work.save("epoch_2.pth", 6, 2)
     work.point(work.save(named, 3, 1, legacy=legacy))
     work.save("epoch_3.pth", 9, 3)
@@ -218,10 +219,10 @@ def test_a_complete_checkpoint_that_is_named_is_respected(named, legacy, work):
 
 
 @pytest.mark.parametrize(
-    "pointer", [None, "", "\0\0", b"\xff", "gone/epoch_9.pth", "truncated.pth", "odd.pth"]
+    "pointer", [None, "", "\0\0", b"\xff", "gone/epoch_9.pth", "truncated.pth", "other.pth"]
 )
 @pytest.mark.parametrize("order", ["forwards", "backwards", "same"])
-def test_otherwise_the_one_of_the_most_iterations_is_taken(pointer, order, work):
+def test_otherwise_the_checkpoint_of_most_iterations_is_taken(pointer, order, work):
     """Copies and restores change times; the order of names is not that of numbers."""
     times = dict(forwards=[1, 2, 3], backwards=[3, 2, 1], same=[1, 1, 1])[order]
     for epoch, time in zip((2, 10, 9), times):
@@ -230,7 +231,7 @@ def test_otherwise_the_one_of_the_most_iterations_is_taken(pointer, order, work)
     work.save("iter_999.pth", 999)  # of a run that counts otherwise
     work.save("best_mIoU_epoch_12.pth", 36, 12)  # without the state of the optimizer
     work.save("truncated.pth", 999, 999, kept=0.5)
-    torch.save(dict(meta=[]), work.folder / "odd.pth")
+    torch.save(dict(meta=[]), work.folder / "other.pth")
     if pointer is not None:
         work.point(work.folder / pointer if str(pointer).endswith("pth") else pointer)
     assert work.resumed_from() == "epoch_10.pth"
@@ -244,14 +245,14 @@ def test_otherwise_the_one_of_the_most_iterations_is_taken(pointer, order, work)
     assert len(work.log) == 1
 
 
-def test_what_a_file_holds_counts_and_not_its_name(work):
+def test_iterations_are_read_from_the_file_and_not_its_name(work):
     work.save("epoch_3.pth", 3, 1)
     work.save("epoch_1.pth", 9, 3)
     work.save("epoch_9.pth", 6, 2)
     assert work.resumed_from() == "epoch_1.pth"
 
 
-def test_iterations_count_before_epochs_and_then_paths(work):
+def test_ties_are_broken_by_epochs_and_then_by_path(work):
     work.save("epoch_1.pth", 9, 1)
     work.save("epoch_2.pth", 9, 2)
     work.save("epoch_3.pth", 8, 3)
@@ -272,18 +273,10 @@ def test_a_truncated_file_is_not_complete(named, legacy, kept, work):
     assert work.resumed_from(by_epoch=False) == "iter_7.pth"
 
 
-class MakeFolder:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("named", [False, True])
-def test_a_file_that_is_refused_is_not_complete_and_not_run(named, work):
+def test_a_refused_file_is_not_taken_and_not_run(named, work):
     work.save("epoch_1.pth", 3, 1)
-    bad = work.save("epoch_2.pth", 6, 2, extra=MakeFolder(work.folder / "executed"))
+    bad = work.save("epoch_2.pth", 6, 2, extra=Call(os.mkdir, str(work.folder / "executed")))
     unsaid = work.save("epoch_3.pth", "9", 3)
     if named:
         work.point(bad)
@@ -293,8 +286,7 @@ def test_a_file_that_is_refused_is_not_complete_and_not_run(named, work):
     assert not (work.folder / "executed").exists()
 
 
-def test_other_names_and_folders(work, tmp_path):
-    """`out_dir` holds a folder of the same name, names follow `filename_tmpl`, all may be moved."""
+def test_out_dir_filename_tmpl_and_moved_folders(work, tmp_path):
     work.save("state-3.pth", 3)
     other = tmp_path / "out" / "work"
     other.mkdir(parents=True)
@@ -327,8 +319,8 @@ def test_nothing_to_resume_from(work):
     assert work.files() == before
 
 
-def test_other_processes_learn_what_the_first_one_found(work, monkeypatch):
-    """Or they would wait for it in vain."""
+def test_every_process_raises_what_the_main_process_found(work, monkeypatch):
+    """Otherwise the others would wait for it forever."""
     work.save("epoch_1.pth", 3, 1, kept=0.5)
     sent = []
     with monkeypatch.context() as patch:
@@ -355,7 +347,7 @@ def test_flexible_runner_is_left_alone(work):
     assert os.listdir(work.folder) == ["epoch_1.pth"]
 
 
-def test_the_runner_goes_on_from_there(run, tmp_path):
+def test_the_runner_resumes_from_the_chosen_checkpoint(run, tmp_path):
     work = tmp_path / "work"
     run(3, workers=0, max_keep_ckpts=-1)
     pointer = work / "last_checkpoint"
@@ -372,26 +364,14 @@ def test_the_runner_goes_on_from_there(run, tmp_path):
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("meta", dict(iter="6"), "does not say after how many iterations and epochs it was saved"),
-        (
-            "meta",
-            dict(epoch=None),
-            "does not say after how many iterations and epochs it was saved",
-        ),
+        ("meta", dict(iter="6"), "does not say after how many iterations and epochs"),
+        ("meta", dict(epoch=None), "does not say after how many iterations and epochs"),
         ("meta", dict(seed=[0]), "the seed in the checkpoint is not an integer"),
-        (
-            "runtime_info",
-            dict(keep_ckpt_ids=["/../../x"]),
-            "keep_ckpt_ids in the checkpoint are not",
-        ),
-        (
-            "runtime_info",
-            dict(keep_ckpt_ids="2"),
-            "keep_ckpt_ids in the checkpoint are not integers",
-        ),
+        ("runtime_info", dict(keep_ckpt_ids=["/../../x"]), "keep_ckpt_ids .* are not integers"),
+        ("runtime_info", dict(keep_ckpt_ids="2"), "keep_ckpt_ids .* are not integers"),
     ],
 )
-def test_what_cannot_be_resumed_from(part, change, message, run, tmp_path):
+def test_invalid_metadata_is_refused(part, change, message, run, tmp_path):
     run(2, workers=0)
     path = tmp_path / "work/epoch_2.pth"
     content = torch.load(path)
@@ -402,7 +382,7 @@ def test_what_cannot_be_resumed_from(part, change, message, run, tmp_path):
 
 
 class Evaluate(Hook):
-    """As a validation after every epoch, each better than the one before."""
+    """A validation after every epoch, each better than the last."""
 
     def after_train_epoch(self, runner):
         (hook,) = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
@@ -419,8 +399,8 @@ def test_the_best_checkpoint_replaces_the_former(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_nothing_elsewhere_is_removed(kind, run, tmp_path):
-    """The path of the best checkpoint so far, to be removed when there is a better one, is data."""
+def test_nothing_outside_the_folder_is_removed(kind, run, tmp_path):
+    """The path of the previous best checkpoint is read from the file that is resumed from."""
     run(2, **BEST)
     path, victim = tmp_path / "work/epoch_2.pth", tmp_path / "victim"
     if kind == "file":
@@ -443,7 +423,7 @@ class Killed(BaseException):
 
 
 def kill_at(point, patch, number):
-    """Raise at a point of save `number` what nothing catches, after which files stay as they are.
+    """Raise an uncaught exception at a point of save `number`, after which nothing is written.
 
     MMEngine's steps of a save and ours, in this order: write, rename, name in `last_checkpoint`,
     remove the oldest.
@@ -560,16 +540,6 @@ def ten_points():
     return points
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def held(path):
     """Iterations and epochs of a checkpoint that loads."""
     try:
@@ -594,9 +564,7 @@ def expected_start(folder):
 def test_ten_kills(package, root, tmp_path):
     pytest.importorskip(package)
     base, options, last = CONFIGS[package]
-    script = root / "tools/dataset_converters/make_shapes.py"
-    sizes = ["--train", "12", "--val", "4", "--size", "64"]
-    subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=tmp_path, check=True)
+    make_demo_data(tmp_path)
     text = f"        _base_ = {str(root / 'configs/demo' / base)!r}\n{options}{COMMON}"
     config = tmp_path / "config.py"
     config.write_text("\n".join(line.removeprefix(" " * 8) for line in text.splitlines()))
@@ -624,7 +592,7 @@ def test_ten_kills(package, root, tmp_path):
         return done.stdout + done.stderr
 
     def resume(kill):
-        """From which iteration and epoch the run went on, by its own word."""
+        """Iteration and epoch from which the run says that it resumed."""
         expected = expected_start(tmp_path / "killed")
         found = re.findall(r"resumed epoch: (\d+), iter: (\d+)", run("killed", kill, "--resume"))
         start = [(int(iterations), int(epochs)) for epochs, iterations in found]

@@ -1,4 +1,4 @@
-"""Checkpoints made to harm, and configs, which are programs."""
+"""Malicious, corrupt and malformed checkpoints; configs, which are programs."""
 
 import argparse
 import os
@@ -19,8 +19,9 @@ import crafted_pickles
 import numpy as np
 import pytest
 import torch
-from crafted_pickles import CLAIMS, LEGACY_CLAIMS, NUMPY_CLAIMS
+from crafted_pickles import CLAIMS, LEGACY_CLAIMS, NUMPY_CLAIMS, Call
 from fault_runs import config
+from metrics import same
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
@@ -30,16 +31,6 @@ from torch import nn
 import mmsoft.checkpoint.loader  # noqa: F401  (for what goes through MMEngine)
 from mmsoft.checkpoint import read_checkpoint
 from mmsoft.models import SOFTPlusPlus
-
-
-class Call:
-    """Pickled, an instruction to call `function` with `arguments`."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
 
 
 def save(path, weights, **options):
@@ -74,6 +65,7 @@ WAYS = [read_checkpoint, load_as_init_cfg, load_as_load_from]
 
 def commands(mark):
     yield "system", Call(os.system, f"touch {mark}")
+    yield "Namespace", argparse.Namespace(x=Call(os.system, f"touch {mark}"))
     yield "eval", Call(eval, f"open({str(mark)!r}, 'w')")
     yield "open", Call(open, str(mark), "w")
     yield "getattr", Call(getattr, Call(__import__, "os"), "system")
@@ -94,7 +86,7 @@ def test_code_is_refused_and_not_run(way, kind, legacy, weights, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["load_from", "resume", "last_checkpoint"])
-def test_the_runner_refuses_it_too(option, root, shapes, tmp_path):
+def test_the_runner_refuses_code_in_a_checkpoint(option, root, shapes, tmp_path):
     pytest.importorskip("mmdet")
     bad = save(tmp_path / "bad.pth", dict(x=Call(os.system, f"touch {tmp_path / 'executed'}")))
     cfg = config(root, shapes, "retinanet", tmp_path)
@@ -137,13 +129,13 @@ def test_a_config_is_a_program(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
-# ---------------------------------------------------------------------------- damaged and swollen
+# ------------------------------------------------------------------------- truncated and compressed
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.999])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_truncated(way, kept, legacy, weights, tmp_path):
+def test_truncated_files_are_refused(way, kept, legacy, weights, tmp_path):
     path = save(tmp_path / "cut.pth", weights, _use_new_zipfile_serialization=not legacy)
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: int(kept if kept >= 1 else kept * len(data))])
@@ -249,8 +241,8 @@ print("done")
 """
 
 
-def test_memory_is_not_taken_first(root, tmp_path):
-    """Refusing is not enough: an array of a gigabyte must not have been there before."""
+def test_refused_claims_take_no_memory(root, tmp_path):
+    """A claimed array is not allocated before it is refused."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "small.pth")],
         capture_output=True,
@@ -260,10 +252,10 @@ def test_memory_is_not_taken_first(root, tmp_path):
     assert done.stdout == "done\n", done.stdout + done.stderr[-2000:]
 
 
-def test_what_is_no_zip_file_for_torch_is_checked_as_what_it_is(weights, tmp_path):
-    """A pickle with an innocent archive behind it: zipfile finds this, torch reads the pickle."""
+def test_a_pickle_followed_by_a_zip_archive_is_checked_as_a_pickle(weights, tmp_path):
+    """zipfile finds the archive, but torch reads the pickle."""
     crafted_pickles.save(tmp_path / "both.pth", CLAIMS["bytearray"][0], legacy=True)
-    archive = Path(save(tmp_path / "innocent.pth", weights)).read_bytes()
+    archive = Path(save(tmp_path / "harmless.pth", weights)).read_bytes()
     with open(tmp_path / "both.pth", "ab") as file:
         file.write(archive)
     assert zipfile.is_zipfile(tmp_path / "both.pth")
@@ -276,24 +268,6 @@ def history():
     buffer = HistoryBuffer([1.0, 2.0], [1, 1])
     buffer.update(3.0)
     return buffer
-
-
-def same(a, b):
-    if isinstance(a, HistoryBuffer):
-        return type(b) is HistoryBuffer and all(
-            type(y) is np.ndarray and same(x, y) for x, y in zip(a.data, b.data)
-        )
-    if isinstance(a, np.ndarray):
-        native = a.dtype.newbyteorder("=")
-        return native == b.dtype and a.shape == b.shape and bool((a == b).all())
-    if isinstance(a, torch.Tensor):
-        plain = (a, b) if a.layout == torch.strided else (a.to_dense(), b.to_dense())
-        return a.dtype == b.dtype and a.layout == b.layout and torch.equal(*plain)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(map(same, a.values(), b.values()))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
 
 
 LARGE = torch.arange(3000.0).reshape(3, 1000)
@@ -317,7 +291,7 @@ HELD = {
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("kind", HELD)
-def test_what_checkpoints_hold_still_loads(kind, legacy, tmp_path):
+def test_values_that_checkpoints_hold_load(kind, legacy, tmp_path):
     torch.save(HELD[kind], tmp_path / "held.pth", _use_new_zipfile_serialization=not legacy)
     if legacy and kind == "types":  # torch itself cannot
         with pytest.raises(ValueError, match=r"held.pth cannot be read as a checkpoint"):
@@ -325,13 +299,13 @@ def test_what_checkpoints_hold_still_loads(kind, legacy, tmp_path):
         return
     loaded = read_checkpoint(tmp_path / "held.pth")
     assert same(HELD[kind], loaded)
-    # And again, saved as if it had never been loaded.
+    # Saved again, it loads again.
     torch.save(loaded, tmp_path / "again.pth", _use_new_zipfile_serialization=not legacy)
     assert same(HELD[kind], read_checkpoint(tmp_path / "again.pth"))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_one_wrong_byte_anywhere_loads_or_is_refused(legacy, tmp_path):
+def test_a_changed_byte_loads_or_is_refused(legacy, tmp_path):
     content = dict(state_dict=dict(a=torch.ones(3)), hub=[history(), np.float64(1)], meta=dict(i=1))
     torch.save(content, tmp_path / "good.pth", _use_new_zipfile_serialization=not legacy)
     good, path, refused = (tmp_path / "good.pth").read_bytes(), tmp_path / "bad.pth", 0
@@ -350,12 +324,12 @@ def test_one_wrong_byte_anywhere_loads_or_is_refused(legacy, tmp_path):
     assert refused > 50
 
 
-# ------------------------------------------------------------------------------------ from the web
+# ---------------------------------------------------------------------------------- downloaded
 
 
 @pytest.fixture
 def url(tmp_path, monkeypatch):
-    """Where a server on this machine hands out a folder."""
+    """Address of a local server of the folder `served`."""
     (tmp_path / "served").mkdir()
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
@@ -368,8 +342,8 @@ def url(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_code_from_the_web_is_refused_and_not_run(way, url, weights, tmp_path):
-    """MMEngine's loader of URLs runs it."""
+def test_code_in_a_download_is_refused_and_not_run(way, url, weights, tmp_path):
+    """MMEngine's loader of URLs would run it."""
     mark = tmp_path / "executed"
     content = {**weights, "stages.0.pos_embed": Call(os.system, f"touch {mark}")}
     save(tmp_path / "served/bad.pth", content)
@@ -378,14 +352,14 @@ def test_code_from_the_web_is_refused_and_not_run(way, url, weights, tmp_path):
     assert not mark.exists()
 
 
-def test_claims_from_the_web_are_refused(url, tmp_path):
+def test_claims_in_a_download_are_refused(url, tmp_path):
     crafted_pickles.save(tmp_path / "served/small.pth", CLAIMS["bytearray"][0])
     for way in WAYS:
         with pytest.raises(ValueError, match=r"small.pth is refused: a call of bytearray"):
             way(f"{url}small.pth")
 
 
-def test_checkpoints_from_the_web_load_and_are_kept(url, weights, tmp_path):
+def test_downloads_load_and_are_cached(url, weights, tmp_path):
     save(tmp_path / "served/good.pth", weights)
     for way in WAYS:
         way(f"{url}good.pth?version=1")
@@ -398,7 +372,7 @@ def test_checkpoints_from_the_web_load_and_are_kept(url, weights, tmp_path):
     assert os.listdir(tmp_path / "cache/checkpoints") == ["good.pth"]
 
 
-# ----------------------------------------------------------------------------------- wrong kinds
+# ------------------------------------------------------------------------- unsuitable content
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
@@ -417,9 +391,9 @@ def test_checkpoints_from_the_web_load_and_are_kept(url, weights, tmp_path):
         (lambda t: t[:, :0], ValueError, "must have a square grid"),
     ],
 )
-def test_other_kinds_of_tensors_are_refused(way, change, error, message, weights, tmp_path):
+def test_unsuitable_tensors_are_refused(way, change, error, message, weights, tmp_path):
     changed = change(weights["stages.0.pos_embed"])
-    path = save(tmp_path / "odd.pth", {**weights, "stages.0.pos_embed": changed})
+    path = save(tmp_path / "changed.pth", {**weights, "stages.0.pos_embed": changed})
     with pytest.raises(error, match=rf"stages.0.pos_embed {message}"):
         way(path)
 
@@ -432,17 +406,15 @@ def test_other_precisions_load(way, dtype, weights, tmp_path):
 
 
 @pytest.mark.parametrize("content", [[1, 2], 3, {}, {1: torch.ones(1)}, dict(state_dict=[1])])
-def test_other_contents_are_refused(content, tmp_path):
-    torch.save(content, tmp_path / "strange.pth")
-    with pytest.raises(
-        ValueError, match=r"strange.pth (must hold a dict of tensors|holds no SOFT)"
-    ):
-        load_as_init_cfg(str(tmp_path / "strange.pth"))
+def test_files_without_named_tensors_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other.pth (must hold a dict of tensors|holds no SOFT)"):
+        load_as_init_cfg(str(tmp_path / "other.pth"))
 
 
 @pytest.mark.parametrize("grid", [(0, 0), (7, 7), "ab", 5, (None, None), (56, 56)])
-def test_a_false_note_of_the_grid_does_no_harm(grid, weights, tmp_path):
+def test_a_wrong_grid_in_the_metadata_is_ignored(grid, weights, tmp_path):
     weights._metadata["stages.0"]["pos_grid"] = grid
-    path = save(tmp_path / "noted.pth", weights)
+    path = save(tmp_path / "grid.pth", weights)
     for way in WAYS:
         way(path)

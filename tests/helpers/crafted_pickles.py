@@ -1,4 +1,4 @@
-"""Pickles that no program would write, opcode by opcode, for test_untrusted_files.py."""
+"""Pickles that call functions, and, opcode by opcode, some that no program would write."""
 
 import io
 import pickle
@@ -7,6 +7,16 @@ import zipfile
 import torch
 
 GIB = 1 << 30
+
+
+class Call:
+    """Pickled, an instruction to call `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
 
 
 def text(value):
@@ -56,9 +66,9 @@ def data(value):
 # ---------------------------------------------------------------------------------------- tensors
 
 
-def storage(kind="Byte", size=8, key=text("0"), view=b""):
+def storage(kind="Byte", size=8, key=None, view=b""):
     kind = name(f"torch.{kind}Storage")
-    return group(text("storage"), kind, key, text("cpu"), number(size), view) + b"Q"
+    return group(text("storage"), kind, key or text("0"), text("cpu"), number(size), view) + b"Q"
 
 
 def tensor(stored, size, stride, by="_rebuild_tensor_v2", before=(), after=()):

@@ -1,8 +1,6 @@
 """Real training runs on generated data, small and in this process."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import torch
@@ -16,19 +14,12 @@ CONFIGS = {
     "upernet": ("mmseg", "upernet_softpp-mini_shapes.py"),
 }
 SOFTPP = dict(type="mmsoft.SOFTPlusPlus", arch={**ARCH, "depths": [1, 1, 1, 1]})
-# Of like size: 1.2 M parameters, where SOFTPP has 0.8 M.
+# Of similar size: 1.2 M parameters, where SOFTPP has 0.8 M.
 SWIN = dict(
     type="SwinTransformer", embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
     window_size=7, drop_path_rate=0.0,
 )  # fmt: skip
 _numbers = itertools.count()
-
-
-def make_data(root, folder):
-    """The data set of the demo, 12 and 4 images of 64 pixels, in `folder`/data/shapes."""
-    script = root / "tools/dataset_converters/make_shapes.py"
-    sizes = ["--train", "12", "--val", "4", "--size", "64"]
-    subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=folder, check=True)
 
 
 def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterations=2):
@@ -73,7 +64,7 @@ def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterati
     config.work_dir = str(work_dir)
     config.randomness = dict(seed=0)
     config.log_level = "WARNING"
-    # MMEngine keeps loggers and visualizers by name, for as long as the process lives.
+    # MMEngine keeps loggers and visualizers by name until the process ends.
     config.experiment_name = config.visualizer.name = f"faults-{next(_numbers)}"
     config.merge_from_dict(changes or {})
     return config
@@ -98,7 +89,7 @@ def train(config):
 def plain_loop(cfg, iterations, dtype=None, seed=0):
     """The losses of AdamW at 1e-3 without MMEngine's wrapper, whose AMP asks for a GPU.
 
-    The seed decides on the order of the images; the weights are the same whatever it is.
+    The seed decides the order of the images only, not the weights.
     """
     cfg.train_dataloader.sampler.update(seed=seed, shuffle=True)
     runner = Runner.from_cfg(cfg)

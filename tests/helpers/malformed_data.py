@@ -1,4 +1,4 @@
-"""Odd images and annotations in the stock pipelines: what happens with Swin, and what with SOFT++.
+"""Malformed images and annotations in the stock pipelines: what happens with Swin and SOFT++.
 
     python tests/helpers/malformed_data.py            # rewrites the table in docs/robustness.md
 
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from fault_runs import SOFTPP, SWIN, config, make_data, train
+from fault_runs import SOFTPP, SWIN, config, train
 from PIL import Image
+from tabulate import tabulate
+from true_layout import make_demo_data
 
 from mmsoft.fileio import write_whole
 
@@ -226,15 +228,13 @@ def outcomes(shapes, report=lambda *_: None):
 
 def page(table):
     """The table in Markdown."""
-    lines = ["| data | model | " + " | ".join(MODELS) + " |", "| --- " * (2 + len(MODELS)) + "|"]
-    for (name, model), results in table.items():
-        lines.append(f"| {name} | {model} | " + " | ".join(results.values()) + " |")
-    return "\n".join(lines)
+    rows = [[*case, *results.values()] for case, results in table.items()]
+    return tabulate(rows, ["data", "model", *MODELS], "pipe")
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        make_data(ROOT, Path(folder))
+        make_demo_data(Path(folder))
         table = page(outcomes(Path(folder), lambda line: print(line, file=sys.stderr, flush=True)))
     text = PAGE.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)

@@ -1,5 +1,8 @@
 """The smallest model of each library around the golden backbone."""
 
+import pytest
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, init_default_scope
 from released import ARCH
 
 
@@ -58,3 +61,15 @@ def mini_classifier(**backbone):
 
 
 LIBRARIES = {"mmdet": mini_detector, "mmseg": mini_segmentor, "mmpretrain": mini_classifier}
+
+
+def import_library(library):
+    """Skip the test where the library does not import."""
+    pytest.importorskip(f"{library}.models", exc_type=(ImportError, RuntimeError))
+
+
+def build(library, **backbone):
+    """The library's model, built in its scope."""
+    import_library(library)
+    init_default_scope(library)
+    return MODELS.build(ConfigDict(LIBRARIES[library](**backbone)))

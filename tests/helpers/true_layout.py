@@ -23,15 +23,16 @@ def make_shapes(folder: Path, train: int, val: int, size: int) -> Path:
     return out
 
 
+def make_demo_data(folder: Path, train: int = 12, val: int = 4, size: int = 64) -> Path:
+    """Make ``data/shapes`` in `folder`, where the configs of the demo look for it."""
+    return make_shapes(folder / "data", train, val, size)
+
+
 def make_coco(folder: Path, train: int = 4, val: int = 2, size: int = 96) -> Path:
     """Make ``data/coco`` in `folder`: the shapes under the names of five of the 80 categories."""
     from mmdet.datasets import CocoDataset
 
-    coco = folder / "data/coco"
-    coco.parent.mkdir(exist_ok=True)
-    shapes = make_shapes(folder, train, val, size)
-    os.replace(shapes / "coco", coco)
-    shutil.rmtree(shapes)
+    coco = _make_layout("coco", folder / "data/coco", train, val, size)
     names = CocoDataset.METAINFO["classes"]
     for path in coco.glob("annotations/*.json"):
         content = json.loads(path.read_text())
@@ -46,19 +47,21 @@ def make_coco(folder: Path, train: int = 4, val: int = 2, size: int = 96) -> Pat
 
 def make_ade20k(folder: Path, train: int = 4, val: int = 2, size: int = 96) -> Path:
     """Make ``data/ade/ADEChallengeData2016`` in `folder`: six of the 150 classes occur."""
-    ade = folder / "data/ade/ADEChallengeData2016"
-    ade.parent.mkdir(parents=True)
-    shapes = make_shapes(folder, train, val, size)
-    os.replace(shapes / "ade", ade)
+    return _make_layout("ade", folder / "data/ade/ADEChallengeData2016", train, val, size)
+
+
+def _make_layout(layout: str, target: Path, train: int, val: int, size: int) -> Path:
+    shapes = make_shapes(target.parent, train, val, size)
+    os.replace(shapes / layout, target)
     shutil.rmtree(shapes)
-    return ade
+    return target
 
 
 def make_imagenet(folder: Path, scenes: int = 8, size: int = 96) -> Path:
     """Make ``data/imagenet`` in `folder`: 1000 folders per split, one image each.
 
     MMPreTrain's data set refuses any other number of folders. The images are `scenes` different
-    ones, linked; a run on a few is had by ``*_dataloader.dataset.indices=N``.
+    ones, linked; ``*_dataloader.dataset.indices=N`` limits a run to N of them.
     """
     imagenet = folder / "data/imagenet"
     shapes = make_shapes(folder, scenes, 1, size)

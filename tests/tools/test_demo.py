@@ -1,14 +1,13 @@
 """The demo: its configs, its pictures, its failures. The job itself is `make demo`."""
 
 import json
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 from loading import load_tool
 from mmengine.config import Config
+from true_layout import make_demo_data
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -16,16 +15,14 @@ encode = pytest.importorskip("pycocotools.mask").encode
 
 
 @pytest.fixture(scope="module")
-def demo(root):
+def demo():
     return load_tool("demo.py")
 
 
 @pytest.fixture
 def workplace(demo, root, tmp_path, monkeypatch):
-    """A root with data and configs of its own, so that nothing is written to the repository."""
-    script = root / "tools/dataset_converters/make_shapes.py"
-    sizes = ["--train", "1", "--val", "3", "--size", "64"]
-    subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=tmp_path, check=True)
+    """Another root with data and configs, so that nothing is written to the repository."""
+    make_demo_data(tmp_path, train=1, val=3)
     (tmp_path / "configs").symlink_to(root / "configs")
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     return tmp_path

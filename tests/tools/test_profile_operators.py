@@ -1,6 +1,6 @@
 """The profile of a config's backbone."""
 
-import runpy
+from functools import partial
 
 import pytest
 
@@ -12,37 +12,28 @@ model = dict(backbone=dict(type="mmsoft.SOFTPlusPlus", arch=arch))
 
 
 @pytest.fixture
-def run(root, tmp_path, monkeypatch, capsys):
+def profile(run_tool, tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
-    tools = root / "tools/analysis_tools"
-    monkeypatch.syspath_prepend(tools)
-    main = runpy.run_path(str(tools / "profile_operators.py"))["main"]
-
-    def run(*arguments):
-        command = ["profile_operators.py", str(tmp_path / "config.py"), *arguments]
-        monkeypatch.setattr("sys.argv", command)
-        main()
-        return capsys.readouterr().out.splitlines()
-
-    return run
+    return partial(run_tool, "analysis_tools/profile_operators.py", tmp_path / "config.py")
 
 
-def test_times_add_up_and_the_rest_is_not_lost(run):
-    head, *rows, total = run("--shape", "64", "96", "--top", "5")
+def test_times_add_up_and_the_rest_is_summed(profile):
+    _, printed, _ = profile("--shape", "64", "96", "--top", "5")
+    head, *rows, total = printed.splitlines()
     assert head.split() == ["operator", "calls", "ms", "share"]
     assert len(rows) == 6
     assert rows[-1].startswith("the rest")
     times = [float(row.split()[-2]) for row in rows]
     assert times[:-1] == sorted(times[:-1], reverse=True)
     assert sum(times) == pytest.approx(float(total.split()[-1]), abs=0.5)
-    assert any(row.startswith("addmm") for row in run("--top", "200"))
+    assert any(row.startswith("addmm") for row in profile("--top", "200")[1].splitlines())
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(("--shape", "1", "2", "3"), "--shape takes one or two"), (("--top", "0"), "--top take pos")],
 )
-def test_bad_arguments_are_one_line(run, capsys, arguments, words):
-    with pytest.raises(SystemExit):
-        run(*arguments)
-    assert words in capsys.readouterr().err
+def test_bad_arguments_are_one_line(profile, arguments, words):
+    status, _, errors = profile(*arguments)
+    assert status == 2
+    assert words in errors

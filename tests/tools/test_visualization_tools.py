@@ -1,13 +1,17 @@
 """The tools that draw a model's attention, landmarks and convergence, on generated images."""
 
 import csv
-import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from true_layout import make_demo_data
+
+from mmsoft import visualization
+from mmsoft.analysis import capture, landmark_regions, load_image, load_model
 
 for package in ("matplotlib", "mmdet"):
     pytest.importorskip(package)
@@ -19,14 +23,8 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def folder(root, tmp_path_factory):
     """Data where the configs look for them, and a checkpoint of an untrained model."""
-    from mmengine.config import Config
-
-    from mmsoft.analysis import load_model
-
-    folder = tmp_path_factory.mktemp("look")
-    script = root / "tools/dataset_converters/make_shapes.py"
-    sizes = ["--train", "1", "--val", "3", "--size", str(SIZE)]
-    subprocess.run([sys.executable, str(script), "data/shapes", *sizes], cwd=folder, check=True)
+    folder = tmp_path_factory.mktemp("data")
+    make_demo_data(folder, train=1, val=3, size=SIZE)
     torch.manual_seed(0)
     model = load_model(Config.fromfile(root / CONFIG))
     torch.save(dict(state_dict=model.state_dict()), folder / "model.pth")
@@ -34,19 +32,10 @@ def folder(root, tmp_path_factory):
 
 
 @pytest.fixture
-def run(root, folder, monkeypatch, capsys):
-    """Run a tool in this process, in that folder; returns status, output and errors."""
-    import importlib
-
-    def run(tool, *arguments):
-        monkeypatch.chdir(folder)
-        monkeypatch.syspath_prepend(root / "tools/analysis_tools")
-        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-        capsys.readouterr()
-        status = importlib.import_module(tool).main()
-        return status, *capsys.readouterr()
-
-    return run
+def run(folder, monkeypatch, run_tool):
+    """Run a tool in that folder; returns status, output and errors."""
+    monkeypatch.chdir(folder)
+    return lambda tool, *arguments: run_tool(f"analysis_tools/{tool}.py", *arguments)
 
 
 @pytest.fixture
@@ -55,34 +44,26 @@ def image(folder):
 
 
 @pytest.fixture
-def drawn(monkeypatch, root):
-    """Note what a tool hands to a function that draws: its name -> its arguments."""
-    import importlib
+def drawn(monkeypatch):
+    """Record the arguments of a function that draws, by its name."""
+    recorded = {}
 
-    noted = {}
-    monkeypatch.syspath_prepend(root / "tools/analysis_tools")
+    def record(name):
+        draw = getattr(visualization, name)
 
-    def spy(tool, name):
-        module = importlib.import_module(tool)
-        draw = getattr(module, name)
-
-        def draw_and_note(*arguments, **options):
-            noted[name] = arguments
+        def draw_and_record(*arguments, **options):
+            recorded[name] = arguments
             return draw(*arguments, **options)
 
-        monkeypatch.setattr(module, name, draw_and_note)
-        return noted
+        monkeypatch.setattr(visualization, name, draw_and_record)
+        return recorded
 
-    return spy
+    return record
 
 
 @pytest.fixture
 def state(root, folder, image):
     """What the tools should show: stage 1 of the checkpoint on the image."""
-    from mmengine.config import Config
-
-    from mmsoft.analysis import capture, load_image, load_model
-
     config = Config.fromfile(root / CONFIG)
     model = load_model(config, str(folder / "model.pth"))
     with torch.no_grad(), capture(model, (1, 0)) as states:
@@ -98,7 +79,7 @@ def read(path):
 
 
 def test_attention(run, root, image, folder, drawn, state):
-    noted = drawn("visualize_attention", "draw_attention")
+    recorded = drawn("draw_attention")
     options = ["--query", "20,30", "--query", "63,63", "--stage", "1", "--compare", "softmax"]
     status, out, _ = run(
         "visualize_attention", root / CONFIG, image, "model.pth", *options, "--out", "sheet.png"
@@ -106,7 +87,7 @@ def test_attention(run, root, image, folder, drawn, state):
     assert (status, out) == (0, "sheet.png\n")
     # 2 queries; image, 2 heads, mean, softmax and the colour bar
     assert read(folder / "sheet.png").shape[1] == 1130
-    queries, maps = noted["draw_attention"][1:3]
+    queries, maps = recorded["draw_attention"][1:3]
     assert queries == [(20, 30), (63, 63)]
     # The test pipeline enlarges 64 pixels to 160: 20 x 20 tokens of 8.
     rows = state.attention_rows([9 * 20 + 6, 19 * 20 + 19])[0].unflatten(-1, (20, 20))
@@ -135,13 +116,9 @@ def test_bad_input_is_one_line(run, root, image, options, message):
 
 
 @pytest.mark.parametrize("method", ["performer", "nystromformer"])
-def test_a_missing_peer_is_one_line(run, root, image, folder, monkeypatch, method):
-    import mmsoft.analysis.rows as rows
-
-    def missing(module, package):
-        raise ImportError(f"{package} cannot be imported; install it with: pip install {package}")
-
-    monkeypatch.setattr(rows, "import_peer", missing)
+def test_a_missing_package_is_one_line(run, root, image, folder, monkeypatch, method):
+    package = dict(performer="performer_pytorch", nystromformer="nystrom_attention")[method]
+    monkeypatch.setitem(sys.modules, package, None)
     options = ["--query", "3,3", "--compare", method, "--out", "none.png"]
     status, _, errors = run("visualize_attention", root / CONFIG, image, "model.pth", *options)
     assert status == 1
@@ -151,16 +128,14 @@ def test_a_missing_peer_is_one_line(run, root, image, folder, monkeypatch, metho
 
 
 def test_landmarks(run, root, image, folder, drawn, state):
-    from mmsoft.analysis import landmark_regions
-
-    noted = drawn("visualize_landmarks", "draw_landmarks")
+    recorded = drawn("draw_landmarks")
     options = ["--stage", "1", "--head", "1"]
     status, out, _ = run("visualize_landmarks", root / CONFIG, image, "model.pth", *options)
     regions, strength = (
         t[0, 1].unflatten(0, (20, 20)) for t in landmark_regions(state.q, state.landmarks)
     )
-    np.testing.assert_array_equal(noted["draw_landmarks"][1], regions)
-    np.testing.assert_allclose(noted["draw_landmarks"][2], strength, rtol=1e-6)
+    np.testing.assert_array_equal(recorded["draw_landmarks"][1], regions)
+    np.testing.assert_allclose(recorded["draw_landmarks"][2], strength, rtol=1e-6)
     assert (status, out) == (0, "landmarks.png\nspectrum.png\n")
     assert read(folder / "landmarks.png").shape[1] == 1120
     assert read(folder / "spectrum.png").shape == (520, 640, 3)
@@ -194,7 +169,7 @@ def test_convergence(run, root, folder):
             assert float(row["q10"]) <= float(row["q90"]) <= float(row["max"])
 
 
-def test_segmentors_and_classifiers_have_pictures_too(run, root, image, folder):
+def test_attention_of_segmentors_and_classifiers(run, root, image, folder):
     pytest.importorskip("mmseg")
     pytest.importorskip("mmpretrain")
     for config in (
