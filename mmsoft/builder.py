@@ -4,12 +4,26 @@ import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+
+EXTRAS = dict(mmdet="det", mmseg="seg", mmpretrain="cls")  # ours that bring a package; else peers
+
+
+def require(package: str) -> None:
+    """Check that an optional package is installed.
+
+    Raises:
+        ImportError: it is missing; one line that says how to install it.
+    """
+    if find_spec(package) is None:
+        extra = EXTRAS.get(package, "peers")
+        raise ImportError(f"{package} is missing: pip install 'mmsoft[{extra}]'")
 
 
 def config_parser(description: str | None) -> ArgumentParser:

@@ -35,6 +35,7 @@ import torch
 from mmengine import Config, load
 from pycocotools.coco import COCO
 from pycocotools.mask import decode
+from tabulate import tabulate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -314,16 +315,16 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
 
 def print_table() -> None:
     """Print every run that has a summary."""
-    print(f"\n{'backbone':26} {'seed':>4} {'box AP':>7} {'mask AP':>8} {'mIoU':>7} {'minutes':>8}")
+    rows = []
     for variant in VARIANTS:
         for seed in range(MAX_SEED + 1):
             path = place(variant, seed) / "summary.json"
             if path.is_file():
                 summary = json.loads(path.read_text())
-                print(
-                    f"{variant:26} {seed:4} {summary['box_ap']:7.3f} {summary['mask_ap']:8.3f} "
-                    f"{summary['miou']:7.3f} {summary['seconds'] / 60:8.1f}"
-                )
+                scores = (summary[name] for name in LABELS)
+                rows.append([variant, seed, *scores, summary["seconds"] / 60])
+    header = ["backbone", "seed", *LABELS.values(), "minutes"]
+    print("\n" + tabulate(rows, header, "plain", floatfmt=(*("",) * 2, *(".3f",) * 3, ".1f")))
 
 
 def place(variant: str, seed: int) -> Path:

@@ -6,27 +6,12 @@ float64 ``[B, heads, n, N]`` for ``n`` query tokens.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from mmsoft.builder import require
 from mmsoft.ops import softmax_free_attention
-
-
-def import_peer(module: str, package: str) -> ModuleType:
-    """Import a package of the optional extra ``peers``.
-
-    Raises:
-        ImportError: one line that says what to install.
-    """
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{package} cannot be imported ({error}); install it with: "
-            f'pip install {package}, or pip install "mmsoft[peers]"'
-        ) from error
 
 
 def _check_queries(q: Tensor, queries: Sequence[int]) -> list[int]:
@@ -62,11 +47,11 @@ def attention_rows(
         landmarks: ``[B, heads, m, d]``.
         queries: token numbers, row by row of the grid.
         normalize: see :func:`mmsoft.ops.softmax_free_attention`.
-        solver: likewise.
-        steps: likewise.
+        solver: as for ``normalize``.
+        steps: as for ``normalize``.
 
     Raises:
-        ValueError: a query is no token, or the shapes do not go together.
+        ValueError: a query is not a token, or the shapes do not match.
     """
     queries = _check_queries(q, queries)
     unit = torch.zeros(q.shape[2], len(queries), dtype=torch.float64, device=q.device)
@@ -101,10 +86,10 @@ def performer_rows(q: Tensor, queries: Sequence[int], seed: int = 0) -> Tensor:
 
     Raises:
         ImportError: the package is missing.
-        ValueError: a query is no token.
+        ValueError: a query is not a token.
     """
     queries = _check_queries(q, queries)
-    import_peer("performer_pytorch", "performer-pytorch")
+    require("performer_pytorch")
     from performer_pytorch.performer_pytorch import FastAttention, softmax_kernel
 
     q = q.double()
@@ -129,14 +114,16 @@ def nystromformer_rows(q: Tensor, queries: Sequence[int], num_landmarks: int) ->
 
     Raises:
         ImportError: the package is missing.
-        ValueError: a query is no token, or there are more landmarks than tokens.
+        ValueError: a query is not a token, or there are more landmarks than tokens.
     """
     queries = _check_queries(q, queries)
     batch, heads, n, d = q.shape
     if not 1 <= num_landmarks <= n:
         raise ValueError(f"num_landmarks must be in [1, {n}], got {num_landmarks}")
-    package = import_peer("nystrom_attention", "nystrom-attention")
-    layer = package.NystromAttention(
+    require("nystrom_attention")
+    from nystrom_attention import NystromAttention
+
+    layer = NystromAttention(
         heads * d, dim_head=d, heads=heads, num_landmarks=num_landmarks, residual=False
     ).to(q.device, torch.float64)
     eye = torch.eye(heads * d, dtype=torch.float64, device=q.device)

@@ -1,1 +1,1 @@
-"""Time and memory beside what users would pick instead: ``python -m mmsoft.benchmark --help``."""
+"""Time and memory, ours and of alternatives: ``python -m mmsoft.benchmark --help``."""

@@ -1,4 +1,4 @@
-"""Measure time and memory of the backbones beside what users would pick instead.
+"""Measure time and memory of the backbones and of their alternatives.
 
     python -m mmsoft.benchmark --preset cpu --out work_dirs/benchmark
     python -m mmsoft.benchmark --models softpp-tiny pvtv2-b1 --sizes 512 --modes train
@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from mmsoft.benchmark.cases import BACKBONES, DTYPES, MODES, OPERATORS, WHOLE, Case, require
+from mmsoft.benchmark.cases import BACKBONES, DTYPES, MODES, OPERATORS, WHOLE, Case
 
 Size = tuple[int, int]
 Group = tuple[str, list[Case]]  # section of the JSON, and what is timed in turns
 SCALING_MODELS = ("softpp-tiny", "softpp-small")
-# What the options of the sections stand for if they are given without values, or by a preset.
+# Values of the options of the sections if they are given without any, or by a preset.
 DEFAULTS: dict[str, list] = dict(
     scaling=[(1024, 1024), (2048, 2048), (4096, 4096)],
     operator=[32, 64, 128, 256],
@@ -65,7 +65,7 @@ def parse_size(text: str) -> Size:
         numbers = ()
     if len(numbers) not in (1, 2) or min(numbers, default=0) < 32:
         raise argparse.ArgumentTypeError(
-            f"size {text!r} is none: give a side or HEIGHTxWIDTH in pixels, at least 32, "
+            f"invalid size {text!r}: give a side or HEIGHTxWIDTH in pixels, at least 32, "
             "for example 224, 512 or 800x1344"
         )
     return numbers[0], numbers[-1]
@@ -74,7 +74,7 @@ def parse_size(text: str) -> Size:
 def positive(text: str) -> int:
     """A positive integer."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -311,11 +311,10 @@ def draw(path: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line; one line for what the user can fix."""
+    """Run the command line; an error that the user can fix is one line."""
     p = parser()
     args = p.parse_args()
     try:
-        require("tabulate")
         if "json" in args:
             draw(args.json, args.out_dir)
         elif args.write_docs:

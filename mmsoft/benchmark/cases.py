@@ -3,7 +3,6 @@
 Peers come from their own libraries' configs, with random weights.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,15 +23,7 @@ from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("forward", "train")
-EXTRAS = dict(mmdet="det", mmseg="seg", mmpretrain="cls")  # of ours, that bring a package; or peers
 TOP1 = "Top 1 Accuracy (published by the authors)"  # in our metafiles
-
-
-def require(package: str) -> None:
-    """Raise an ImportError of one line, which says how to install it, if a package is missing."""
-    if importlib.util.find_spec(package) is None:
-        extra = EXTRAS.get(package, "peers")
-        raise ImportError(f"{package} is missing: pip install 'mmsoft[{extra}]'")
 
 
 @dataclass(frozen=True)
@@ -139,7 +130,7 @@ def load_config(name: str, **changes: Any) -> Config:
     package = name.partition("::")[0]
     if package == "mmsoft":  # ours inherit from those
         package = "mmseg" if "upernet" in name else "mmdet"
-    require(package)
+    builder.require(package)
     config = get_config(name)
     config.model.backbone.update(init_cfg=None, **changes)
     return config
@@ -178,21 +169,21 @@ def _softpp(tokens: int) -> nn.Module:
 
 
 def _linformer(tokens: int) -> nn.Module:
-    require("linformer")
+    builder.require("linformer")
     from linformer import LinformerSelfAttention
 
     return LinformerSelfAttention(DIMS, seq_len=tokens, heads=HEADS)
 
 
 def _performer(tokens: int) -> nn.Module:
-    require("performer_pytorch")
+    builder.require("performer_pytorch")
     from performer_pytorch import SelfAttention
 
     return SelfAttention(DIMS, heads=HEADS, dim_head=DIMS // HEADS)
 
 
 def _nystromformer(tokens: int) -> nn.Module:
-    require("nystrom_attention")
+    builder.require("nystrom_attention")
     from nystrom_attention import NystromAttention
 
     return NystromAttention(DIMS, dim_head=DIMS // HEADS, heads=HEADS)

@@ -1,4 +1,4 @@
-"""The benchmark: its command, its arithmetic, and the released algorithm in it. No timings."""
+"""The benchmark: its command, its arithmetic, and its released algorithm. No timings."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import torch
 from metrics import error
 from released import ARCH, images, outputs, state_dict
 
-from mmsoft.benchmark import cases
+from mmsoft.benchmark import cases, report
 from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models.attention import SoftmaxFreeAttention
@@ -18,7 +18,6 @@ from mmsoft.ops import reference
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("mmdet")
-report = pytest.importorskip("mmsoft.benchmark.report", reason="needs tabulate (mmsoft[peers])")
 
 
 @pytest.fixture
@@ -32,8 +31,8 @@ def command(root, run_outside):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_released_attention_by_the_definition():
-    """One sample, whose own maximum is the batch's: the oracle of the operator agrees."""
+def test_released_attention_equals_the_reference():
+    """On one sample, whose own maximum is the batch's, it equals the reference."""
     layer = ReleasedAttention(64, 2, 4, 5, normalize=True, attn_init="released").double()
     layer.landmark_norm.weight.data.fill_(0.5)
     q, v = torch.randn(2, 1, 16 * 24, 64).double().unbind()
@@ -77,7 +76,7 @@ def test_released_tiny_has_the_weights_of_ours_and_its_own_attention():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_ours_are_the_dense_default():
+def test_our_backbones_have_the_dense_settings():
     for name in cases.OURS:
         model = cases.make_backbone(f"softpp-{name}")
         layers = [m for m in model.modules() if isinstance(m, SoftmaxFreeAttention)]
@@ -117,7 +116,7 @@ def test_peers_are_those_of_the_libraries(name):
 
 
 @pytest.mark.long
-def test_writes_everything(command, tmp_path):
+def test_a_run_writes_json_plots_and_docs(command, tmp_path):
     pytest.importorskip("mmseg")
     backbones = "--models softpp-tiny pvtv2-b1 --sizes 64 --modes forward train"
     others = "--scaling 96 --operator 8 --whole 64 --repeats 1 --threads 1 --out out"
@@ -132,7 +131,7 @@ def test_writes_everything(command, tmp_path):
     assert [e["task"] for e in data["whole"]] == ["RetinaNet"] * 4 + ["UperNet"] * 4
     names = {e["name"] for e in data["operator"]}
     assert {"softpp", "softmax"} <= names
-    for skipped in data["skipped"]:  # only the peers of an extra that is not installed
+    for skipped in data["skipped"]:  # only packages that are not installed
         assert skipped["section"] == "operator"
         assert "pip install 'mmsoft[peers]'" in skipped["reason"]
     for entry in [e for key in ("results", "scaling", "whole", "operator") for e in data[key]]:
@@ -266,7 +265,7 @@ def test_targets(data):
     assert len(found) == 30
 
 
-def test_docs_say_which_targets_are_met(data, tmp_path):
+def test_targets_in_the_docs(data, tmp_path):
     report.write_docs([data], tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     text = re.sub(" +", " ", text)
@@ -299,11 +298,11 @@ def test_a_group_measured_again_replaces_the_old_one(data):
     assert (merged["command"], merged["date"][:10]) == ("x\ny", "2026-02-01")
     assert merged["scaling"] == data["scaling"]
     assert merged["results"] == data["results"][:7] + again["results"] + data["results"][9:]
-    assert len(data["results"]) == 10  # arguments are left alone
+    assert len(data["results"]) == 10  # arguments are unchanged
     assert len(report.merge([data, dict(again, device="another")])) == 2
 
 
-def test_the_page_and_its_plots_are_of_the_kept_runs(root, tmp_path):
+def test_the_page_and_its_plots_are_current(root, tmp_path):
     runs = sorted((root / "docs/benchmarks").glob("*.json"))
     report.write_docs([report.read_json(path) for path in runs], tmp_path)
     page = (tmp_path / "benchmarks.md").read_text()

@@ -1,10 +1,10 @@
-"""How large the attention term is at initialisation, beside the convolution of the values.
+"""Scale of the attention term at initialization, compared with the convolution of the values.
 
     python tools/analysis_tools/attention_scale.py --arch tiny --max-landmarks 256
 
 Prints, for every softmax-free block and image size, the standard deviation of both terms and their
 ratio. All sizes show the same smooth random image. With `--attn-init balanced` the ratio should be
-of order 1 and the same at every size; `released` shows what the authors' initialisation gives.
+of order 1 and the same at every size; `released` is the authors' initialization.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 from mmsoft.analysis import capture
@@ -52,7 +53,7 @@ def scales_by_size(
     train: bool = False,
     **kwargs: Any,
 ) -> list[list[tuple[float, float]]]:
-    """`attention_scale` of a freshly initialised backbone, for every size."""
+    """`attention_scale` of a freshly initialized backbone, for every size."""
     torch.manual_seed(0)
     model = variant(**kwargs).train(train)
     image = smooth_image()
@@ -72,10 +73,11 @@ def main() -> None:
     variant = {"SOFT": SOFT, "SOFTPlusPlus": SOFTPlusPlus}[args.pop("variant")]
     columns = scales_by_size(variant, **args)
     print("attention / values' convolution = ratio")
-    print("block" + "".join(f"{f'{h}x{w}':>26}" for h, w in SIZES))
-    for block, row in enumerate(zip(*columns, strict=True)):
-        cells = "".join(f"{a:10.3f} /{c:6.3f} ={a / c:6.2f}" for a, c in row)
-        print(f"{block:5d}{cells}")
+    rows = [
+        [block, *(f"{a:.3f} / {c:.3f} = {a / c:.2f}" for a, c in row)]
+        for block, row in enumerate(zip(*columns, strict=True))
+    ]
+    print(tabulate(rows, ["block", *(f"{h}x{w}" for h, w in SIZES)], "plain"))
 
 
 if __name__ == "__main__":

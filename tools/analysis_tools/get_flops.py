@@ -9,6 +9,7 @@ only move data or work elementwise are not counted, as there.
 import torch
 from mmengine.analysis import parameter_count
 from mmengine.logging import MMLogger
+from tabulate import tabulate
 
 from mmsoft import flops
 from mmsoft.builder import add_shape, config_parser, read_config
@@ -22,14 +23,14 @@ def main() -> None:
     MMLogger.get_instance("get_flops").setLevel("ERROR")  # of what the libraries tell when building
     model = flops.tensor_model(read_config(args), args.shape)
     analysis = flops.analyse(model, torch.rand(1, 3, *args.shape))
-    rows = [(name, analysis.total(name)) for name in ("", *dict(model.named_children()))]
-    operators = analysis.by_operator()
     parameters = parameter_count(model)
-    print(f"{'':32}{'GMACs':>10}{'params (M)':>12}   at {args.shape[0]}x{args.shape[1]}")
-    for name, macs in rows:
-        print(f"{name or 'model':32}{macs / 1e9:10.3f}{parameters[name] / 1e6:12.2f}")
-    for name, macs in operators.most_common():
-        print(f"  {name:30}{macs / 1e9:10.3f}")
+    rows: list[list] = [
+        [name or "model", analysis.total(name) / 1e9, parameters[name] / 1e6]
+        for name in ("", *dict(model.named_children()))
+    ]
+    rows += [[name, macs / 1e9] for name, macs in analysis.by_operator().most_common()]
+    header = ["at {}x{}".format(*args.shape), "GMACs", "params (M)"]
+    print(tabulate(rows, header, "plain", floatfmt=("", ".3f", ".2f")))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tools/analysis_tools/operator_memory.py
 
-Each case runs in a process of its own and reports how far its peak resident memory rises above the
+Each case runs in a fresh process and reports how far its peak resident memory rises above the
 idle process that already holds the arguments. `[N, m]` is what one kernel matrix per head would
 take. CPU, float32, 2 heads of 32 channels.
 """
@@ -10,6 +10,8 @@ take. CPU, float32, 2 heads of 32 channels.
 import resource
 import subprocess
 import sys
+
+from tabulate import tabulate
 
 HEADS, HEAD_DIMS = 2, 32
 TOKENS = (16800, 33600, 67200)
@@ -38,16 +40,15 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(measure(int(sys.argv[1]), int(sys.argv[2])))
         return
-    print(
-        f"{'tokens':>8}{'landmarks':>11}{'peak MiB':>10}{'[N, m] MiB':>12}{'bytes per token':>17}"
-    )
+    rows = []
     for landmarks in LANDMARKS:
         for tokens in TOKENS:
             command = [sys.executable, __file__, str(tokens), str(landmarks)]
             peak = float(subprocess.run(command, check=True, capture_output=True).stdout)
             matrix = HEADS * tokens * landmarks * 4 / 2**20
-            per_token = peak * 2**20 / tokens
-            print(f"{tokens:8d}{landmarks:11d}{peak:10.0f}{matrix:12.0f}{per_token:17.0f}")
+            rows.append([tokens, landmarks, peak, matrix, peak * 2**20 / tokens])
+    header = ["tokens", "landmarks", "peak MiB", "[N, m] MiB", "bytes per token"]
+    print(tabulate(rows, header, "plain", floatfmt=".0f"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ are of the operators themselves, without what they call; on a GPU those of its k
 
 import torch
 from mmengine.config import Config
+from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
 from mmsoft.builder import add_shape, build_model, config_parser, read_config
@@ -65,10 +66,9 @@ def main() -> None:
     kept, rest = rows[: args.top], rows[args.top :]
     if rest:
         kept.append(("the rest", sum(row[1] for row in rest), sum(row[2] for row in rest)))
-    print(f"{'operator':44}{'calls':>7}{'ms':>10}{'share':>8}")
-    for name, count, time in kept:
-        print(f"{name[:42]:44}{count:7d}{time:10.1f}{time / total:8.1%}")
-    print(f"{'sum':44}{'':7}{total:10.1f}")
+    table = [(name, count, time, f"{time / total:.1%}") for name, count, time in kept]
+    header = ("operator", "calls", "ms", "share")
+    print(tabulate([*table, ("sum", None, total)], header, "plain", floatfmt=".1f"))
 
 
 if __name__ == "__main__":
