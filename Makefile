@@ -17,7 +17,7 @@ setup:  ## Build or refresh .venv (about 10 minutes the first time)
 	@test -n "$(PYTHON)" || { echo "setup: no Python found; install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/dev/setup_env.py
 
-demo: setup  ## Train, test and paint a small detector and segmentor on generated data
+demo: setup  ## Train and test a small detector and segmentor on generated data
 	$(VENV)/python tools/demo.py
 
 # pytest comes last, so that its summary ends the output. One thread per worker: with more, the
@@ -44,7 +44,7 @@ format: setup  ## Fix what ruff can fix
 typecheck: setup  ## Check the types of mmsoft/ and tools/
 	$(VENV)/mypy
 
-# The site generator has an environment of its own, which the set-up program knows nothing of. The
+# The site generator has a separate environment, which the set-up program does not manage. The
 # marker file comes last, so that an interrupted installation is done again. With --quiet, --strict
 # would count no warnings.
 docs: .venv-docs/installed  ## Build the documentation into site/

@@ -2,7 +2,7 @@
 
 Importing the package checks the versions of its core dependencies, makes ``mmsoft::`` config bases
 resolvable, and lets torch load MMEngine's checkpoints. The models themselves are imported when a
-config or a program first asks for them.
+config or a program first uses them.
 """
 
 from mmsoft import integration as _integration

@@ -1,4 +1,4 @@
-"""From a command line to a config to a model: what the tools share."""
+"""Command line, config and model: code that the tools share."""
 
 import sys
 from argparse import Action, ArgumentParser, Namespace
@@ -54,7 +54,7 @@ class _Shape(Action):
 
 
 def tool_main(main: Callable[[], None]) -> Callable[[], int]:
-    """Let a tool's ``main`` give its exit status, and say in one line what the user can fix."""
+    """Return an exit status from a tool's ``main``; errors that the user can fix are one line."""
 
     @wraps(main)
     def run() -> int:
@@ -83,7 +83,7 @@ def build_model(config: Config, part: str | None = None) -> Any:
         part: build this entry of ``config.model`` alone, e.g. ``'backbone'``.
 
     Returns:
-        The ``nn.Module``, whose attributes are as various as the libraries' models.
+        The ``nn.Module``; its attributes depend on the library.
     """
     init_default_scope(config.get("default_scope", "mmengine"))
     wanted: Any = ConfigDict(config.model[part] if part else config.model)

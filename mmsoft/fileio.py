@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic writes of files and folders."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Write under a temporary name; the file or folder gets its own once the block has ended.
+    """Write under a temporary name; the file or folder is renamed when the block has ended.
 
-    An earlier file stays as it is until then, and for good if the block raises. The temporary name
-    has the same suffix; what a killed process left under it is removed.
+    An earlier file is kept until then, and if the block raises. The temporary name has the same
+    suffix; remains of a killed process under it are removed.
 
     Args:
         path: the file or folder; its parents are made.

@@ -1,11 +1,11 @@
-"""Our operators in MMEngine's complexity analysis, which the ``get_flops`` tools are made of.
+"""Our operators in MMEngine's complexity analysis, which the ``get_flops`` tools use.
 
 As there, a fused multiply-add counts as one, and exponentials do not count. MMEngine by itself
 would report the operators as unsupported and count nothing for them.
 
-The published figures (1.9, 3.3, 7.2, 11.0, 16.3 G at 224x224) are met within 5 % by all of it
-*except* ``newton_raphson_pinv``: the authors did not count the iteration, which is 9 to 15 % of the
-whole there and grows with the cube of the landmarks.
+The published figures (1.9, 3.3, 7.2, 11.0, 16.3 G at 224x224) agree within 5 % with
+everything *except* ``newton_raphson_pinv``: the authors did not count the iteration, which is 9 to
+15 % of the total there and grows with the cube of the landmarks.
 """
 
 from collections import Counter
@@ -107,7 +107,7 @@ def analyse(model: nn.Module, images: Tensor) -> FlopAnalyzer:
     analysis = FlopAnalyzer(model, images).set_op_handle(**HANDLES, **_FUSED)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # an operator that nobody counts
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator without a counter
     try:
         analysis.tracer_warnings("none").total()  # traces, and keeps the counts
     finally:

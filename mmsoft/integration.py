@@ -1,7 +1,7 @@
-"""What has to be registered with the packages around, and why; and their versions.
+"""Registration with other packages, and why it is needed; checks of their versions.
 
 Nothing here changes what other models, configs or checkpoints do. What replaces a part of MMEngine
-is asked for by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoint.loader`.
+is enabled by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoint.loader`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def check_versions() -> None:
-    """Check that every core dependency is installed in a version that works.
+    """Check that every core dependency is installed in a supported version.
 
     Only package metadata is read; nothing is imported.
 
@@ -56,7 +56,7 @@ def allow_checkpoints() -> None:
     """Let torch load the checkpoints that MMEngine writes, and those of the authors.
 
     Since torch 2.6 ``torch.load`` accepts only listed globals, and MMEngine (up to 0.10.7) neither
-    lists what its message hub pickles nor asks for the old behaviour, so it cannot resume or test
+    lists what its message hub pickles nor requests the old behaviour, so it cannot resume or test
     from its own files (open-mmlab/mmengine issue 1655). The list here is what such files need and
     no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers.
     Released files need ``argparse.Namespace``, which only holds attributes.
@@ -87,7 +87,7 @@ def allow_checkpoints() -> None:
 
 
 def _history_statistic(owner: type, name: str) -> Callable[..., float]:
-    """Stand in for `getattr` where a history buffer's pickle asks for its methods, and only there.
+    """Replace `getattr` in the pickle of a history buffer, which looks up its methods.
 
     The real `getattr` in the list would let a crafted file reach any attribute of listed objects.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# A room may import those before it, and nothing else of the package.
+# A package may import those before it, and nothing else of mmsoft.
 ORDER = (
     "version",
     "registry",
@@ -25,7 +25,7 @@ ORDER = (
 
 
 def imports(path, root):
-    """The absolute names of modules that a file imports, wherever in it."""
+    """The absolute names of modules that a file imports, also inside functions."""
     package = path.relative_to(root).with_suffix("").parts
     if package[-1] == "__init__":
         package = package[:-1]
@@ -44,7 +44,7 @@ def imports(path, root):
 
 @pytest.fixture(scope="module")
 def graph(root):
-    """Room -> names that its files import."""
+    """Package or module -> names that its files import."""
     result = {}
     for path in (root / "mmsoft").rglob("*.py"):
         parts = path.relative_to(root / "mmsoft").with_suffix("").parts
@@ -53,38 +53,37 @@ def graph(root):
     return result
 
 
-def test_every_room_has_its_place(graph):
+def test_every_package_is_in_the_order(graph):
     assert set(graph) == set(ORDER)
 
 
-def test_no_arrow_points_upward(graph):
-    rank = {room: i for i, room in enumerate(ORDER)}
+def test_no_package_imports_a_later_one(graph):
+    rank = {part: i for i, part in enumerate(ORDER)}
     upward = {
-        f"{room} -> {name}"
-        for room, names in graph.items()
+        f"{part} -> {name}"
+        for part, names in graph.items()
         for name in names
-        if name.startswith("mmsoft.") and rank.get(name.split(".")[1], -1) > rank[room]
+        if name.startswith("mmsoft.") and rank.get(name.split(".")[1], -1) > rank[part]
     }
     assert not upward
 
 
 @pytest.mark.parametrize(
-    ("room", "allowed"), [("ops", {"torch"}), ("analysis", None), ("visualization", None)]
+    ("part", "allowed"), [("ops", {"torch"}), ("analysis", None), ("visualization", None)]
 )
-def test_third_parties_of_a_room(graph, room, allowed):
-    others = {name.split(".")[0] for name in graph[room]} - {"mmsoft", *sys.stdlib_module_names}
-    if allowed is None:  # numbers know no pictures, and pictures no models
-        allowed = others - ({"matplotlib"} if room == "analysis" else {"torch", "mmengine"})
+def test_third_party_imports(graph, part, allowed):
+    others = {name.split(".")[0] for name in graph[part]} - {"mmsoft", *sys.stdlib_module_names}
+    if allowed is None:  # numbers need no pictures, and pictures no models
+        allowed = others - ({"matplotlib"} if part == "analysis" else {"torch", "mmengine"})
     assert others <= allowed
 
 
-def test_the_package_itself_imports_no_model(root):
+def test_mmsoft_itself_imports_no_model(root):
     names = set(imports(root / "mmsoft/__init__.py", root))
     assert not {n for n in names if n.startswith(("mmsoft.models", "mmsoft.engine", "torch"))}
 
 
-def test_a_file_that_breaks_the_order_is_seen(tmp_path):
-    """The test's own eyes: relative and absolute imports, inside functions too."""
+def test_relative_and_nested_imports_are_found(tmp_path):
     path = tmp_path / "mmsoft/ops/deep.py"
     path.parent.mkdir(parents=True)
     path.write_text("from ..models import SOFT\ndef f():\n    import mmsoft.engine as e\n")

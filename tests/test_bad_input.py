@@ -1,7 +1,6 @@
-"""What a user reads who got a path, a checkpoint or a name wrong: it names the thing.
+"""Errors for wrong paths, checkpoints and names: raised before training, naming the cause.
 
-All before the first iteration. Data sets and files are the libraries' to check, and they do; the
-backbone and what is loaded into it are ours.
+The libraries check data sets and files; we check the backbone and what is loaded into it.
 """
 
 import shutil
@@ -79,7 +78,7 @@ def test_annotations_without_pictures(error_of, tmp_path):
     assert "data/coco/train2017/0000000000" in error
 
 
-def test_misspelt_arch_in_an_inherited_config(error_of, root, tmp_path):
+def test_unknown_arch_in_an_inherited_config(error_of, root, tmp_path):
     (tmp_path / "mine.py").write_text(
         f"_base_ = '{root}/configs/{DETECTOR}'\nmodel = dict(backbone=dict(arch='tinny'))\n"
     )

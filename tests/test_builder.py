@@ -14,10 +14,10 @@ PREPROCESSORS = dict(
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_config_and_its_backbone_alone(library):
+def test_whole_model_and_backbone_alone(library):
     import_library(library)
     model = LIBRARIES[library]()
-    model.pop("data_preprocessor", None)  # beside the model, as MMEngine's runner allows
+    model.pop("data_preprocessor", None)  # outside the model, as MMEngine's runner allows
     preprocessor = dict(type=PREPROCESSORS[library], mean=[1, 2, 3], std=[1, 1, 1])
     config = Config(dict(default_scope=library, model=model, data_preprocessor=preprocessor))
     built = build_model(config)
@@ -28,7 +28,7 @@ def test_a_config_and_its_backbone_alone(library):
     assert alone.state_dict().keys() == built.backbone.state_dict().keys()
 
 
-def test_a_config_for_several_gpus_runs_in_one_process():
+def test_sync_batch_norm_becomes_batch_norm():
     pytest.importorskip("mmdet")
     backbone = dict(type="ResNet", depth=18, norm_cfg=dict(type="SyncBN"), norm_eval=False)
     model = build_model(Config(dict(default_scope="mmdet", model=dict(x=backbone))), "x")
@@ -36,7 +36,7 @@ def test_a_config_for_several_gpus_runs_in_one_process():
     assert model(torch.zeros(2, 3, 32, 32))[0].shape == (2, 64, 8, 8)
 
 
-def test_changes_on_the_command_line(tmp_path):
+def test_cfg_options_change_the_config(tmp_path):
     (tmp_path / "config.py").write_text("model = dict(depth=1, width=2)\n")
     arguments = [str(tmp_path / "config.py"), "--cfg-options", "model.depth=3"]
     config = read_config(config_parser("What it does.\n\nMore.").parse_args(arguments))

@@ -1,4 +1,4 @@
-"""Every config under configs/, through its names alone: builds, trains, follows its recipe."""
+"""Every config under configs/: it builds, trains and follows its recipe."""
 
 import argparse
 import json
@@ -78,8 +78,8 @@ def test_every_parameter_learns(library, configs, results):
 
 
 @pytest.mark.parametrize(("library", "configs"), libraries().items())
-def test_every_config_builds_and_decays_what_it_should(library, configs, results):
-    """Of every model, every parameter. Norms are known by the name of their module."""
+def test_every_config_builds_with_its_recipes_weight_decay(library, configs, results):
+    """Every parameter of every model. Norms are recognized by the name of their module."""
     for line in results(library, configs, "--build"):
         config, settings = Path(line["config"]), line["settings"]
         rates, decays = ({values[i] for values in settings.values()} for i in (0, 1))
@@ -140,8 +140,8 @@ def test_learning_rate_over_the_epochs(config, epoch_length, expected):
                 scheduler.step()
 
 
-def test_average_of_the_weights():
-    """Of short runs it forgets the initial weights; at the end of the schedule it is the release's.
+def test_momentum_of_the_averaged_weights():
+    """In short runs the initial weights are forgotten; late in the schedule it is the released one.
 
     The model is one number: 1 at first, 0 after every update, so that the average is the share of
     the initial weights.
@@ -152,7 +152,6 @@ def test_average_of_the_weights():
     (hook,) = config.custom_hooks
     hook.pop("priority")  # which the Runner takes
     hook = HOOKS.build(hook)
-    init_default_scope("mmengine")
     model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
     model.weight.fill_(1)
     runner = SimpleNamespace(model=model, iter=0)
@@ -191,7 +190,7 @@ def commands(path):
 
 
 @pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet"])
-def test_fine_tuning_by_the_command_of_the_readme(folder, tmp_path):
+def test_fine_tuning_command_of_the_readme(folder, tmp_path):
     """Every weight arrives, and the solver is the one that the weights were trained with."""
     (config,) = (
         c for c, _ in commands(CONFIGS / folder / "README.md") if "init_cfg" in c.model.backbone
@@ -204,7 +203,6 @@ def test_fine_tuning_by_the_command_of_the_readme(folder, tmp_path):
     torch.save(dict(state_dict=weights), tmp_path / "epoch_300.pth")
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
-    init_default_scope("mmengine")
     model.init_weights()
     for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, weights[f"backbone.{name}"], rtol=0, atol=0)
@@ -216,7 +214,7 @@ def solvers(model):
 
 
 @pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet"])
-def test_from_scratch_by_the_command_of_the_readme(folder):
+def test_from_scratch_command_of_the_readme(folder):
     """BatchNorm learns its statistics, over all GPUs."""
     readme = CONFIGS / folder / "README.md"
     (config,) = (
@@ -230,12 +228,12 @@ def test_from_scratch_by_the_command_of_the_readme(folder):
     assert all(norm.training for norm in norms)
 
 
-def test_commands_of_the_classifiers_are_with_the_released_solver():
+def test_classifier_commands_use_the_released_solver():
     for config, _ in commands(CONFIGS / "soft/README.md"):
         assert config.model.backbone.get("solver", "newton") == "newton"
 
 
-def test_pages_that_speak_of_released_weights_name_their_solver():
+def test_pages_about_released_weights_name_their_solver():
     root = CONFIGS.parent
     released = r"released\s+(ImageNet )?(file|weights|checkpoint)|authors\s+released(?!\s+no)"
     pages = [root / "README.md", *root.glob("docs/*.md"), *CONFIGS.glob("*/README.md")]

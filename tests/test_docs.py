@@ -1,4 +1,4 @@
-"""The README, the documentation and what contributors are told.
+"""The README, the documentation and the files for contributors.
 
 `make docs` builds the site itself, and checks the links between its pages.
 """
@@ -33,7 +33,7 @@ def readme(root):
 
 @pytest.fixture(scope="module")
 def texts(root, pages, readme):
-    """All that a reader is shown: path -> text."""
+    """All pages: path -> text."""
     contributing = root / "CONTRIBUTING.md"
     return {**pages, root / "README.md": readme, contributing: contributing.read_text()}
 
@@ -44,7 +44,7 @@ def width(picture):
     return cv2.imread(str(picture)).shape[1]
 
 
-def test_pictures_exist_are_small_and_have_a_description(root, texts):
+def test_pictures_exist_are_small_and_have_alt_text(root, texts):
     shown = set()
     for path, text in texts.items():
         for description, target in re.findall(r"!\[(.*?)\]\((.*?)\)", text):
@@ -58,7 +58,7 @@ def test_pictures_exist_are_small_and_have_a_description(root, texts):
     assert sum(path.stat().st_size for path in there) < 1.5 * MB
 
 
-def test_every_page_is_in_the_navigation_and_links_lead_somewhere(root, pages, texts):
+def test_navigation_and_links_are_complete(root, pages, texts):
     navigation = set(re.findall(r"^ +- .*: (\S+\.md)$", (root / "mkdocs.yml").read_text(), re.M))
     assert navigation == {path.relative_to(root / "docs").as_posix() for path in pages}
     for path, text in texts.items():
@@ -91,7 +91,7 @@ def python_blocks(text):
     return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
 
 
-def test_python_blocks_are_python(texts):
+def test_python_blocks_parse(texts):
     for text in texts.values():
         for block in python_blocks(text):
             ast.parse(block)
@@ -173,10 +173,10 @@ def test_readme_results_are_those_of_the_generated_tables(root, readme):
         assert found == [*(row[c] for c in columns), row["ImageNet top-1, published (%)"]], name
 
 
-# ------------------------------------------------------------------------- the API and the rooms
+# ------------------------------------------------------------------------- the API and the layout
 
 
-def test_the_reference_has_every_package_and_names_what_exists(root, pages):
+def test_the_api_reference_has_every_package(root, pages):
     listed = set()
     for path, text in pages.items():
         if path.parent.name == "api":
@@ -184,11 +184,11 @@ def test_the_reference_has_every_package_and_names_what_exists(root, pages):
     for name in listed:
         importlib.import_module(name)
     packages = {path.parent.name for path in (root / "mmsoft").glob("*/__init__.py")}
-    packages.remove("benchmark")  # a command, with a page of its own
+    packages.remove("benchmark")  # a command, described on another page
     assert {f"mmsoft.{name}" for name in packages} <= listed
 
 
-def test_the_rooms_are_described(root, pages):
+def test_every_folder_is_in_the_layout(root, pages):
     text = pages[root / "docs/layout.md"]
     folders = {path.parent for path in (root / "mmsoft").glob("**/__init__.py")}
     folders |= {path.parent for path in (root / "tools").glob("*/*.py")}
@@ -217,14 +217,14 @@ def test_commit_hooks_are_those_of_make(root):
             assert set(hook["additional_dependencies"]) <= set(pins)
 
 
-def test_the_sites_linter_is_the_pinned_one(root):
+def test_ruff_of_the_docs_environment_is_the_pinned_one(root):
     """mkdocstrings formats signatures with it."""
     pins = (root / "requirements/packages.txt").read_text().split()
     (ruff,) = (pin for pin in pins if pin.startswith("ruff=="))
     assert ruff in (root / "requirements/docs/packages.txt").read_text().split()
 
 
-def test_continuous_integration_runs_what_a_submission_runs(root):
+def test_the_ci_workflow_calls_ci_run(root):
     workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())
     steps = workflow["jobs"]["test"]["steps"]
     assert "bash .ci/run" in [step.get("run") for step in steps]

@@ -1,4 +1,4 @@
-"""A project of its own, outside the repository, with MMSOFT installed as a wheel."""
+"""A separate project, outside the repository, with MMSOFT installed as a wheel."""
 
 import json
 import math

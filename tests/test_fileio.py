@@ -1,11 +1,11 @@
-"""Files and folders are there whole or not at all."""
+"""Atomic writes of files and folders."""
 
 import pytest
 
 from mmsoft.fileio import write_whole
 
 
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+def test_the_old_file_is_kept_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "new" / "file.txt"
     for text in ("first", "second"):
         with write_whole(path) as partial:
@@ -17,7 +17,7 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_a_failure_keeps_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("old")
 
@@ -32,7 +32,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_folders_too_and_what_a_killed_process_left_is_not_in_them(tmp_path):
+def test_folders_without_remains_of_a_killed_process(tmp_path):
     path = tmp_path / "folder"
     (tmp_path / ".partial-folder").mkdir()
     (tmp_path / ".partial-folder/stale").touch()

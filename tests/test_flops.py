@@ -118,7 +118,7 @@ def test_published_flops(name):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_our_tool(library, run_tool, tmp_path):
+def test_get_flops_tool(library, run_tool, tmp_path):
     import_library(library)
     config = tmp_path / "config.py"
     model = LIBRARIES[library](max_landmarks=16)
@@ -165,7 +165,7 @@ def detection_data(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("library", ["mmdet", "mmpretrain"])
-def test_upstream_tools(library, tmp_path, root, run_outside):
+def test_get_flops_of_the_libraries(library, tmp_path, root, run_outside):
     """`mim run LIBRARY get_flops CONFIG` counts what we count."""
     import_library(library)
     mim = Path(sys.executable).with_name("mim")

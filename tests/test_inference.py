@@ -1,6 +1,6 @@
-"""The three libraries' inferencers on a JPEG, each in a process of its own.
+"""The three libraries' inferencers on a JPEG, each in a separate process.
 
-MMPreTrain's and the others' do not share one: the first leaves its default scope behind.
+MMPreTrain's cannot share one with the others, because it leaves its default scope set.
 """
 
 import json
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from true_layout import make_shapes
 
-# Builds the config's model, changes its weights so that the answer is known, and saves it with what
-# MMEngine puts into a checkpoint, which has classes that torch does not load by itself.
+# Builds the config's model, changes its weights so that the answer is known, and saves it like
+# MMEngine, with classes that torch does not load by default.
 SAVE = """
 import torch
 from mmengine.config import Config

@@ -1,4 +1,4 @@
-"""Mask R-CNN learns: its RoI features are the backbone's, and its loss falls like Swin's."""
+"""Mask R-CNN learns: its loss falls like that with Swin."""
 
 import pytest
 from fault_runs import SOFTPP, SWIN, config, plain_loop

@@ -1,4 +1,4 @@
-"""Train, test and paint a small Mask R-CNN and a small UperNet on generated data.
+"""Train and test a small Mask R-CNN and a small UperNet on generated data, and draw predictions.
 
     python tools/demo.py                                    # the demo: minutes on two cores
     python tools/demo.py --variant softpp-mini-no-attention # the same without the attention term
@@ -6,10 +6,9 @@
     python tools/demo.py --seed 1                           # the demo from another seed
 
 Each step is a plain `mim` command, printed before it runs. Everything goes to work_dirs/demo (a
-variant's to work_dirs/demo-VARIANT, that of another seed to a folder that ends in -seedN), made
-anew by every call: `summary.json`, `loss_curves.png`, `predictions/` with painted validation
-images, and under `detection/` and `segmentation/` the logs and checkpoints. The data, data/shapes,
-are kept from call to call.
+variant's to work_dirs/demo-VARIANT, that of another seed to a folder that ends in -seedN),
+replaced by every run: `summary.json`, `loss_curves.png`, `predictions/` of validation images, and
+under `detection/` and `segmentation/` the logs and checkpoints. The data, data/shapes, are kept.
 """
 
 import argparse
@@ -46,9 +45,9 @@ DATA = "data/shapes"
 VARIANTS = ("softpp-mini", "softpp-mini-no-attention", "pvt-t")
 NEEDED_BYTES = 500e6  # data, checkpoints and pictures take less
 MAX_SEED = 9
-PAINTED = 12  # validation images painted one by one
-OVERVIEW = 4  # of these, painted in one picture too
-SCORE = 0.4  # detections below this score are not painted
+PAINTED = 12  # validation images drawn one by one
+OVERVIEW = 4  # of these, drawn in one picture too
+SCORE = 0.4  # detections below this score are not drawn
 LABELS = dict(box_ap="box AP", mask_ap="mask AP", miou="mIoU")
 PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
 NOISE = re.compile(
@@ -92,11 +91,11 @@ def tasks(variant: str) -> list[Task]:
 
 
 def make_data() -> None:
-    """Write the data set, or find it complete."""
+    """Write the data set, unless it is complete."""
     command = ["tools/dataset_converters/make_shapes.py", DATA]
     print(f"\n== data\n   $ python {shlex.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise DemoError("no data, no demo: see the line above")
+        raise DemoError("the data set could not be made: see the line above")
 
 
 def mim(title: str, arguments: list[str], log: Path) -> None:
@@ -255,7 +254,7 @@ def read_picture(path: Path, grey: bool = False) -> np.ndarray:
 
 
 def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
-    """Paint validation images: ground truth beside prediction, one by one and an overview."""
+    """Draw validation images, ground truth next to prediction, one by one and an overview."""
     folder = work_dir / "predictions"
     folder.mkdir()
     detection, segmentation = all_tasks
@@ -309,7 +308,7 @@ def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The job
+# Everything
 # ---------------------------------------------------------------------------------------------
 
 
@@ -344,20 +343,20 @@ def demo(variant: str, seed: int = 0) -> None:
     if free < NEEDED_BYTES:
         raise DemoError(
             f"{work_dir} has {free / 1e6:.0f} MB of disk left and the demo needs "
-            f"{NEEDED_BYTES / 1e6:.0f} MB; free some and call again"
+            f"{NEEDED_BYTES / 1e6:.0f} MB; free some and run it again"
         )
     make_data()
     detection, segmentation = tasks(variant)
     summary: dict[str, float] = {}
     for task in (detection, segmentation):
         summary |= train_and_test(task, work_dir, seed)
-    print("\n== painting", flush=True)
+    print("\n== drawing", flush=True)
     paint_curves([detection, segmentation], work_dir)
     paint_predictions([detection, segmentation], work_dir)
     summary["seconds"] = round(time.time() - start, 1)
     (work_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_table()
-    print(f"\nLook at {work_dir.relative_to(ROOT)}/predictions and loss_curves.png beside it.")
+    print(f"\nLook at {work_dir.relative_to(ROOT)}/predictions and loss_curves.png.")
 
 
 def main() -> None:
@@ -375,7 +374,7 @@ def main() -> None:
     except DemoError as error:
         sys.exit(f"\nerror: {error}")
     except OSError as error:  # a full disk, most of all
-        sys.exit(f"\nerror: {error}; fix that and call again")
+        sys.exit(f"\nerror: {error}; fix that and run it again")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command starts the training again")
 

@@ -1,6 +1,6 @@
-"""Numbers from a model and its images: what the attention layers saw, its rows, its spectrum.
+"""Inputs, attention rows and spectra of the attention layers of a model, from its images.
 
-Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from the numbers.
+Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from them.
 """
 
 from .capture import BlockState, attention_blocks, capture, choose_block

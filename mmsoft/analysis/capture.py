@@ -19,7 +19,7 @@ _NAME = re.compile(r"(?:^|\.)stages\.(\d+)\.blocks\.(\d+)\.attn$")
 
 @dataclass
 class BlockState:
-    """What one softmax-free attention layer saw in its last forward pass.
+    """Inputs of one softmax-free attention layer in its last forward pass.
 
     ``q`` and ``v`` are ``[B, heads, N, d]``, ``landmarks`` ``[B, heads, m, d]``, tokens row by row
     of the grid ``hw_shape``; all detached. ``q`` is scaled by ``d^(-1/4)``.
@@ -71,7 +71,7 @@ def choose_block(model: nn.Module, stage: int, block: int) -> BlockId:
     """Check that a model has softmax-free attention in a block; ``block`` may be -1 for the last.
 
     Raises:
-        ValueError: it has not; the message lists what there is.
+        ValueError: it does not; the message lists the stages or blocks that do.
     """
     known = attention_blocks(model)
     stages = sorted({s for s, _ in known})
@@ -88,14 +88,14 @@ def choose_block(model: nn.Module, stage: int, block: int) -> BlockId:
 
 @contextmanager
 def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[BlockId, BlockState]]:
-    """Note what goes into every softmax-free attention layer while the ``with`` block lasts.
+    """Record the inputs of every softmax-free attention layer within the ``with`` block.
 
     The layers' queries, values and landmarks are computed a second time, without gradient. Not for
     models that ``torch.compile`` has already compiled: it leaves hooks out.
 
     Args:
         model: holds a SOFT or SOFT++ backbone.
-        only: one (stage, block), to save memory.
+        only: a single (stage, block) to record, to save memory.
 
     Yields:
         A dict that forward passes fill; a later pass replaces an earlier one.
@@ -109,7 +109,7 @@ def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[Bloc
         block = choose_block(model, *only)
         blocks = {block: blocks[block]}
 
-    def note(block: BlockId, layer: SoftmaxFreeAttention, args: tuple) -> None:
+    def record(block: BlockId, layer: SoftmaxFreeAttention, args: tuple) -> None:
         x, hw_shape = args
         split = (layer.num_heads, layer.head_dims)
         with torch.no_grad():
@@ -123,7 +123,7 @@ def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[Bloc
             )
 
     handles = [
-        layer.register_forward_pre_hook(lambda layer, args, block=block: note(block, layer, args))
+        layer.register_forward_pre_hook(lambda layer, args, block=block: record(block, layer, args))
         for block, layer in blocks.items()
     ]
     try:

@@ -1,7 +1,7 @@
-"""From a config, a checkpoint and an image file to what a backbone sees.
+"""Load a model and an image file, and map the pixels of the file to tokens.
 
-Classifiers, detectors and segmentors alike; the image goes through the config's own test pipeline
-and data preprocessor. Where a segmentor tests by sliding a window, the whole image is shown.
+For classifiers, detectors and segmentors. The image goes through the config's own test pipeline and
+data preprocessor. Where a segmentor tests with a sliding window, the whole image is taken.
 """
 
 import tempfile
@@ -77,7 +77,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 @dataclass
 class ModelImage:
-    """An image file and what the model makes of it.
+    """An image file, and the input of the backbone that results from it.
 
     Pixels are counted so that the first has its centre at 0. ``x_map`` and ``y_map`` are slope and
     offset from a pixel of the model's input to one of the file.
@@ -168,8 +168,8 @@ def load_image(config: Config, model: Any, path: str) -> ModelImage:
         target = str(Path(folder, "coordinates.png"))
         cv2.imwrite(target, coordinates)
         seen = _run(pipeline, target)["inputs"].double().numpy()
-    # Not the borders, where interpolation has nothing to lean on, nor padding, where the third
-    # channel is not 255.
+    # Without the borders, which interpolation distorts, and the padding, where the third channel is
+    # not 255.
     inside = (seen[2] > 250) & (seen[:2].min(0) > 4) & (seen[:2].max(0) < 251)
     rows, columns = np.nonzero(inside)
     if np.ptp(rows) < 2 or np.ptp(columns) < 2:

@@ -1,4 +1,4 @@
-"""What the inverse of the landmarks' Gram matrix does: convergence, spectrum, filter, regions."""
+"""The inverse of the landmarks' Gram matrix: convergence, spectrum, filter, regions."""
 
 from itertools import islice
 
@@ -96,10 +96,10 @@ def inverse_filter(
     solver: str = "newton",
     steps: int = 20,
 ) -> Tensor:
-    """What the inverse makes of an eigenvalue: ``g`` with ``A^+ = g(A)``, in float64.
+    """The spectral filter of the inverse: ``g`` with ``A^+ = g(A)``, in float64.
 
     Args:
-        landmarks: ``[B, heads, m, d]``, which decide the step size, or the regularisation.
+        landmarks: ``[B, heads, m, d]``, which decide the step size, or the regularization.
         eigenvalues: of ``A``, where ``g`` is wanted: ``[n]``.
         normalize: True for SOFT++, False for SOFT.
         solver: ``'newton'`` or ``'direct'``.
@@ -120,7 +120,7 @@ def inverse_filter(
     alpha, cubic = step_size(a, guarded=normalize)
     if not normalize:
         x = x + RIDGE_SOFT
-    # The iteration acts on each eigenvalue by itself, as on a 1 x 1 matrix.
+    # The iteration acts on each eigenvalue separately, as on a 1 x 1 matrix.
     pinv = newton_raphson_pinv(x[..., None, None], alpha[..., None], cubic[..., None], steps)
     return pinv[..., 0, 0]
 

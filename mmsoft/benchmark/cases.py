@@ -113,7 +113,7 @@ BACKBONES = {
 def published() -> dict[str, float]:
     """Top-1 on ImageNet-1k at 224x224 without other data (%), by backbone, as each paper states it.
 
-    Those of SOFT and SOFT++ stand in our metafile.
+    Those of SOFT and SOFT++ are read from our metafile.
     """
     metafile = Path(mmsoft.__file__).parent / ".mim" / "configs" / "soft" / "metafile.yml"
     ours = {

@@ -1,4 +1,4 @@
-"""How it is measured: interleaved times, and peak memory in fresh processes."""
+"""Measuring: interleaved times, and peak memory in fresh processes."""
 
 import contextlib
 import ctypes
@@ -44,7 +44,7 @@ def synchronize(device: str) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries from reporting what does not matter here."""
+    """Silence warnings and logs of the libraries."""
     warnings.filterwarnings("ignore")
     MMLogger.get_instance("mmengine").setLevel(logging.ERROR)
     logging.getLogger("mmengine").setLevel(logging.ERROR)
@@ -73,7 +73,7 @@ def _seconds(step: Callable[[], Any], calls: int, device: str) -> float:
 def measure_times(
     cases: Sequence[Case], models: dict[Any, nn.Module], repeats: int, slow_repeats: int, log: Log
 ) -> tuple[dict[Case, dict], dict[Case, str]]:
-    """Time the cases in turns, one sample each per round, so that drift hits all alike.
+    """Time the cases in turns, one sample each per round, so that drift affects all equally.
 
     Args:
         cases: what to measure.
@@ -228,7 +228,7 @@ def _child(case: Case, describing: bool, threads: int, connection: Connection) -
 
 
 class PeakMeter:
-    """Measures peak memory, each case in a process of its own.
+    """Measures peak memory, each case in a separate process.
 
     The processes are forked from one that has imported the libraries and run nothing.
     """
@@ -253,7 +253,7 @@ class PeakMeter:
         process = self.context.Process(
             target=_child,
             args=(case, describing, self.threads, sender),
-            daemon=not case.compiled,  # the compiler has children of its own
+            daemon=not case.compiled,  # the compiler starts child processes
         )
         process.start()
         sender.close()
@@ -287,7 +287,7 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part."""
+    """Versions of the packages involved."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     names = "mmsoft mmengine mmcv mmdet mmsegmentation mmpretrain"
     for name in [*names.split(), "linformer", "performer-pytorch", "nystrom-attention"]:
@@ -299,7 +299,7 @@ def versions() -> dict[str, str]:
 
 
 def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
-    """What the device reaches at best: TFLOP/s of a square matrix product, GB/s of a copy."""
+    """Limits of the device: TFLOP/s of a square matrix product, GB/s of a copy."""
     side, elements = (8192, 1 << 28) if device == "cuda" else (2048, 1 << 26)
     found = {}
     for dtype in dtypes:

@@ -1,4 +1,4 @@
-"""The pictures of a run; matplotlib is imported when the first is drawn."""
+"""Plots of a run; matplotlib is imported when the first is drawn."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -187,7 +187,7 @@ def forward_passes(data: dict[str, Any]) -> list[Entry]:
 
 
 def plot_as_papers(data: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, Path]:
-    """Draw the papers' figures, as far as a run has entries for them.
+    """Draw the papers' figures for which a run has entries.
 
     ``memory.png`` (SOFT, figure 1): memory against tokens. ``tradeoff.png`` (figure 3): throughput
     as measured, against accuracy as the papers state it; none was measured here.

@@ -1,4 +1,4 @@
-"""The released algorithm, in the place of our attention."""
+"""The released algorithm instead of our attention."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.registry import MODELS
 
 
-def _materialised_kernel(x: Tensor, y: Tensor) -> Tensor:
+def _materialized_kernel(x: Tensor, y: Tensor) -> Tensor:
     """`exp(-|x_i - y_j|^2 / 2)`, `[B, heads, n, d], [B, heads, m, d] -> [B, heads, n, m]`."""
     squared = x.square().sum(-1, keepdim=True) + y.square().sum(-1)[..., None, :]
     return torch.exp(-0.5 * (squared - 2 * x @ y.mT))
@@ -34,7 +34,7 @@ class ReleasedAttention(SoftmaxFreeAttention):
     """SOFT++ attention as released.
 
     Landmarks at the fixed stride, by a convolution over the folded heads; both kernel matrices in
-    memory; the inverse multiplied from the left before the values are looked at.
+    memory; the inverse multiplied from the left, before the values.
     """
 
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -49,8 +49,8 @@ class ReleasedAttention(SoftmaxFreeAttention):
             conv = self.landmark_conv
             landmarks = F.conv2d(image, conv.weight, stride=conv.stride).flatten(2).mT
             landmarks = F.gelu(self.landmark_norm(landmarks)).unflatten(0, q.shape[:2])
-            kernel = _materialised_kernel(q, landmarks)
-            a = _materialised_kernel(landmarks, landmarks)
+            kernel = _materialized_kernel(q, landmarks)
+            a = _materialized_kernel(landmarks, landmarks)
             scale = a.sum(-1, keepdim=True).rsqrt()
             inverse = scale * _guarded_newton(a, self.newton_steps) * scale.mT
             out = (kernel @ inverse) @ (kernel.mT @ v)
@@ -59,7 +59,7 @@ class ReleasedAttention(SoftmaxFreeAttention):
 
 @MODELS.register_module()
 class ReleasedSOFTPlusPlus(SOFTPlusPlus):
-    """SOFT++ with the released algorithm; same arguments, of which it obeys no solver or budget."""
+    """SOFT++ with the released algorithm; same arguments, but solver and budget have no effect."""
 
     def build_attention(self, **options: Any) -> ReleasedAttention:
         """Build the attention of one block."""

@@ -1,4 +1,4 @@
-"""What is written: tables, ``benchmark.json``, ``benchmarks.md``."""
+"""Output: tables, ``benchmark.json``, ``benchmarks.md``."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     try:
         data = json.loads(path.read_text())
@@ -65,7 +65,7 @@ def of_kind(entry: Entry) -> tuple:
 
 
 def label_of(entry: Entry) -> str:
-    """The name for people."""
+    """The display name."""
     if "tokens" in entry:
         return OPERATORS[entry["name"]][0]
     name = entry["backbone"]
@@ -377,7 +377,7 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
         )
         parts.append(
             f"## {data['device']}\n\n{data['threads']} threads, {data['date'][:10]}; {versions}.\n"
-            f"Best of this device, measured alike: {best}.\n\n```\n{data['command']}\n```\n"
+            f"Limits of this device, as measured: {best}.\n\n```\n{data['command']}\n```\n"
         )
         if rows := target_rows(data):
             parts.append(f"### Targets\n\n{markdown(rows)}\n")

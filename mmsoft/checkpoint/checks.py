@@ -1,4 +1,4 @@
-"""Whether a state dict is of a backbone, and of which architecture."""
+"""Checks of state dicts: of which architecture, and with what tensors."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SOFTMAX_HEAD_DIMS = 32  # of every published model; stage 4's weights do not tell
+_SOFTMAX_HEAD_DIMS = 32  # of every published model; stage 4's weights do not show it
 
 
 def infer_arch(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, list[int]]:
@@ -86,10 +86,10 @@ def check_is_ours(
     Raises:
         ValueError: there are others under the prefix, so they are of another backbone.
     """
-    strange = [k for k in weights if k.startswith(prefix) and k[len(prefix) :] not in names]
-    if strange:
+    others = [k for k in weights if k.startswith(prefix) and k[len(prefix) :] not in names]
+    if others:
         raise ValueError(
-            f"the checkpoint holds no {variant} backbone but keys such as {summary(strange)}; "
+            f"the checkpoint holds no {variant} backbone but keys such as {summary(others)}; "
             "name a checkpoint of this config's model, or change the config's backbone"
         )
 

@@ -4,7 +4,7 @@ Importing this module registers it, for paths and web addresses, in the place of
 a config, ``custom_imports = dict(imports=["mmsoft.checkpoint.loader"])``. Wherever MMEngine loads a
 checkpoint (``load_from``, ``init_cfg`` of a whole model, ``mim test``), nothing in the file is run
 then, and a released file is an ordinary OpenMMLab checkpoint. The backbones' own ``init_cfg`` does
-without.
+not need it.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     """
     path = Path(filename).expanduser()
     with refusals(path):
-        if path.is_file():  # else MMEngine says so
+        if path.is_file():  # else MMEngine raises
             check_claims(path)
         checkpoint = _mmengine_load_from_local(filename, map_location)
     return convert_released(checkpoint) if is_released(checkpoint) else checkpoint

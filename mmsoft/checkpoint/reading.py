@@ -51,7 +51,7 @@ def download(url: str | Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(str(url), str(path), progress=os.isatty(0))
     barrier()
-    if not path.exists():  # the main process has a disk of its own
+    if not path.exists():  # the main process has another disk
         torch.hub.download_url_to_file(str(url), str(path), progress=False)
     return path
 
@@ -87,7 +87,7 @@ def check_claims(path: Path) -> bool:
 
 @contextmanager
 def refusals(path: str | Path) -> Iterator[None]:
-    """Say what is wrong with the file instead of how to load it all the same."""
+    """Raise a ValueError that says what is wrong with the file, and not how to load it anyway."""
     try:
         yield
     except UnpicklingError as error:
@@ -103,6 +103,6 @@ def refusals(path: str | Path) -> Iterator[None]:
         ) from None
     except (OSError, ImportError):
         raise
-    except Exception as error:  # torch's readers raise all kinds for files that are corrupt
+    except Exception as error:  # torch's readers raise many kinds for corrupt files
         reason = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason[0]}") from error

@@ -1,4 +1,4 @@
-"""Checkpoints that the authors released, in our terms.
+"""Conversion of the checkpoints that the authors released.
 
 A released file is what timm's saver writes: a dict with ``state_dict``, mostly ``state_dict_ema``,
 and a pickled ``argparse.Namespace`` under ``args``.
@@ -52,10 +52,9 @@ def convert_released_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]
         for pattern, replace in _RENAMES:
             name = re.sub(pattern, replace, name)
         converted[name] = value
-    if strange := [
-        name for name in converted if not name.startswith(("stages.", "norm.", "head."))
-    ]:
-        raise ValueError(f"released checkpoint has unknown keys: {summary(strange)}")
+    ours = ("stages.", "norm.", "head.")
+    if unknown := [name for name in converted if not name.startswith(ours)]:
+        raise ValueError(f"released checkpoint has unknown keys: {summary(unknown)}")
     return converted
 
 
@@ -80,7 +79,7 @@ def convert_released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``state_dict`` with ``backbone.*`` and ``head.fc.*``, the names of a classifier; and
-        ``meta``, whose ``released`` tells what was found: ``weights`` (the key they came from),
+        ``meta``, whose ``released`` describes the file: ``weights`` (the key they came from),
         ``variant`` (``'SOFT'``, ``'SOFT++'``, or ``None`` if the file does not say), ``arch``
         (:func:`infer_arch`), ``epoch``.
 
@@ -89,7 +88,7 @@ def convert_released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     key = "state_dict_ema" if checkpoint.get("state_dict_ema") else "state_dict"
     weights = convert_released_keys(checkpoint.get(key, checkpoint))
-    # Both classes have the same keys; only timm's model name tells: soft_tiny, soft_norm_tiny.
+    # Both classes have the same keys; timm's model name differs: soft_tiny, soft_norm_tiny.
     name = getattr(checkpoint.get("args"), "model", None) or checkpoint.get("arch")
     match = re.match(r"soft_(norm_)?", name.lower()) if isinstance(name, str) else None
     variant = None if match is None else "SOFT++" if match[1] else "SOFT"

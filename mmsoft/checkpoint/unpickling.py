@@ -1,9 +1,9 @@
-"""What unpickling a checkpoint may claim: no more than the file stores.
+"""Limit the memory that unpickling a checkpoint may claim to what the file stores.
 
 torch's ``weights_only`` keeps a checkpoint from running code, but not from claiming memory: a call
 such as ``bytearray(2**40)`` takes a few bytes of a file, and so does an array of any shape.
 :class:`ClaimCheck` follows a pickle before it is loaded. It neither prints nor multiplies what it
-has not checked: tuples of tuples may be exponentially large in print.
+has not checked: tuples of tuples may be exponentially large when printed.
 """
 
 import math
@@ -68,7 +68,7 @@ class ClaimCheck:
 
         Raises:
             EOFError: its tensors take more bytes than the file has.
-        UnpicklingError: it claims too much, or is no pickle that torch would write.
+        UnpicklingError: it claims too much, or is not a pickle that torch would write.
         """
         try:
             self._follow(file)
@@ -237,7 +237,7 @@ class ClaimCheck:
         storage, offset, size, stride = arguments[:4]
         what = f"{what:.99} claims the shape"
         if not (_are_sizes(size) and _are_sizes(stride) and _are_sizes([offset])):
-            raise UnpicklingError(f"refused: {what} of something else than sizes")
+            raise UnpicklingError(f"refused: {what} by values other than sizes")
         if len(size) > 64:  # torch's own limit
             raise UnpicklingError(f"refused: {what} of {len(size)} dimensions")
         element = element or storage.element
@@ -252,7 +252,7 @@ class ClaimCheck:
 
 
 def _check_keys(keys: Any) -> None:
-    """Refuse tuples in tuples: hashing them recurses, without limit or to no end."""
+    """Refuse tuples in tuples: hashing them recurses without limit."""
     for key in keys:
         if type(key) is tuple and any(type(item) is tuple for item in key):
             raise UnpicklingError("refused: nested tuples as the key of a dict")

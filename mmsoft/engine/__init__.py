@@ -1,4 +1,4 @@
-"""Training: optimizer settings by parameter, what to watch, and runs that survive faults."""
+"""Training: layer-wise learning rates, monitoring, and runs that survive faults."""
 
 from .hooks import CheckpointHook, FiniteGradientHook, NewtonConvergenceHook, RandomStateHook
 from .optimizers import LayerDecayOptimWrapperConstructor

@@ -40,8 +40,8 @@ def draw_landmarks(
     axes[0].scatter(x, y, s=14, c="white", edgecolors="black", lw=0.8)
     axes[0].set_title(f"{len(centres)} landmarks (dots)", fontsize=10)
 
-    # Every landmark in use has a colour; neighbours in number are far apart in colour, and borders
-    # are drawn besides, because so many colours cannot all be told apart.
+    # Every landmark in use has a colour; consecutive landmarks have different ones, and borders are
+    # drawn too, because so many colours cannot all be distinguished.
     order = np.argsort((np.arange(len(used)) * 0.6180339887) % 1)
     shade = np.empty(len(centres))
     shade[used] = np.argsort(order) / max(len(used) - 1, 1)

@@ -10,8 +10,8 @@ def draw_memory(operators: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     """Peak memory against the length of the sequence, a line for each operator.
 
     Args:
-        operators: with ``name``, ``tokens``, ``peak_mib`` and optionally ``label``, the name for
-            people, and ``mode``: each mode has a panel. Those without a figure are left out.
+        operators: with ``name``, ``tokens``, ``peak_mib`` and optionally ``label``, the display
+            name, and ``mode``: each mode has a panel. Those without a figure are left out.
         title: above everything.
 
     Returns:

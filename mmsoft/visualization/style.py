@@ -53,13 +53,13 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
 
 
 def grey(picture: np.ndarray) -> np.ndarray:
-    """A pale grey version, on which colours show: luma of RGB, ``[H, W, 3]`` in 0..1."""
+    """A pale grey version, as a background: luma of RGB, ``[H, W, 3]`` in 0..1."""
     luma = np.asarray(picture) @ np.array([0.299, 0.587, 0.114]) / 255
     return np.repeat(luma[..., None], 3, 2)
 
 
 def frame(axes: Any, picture: np.ndarray) -> None:
-    """Limit the axes to the picture, whatever was painted over its edges."""
+    """Limit the axes to the picture."""
     height, width = picture.shape[:2]
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)

@@ -19,7 +19,7 @@ def draw_tradeoff(
 
     Args:
         results: with ``backbone``, ``images_per_second``, ``params_m`` and optionally ``label``,
-            the name for people. What comes before the last space or hyphen is the family.
+            the display name. What comes before the last space or hyphen is the family.
         accuracies: published top-1 accuracy in percent by backbone; other backbones are left out.
         title: above everything.
 

@@ -1,4 +1,4 @@
-"""What is captured is what the layers use."""
+"""The captured inputs are those that the layers use."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_rows_reproduce_the_layers_attention(variant, options):
         assert (out - expected).norm() / expected.norm() < 1e-7
 
 
-def test_only_one_block_and_no_hooks_left():
+def test_a_single_block_and_no_hooks_left():
     model = SOFTPlusPlus(ARCH)
     with capture(model, only=(1, -1)) as states:
         model(torch.randn(IMAGE))
@@ -58,7 +58,7 @@ def test_blocks_of_whole_models(library):
     assert choose_block(model, 1, -1) == (1, 1)
 
 
-def test_what_there_is_not():
+def test_missing_stages_blocks_and_attention():
     model = SOFTPlusPlus(ARCH)
     with pytest.raises(ValueError, match=r"stage 3 has no softmax-free attention.*one of 0, 1, 2"):
         choose_block(model, 3, 0)

@@ -78,7 +78,7 @@ def test_a_pixel_of_the_file_is_found_among_the_tokens(library, path):
         assert (top, bottom) == pytest.approx((-0.5, HEIGHT - 0.5), abs=0.3)
 
 
-def test_corners_and_what_lies_outside(path):
+def test_corners_and_pixels_outside(path):
     pytest.importorskip("mmpretrain")
     pytest.importorskip("mmseg")
     config = config_of("mmseg", wrapped=True)
@@ -95,7 +95,7 @@ def test_corners_and_what_lies_outside(path):
         image.token_at(5, 30, (16, 16))
 
 
-def test_bad_files_and_configs(tmp_path, path):
+def test_invalid_files_and_configs(tmp_path, path):
     pytest.importorskip("mmseg")
     config = config_of("mmseg")
     model = load_model(config)
@@ -112,7 +112,7 @@ def test_bad_files_and_configs(tmp_path, path):
         load_image(normalized, model, path)
 
 
-def test_checkpoints(tmp_path):
+def test_checkpoints_load_or_do_not_fit(tmp_path):
     pytest.importorskip("mmpretrain")
     config = config_of("mmpretrain")
     model = load_model(config)

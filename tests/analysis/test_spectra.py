@@ -44,7 +44,7 @@ def test_released_rule_takes_its_maximum_over_the_batch(landmarks):
     released = newton_residuals(landmarks, rule="released")
     alone = torch.cat([newton_residuals(sample[None], rule="released") for sample in landmarks], 1)
     assert (alone[-1] <= released[-1] + 1e-9).all()
-    assert (alone[5, :2] < released[5, :2]).all()  # held back by the others
+    assert (alone[5, :2] < released[5, :2]).all()  # slowed down by the others
     # A sample by itself: the same, where the guard halved.
     torch.testing.assert_close(alone, ours)
     a = gaussian_gram(landmarks).flatten(0, 1)[None]
@@ -68,8 +68,7 @@ def test_residuals_run_in_the_dtype_of_the_model(landmarks):
     assert double[-1].max() < 1e-10 < single[-1].min()
 
 
-def test_an_overflow_is_infinite():
-    """An indefinite matrix cannot come from a kernel; NaN coordinates can."""
+def test_nan_landmarks_give_an_infinite_residual():
     landmarks = torch.randn(1, 2, 5, 4)
     landmarks[0, 1, 0, 0] = torch.nan
     residuals = newton_residuals(landmarks, normalize=False)
@@ -79,7 +78,7 @@ def test_an_overflow_is_infinite():
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("solver", ["newton", "direct"])
-def test_filter_is_what_the_inverse_does(landmarks, normalize, solver):
+def test_filter_reproduces_the_inverse(landmarks, normalize, solver):
     a = gaussian_gram(landmarks)
     values, vectors = torch.linalg.eigh(a)
     torch.testing.assert_close(spectrum(landmarks), values)
@@ -112,7 +111,7 @@ def test_regions_are_the_argmax_of_the_kernel(landmarks):
     torch.testing.assert_close(strength, kernel.amax(-1))
 
 
-def test_regions_far_from_every_landmark_are_still_those_of_the_nearest():
+def test_regions_far_from_every_landmark():
     landmarks = torch.tensor([[[[0.0], [10.0]]]])
     regions, strength = landmark_regions(torch.tensor([[[[-500.0], [500.0]]]]), landmarks)
     assert regions.tolist() == [[[0, 1]]]

@@ -1,4 +1,4 @@
-"""The hook alone; tests/faults/test_bad_batches.py has it in MMEngine's runner."""
+"""The hook alone; tests/faults/test_bad_batches.py runs it in MMEngine's runner."""
 
 from types import SimpleNamespace
 
@@ -53,7 +53,7 @@ def test_every_optimizer_is_watched(part, hook, runner):
     runner.optim_wrapper[part].update_params(finite)
 
 
-def test_only_images_that_can_be_nan_are_looked_at(hook, runner):
+def test_only_floating_point_images_are_checked(hook, runner):
     images = [torch.full((3, 2, 2), 255, dtype=torch.uint8), torch.zeros(3, 2, 2)]
     samples = [sample(img_path="a.png"), sample(img_path="b.png")]
     hook.before_train_iter(runner, 0, dict(inputs=images, data_samples=samples))
@@ -64,7 +64,7 @@ def test_only_images_that_can_be_nan_are_looked_at(hook, runner):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_losses_and_nothing_else_must_be_finite(value, hook, runner):
+def test_only_losses_must_be_finite(value, hook, runner):
     hook.before_train_iter(runner, 0, BATCH)
     hook.after_train_iter(runner, 0, outputs=dict(loss=torch.tensor(1.0), grad_norm=value))
     hook.after_train_iter(runner, 0, outputs=None)
@@ -72,7 +72,7 @@ def test_losses_and_nothing_else_must_be_finite(value, hook, runner):
         hook.after_train_iter(runner, 0, outputs=dict(loss=1.0, loss_mask=torch.tensor(value)))
 
 
-def test_it_runs_before_weights_are_averaged_or_written():
+def test_the_hook_runs_before_averaging_and_saving():
     hooks = [CheckpointHook(), EMAHook(), FiniteGradientHook()]
     hooks.sort(key=lambda hook: get_priority(hook.priority))
     assert isinstance(hooks[0], FiniteGradientHook)

@@ -99,7 +99,7 @@ def test_layer_decay(model):
         assert decay == (DECAY if decays else 0.0), name
 
 
-def test_layer_decay_joins_other_multipliers(model):
+def test_layer_decay_combines_with_other_multipliers(model):
     found = settings(
         model, OURS, layer_decay_rate=RATE, custom_keys={"blocks.0.mlp": dict(lr_mult=0.1)}
     )
@@ -116,7 +116,7 @@ def test_agrees_with_mmpretrain():
         assert theirs[name] == pytest.approx(values), name
 
 
-def test_other_backbones_are_named():
+def test_other_backbones_are_refused():
     model = torch.nn.Module()
     model.backbone = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"backbone has get_layer_depth, got Module .* Linear"):

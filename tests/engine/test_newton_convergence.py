@@ -20,8 +20,6 @@ from mmsoft.models import SOFTPlusPlus
 
 @MODELS.register_module()
 class TinyTrained(BaseModel):
-    """A backbone that learns to say nothing."""
-
     def __init__(self, backbone):
         super().__init__()
         self.backbone = MODELS.build(backbone)
@@ -33,8 +31,6 @@ class TinyTrained(BaseModel):
 
 @DATASETS.register_module()
 class Noise(torch.utils.data.Dataset):
-    """Eight images of noise."""
-
     def __len__(self):
         return 8
 
@@ -42,12 +38,16 @@ class Noise(torch.utils.data.Dataset):
         return dict(inputs=torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(index)))
 
 
-def runner_of(tmp_path, hook=None, **backbone):
-    default = dict(type="mmsoft.SOFTPlusPlus", arch=ARCH, out_indices=(0, 2))
+def runner_of(tmp_path, **backbone):
     return Runner.from_cfg(
         Config(
             dict(
-                model=dict(type="TinyTrained", backbone={**default, **backbone}),
+                model=dict(
+                    type="TinyTrained",
+                    backbone=dict(
+                        backbone, type="mmsoft.SOFTPlusPlus", arch=ARCH, out_indices=(0, 2)
+                    ),
+                ),
                 work_dir=str(tmp_path),
                 train_dataloader=dict(
                     batch_size=2,
@@ -57,7 +57,7 @@ def runner_of(tmp_path, hook=None, **backbone):
                 ),
                 train_cfg=dict(by_epoch=False, max_iters=4),
                 optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.0)),
-                custom_hooks=[dict(type="mmsoft.NewtonConvergenceHook", **(hook or {}))],
+                custom_hooks=[dict(type="mmsoft.NewtonConvergenceHook", interval=2)],
                 experiment_name=tmp_path.name,
                 default_scope="mmengine",
             )
@@ -65,17 +65,12 @@ def runner_of(tmp_path, hook=None, **backbone):
     )
 
 
-def logged(tmp_path):
-    lines = next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    return [e for e in entries if any(key.startswith("newton_residual") for key in e)]
-
-
 def test_residuals_are_logged_at_the_interval(tmp_path):
     steps = 8  # not yet converged: residuals well above rounding
-    runner = runner_of(tmp_path, dict(interval=2), newton_steps=steps)
+    runner = runner_of(tmp_path, newton_steps=steps)
     runner.train()
-    entries = logged(tmp_path)
+    lines = next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()
+    entries = [e for e in map(json.loads, lines) if any("newton_residual" in key for key in e)]
     assert [entry["step"] for entry in entries] == [2, 4]
     # The learning rate is 0, so the fourth batch can be gone through again.
     with torch.no_grad(), capture(runner.model) as states:
@@ -95,48 +90,20 @@ def test_residuals_are_logged_at_the_interval(tmp_path):
     assert not any(module._forward_pre_hooks for module in runner.model.modules())
 
 
-def warnings(tmp_path):
-    lines = next(tmp_path.glob("*/*.log")).read_text().splitlines()
-    return [line for line in lines if "NewtonConvergenceHook: " in line]
-
-
-def test_one_warning_with_advice(tmp_path):
-    """Two steps cannot invert anything."""
-    runner_of(tmp_path, dict(interval=1), newton_steps=2).train()
-    (warning,) = warnings(tmp_path)
-    assert "WARNING" in warning
-    assert "after 2 Newton-Raphson steps" in warning
-    assert "solver='direct', or a landmark budget such as max_landmarks=49" in warning
-    assert len(logged(tmp_path)) == 4  # the logging goes on
-
-
-def test_no_warning_while_it_converges(tmp_path):
-    runner_of(tmp_path, dict(interval=1), newton_steps=30).train()
-    assert not warnings(tmp_path)
-    assert len(logged(tmp_path)) == 4
-
-
-def test_nothing_to_watch_is_said_before_training(tmp_path):
-    runner = runner_of(tmp_path, solver="direct")
-    with pytest.raises(ValueError, match="which does not iterate: remove the hook"):
-        runner.train()
-    other = SimpleNamespace(model=torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="has no softmax-free attention"):
-        NewtonConvergenceHook().before_train(other)
-
-
 # ------------------------------------------------------------------------------- without a runner
 
 
 class Steps:
-    """What the hook sees of a runner: the model, the number of the iteration and a visualizer."""
+    """The parts of a runner that the hook uses: model, iteration, logger and visualizer."""
 
     def __init__(self, **options):
         self.model = SOFTPlusPlus(ARCH, out_indices=(0, 1), **options)
         self.iter, self.scalars, self.warnings = 0, [], []
         self.logger = logging.Logger("steps")
         self.logger.addHandler(logging.NullHandler())
-        self.logger.handle = lambda record: self.warnings.append(record.getMessage())
+        self.logger.handle = lambda record: self.warnings.append(
+            f"{record.levelname}: {record.getMessage()}"
+        )
         self.visualizer = SimpleNamespace(
             add_scalars=lambda scalars, step: self.scalars.append((step, scalars))
         )
@@ -156,7 +123,35 @@ def hooks(model):
     return [hook for module in model.modules() for hook in module._forward_pre_hooks]
 
 
-def test_weights_that_are_nan_are_warned_of():
+def test_one_warning_with_advice():
+    steps = Steps(newton_steps=2)
+    for _ in range(4):
+        steps.step()
+    (warning,) = steps.warnings
+    assert warning.startswith("WARNING: NewtonConvergenceHook: ")
+    assert "after 2 Newton-Raphson steps" in warning
+    assert "solver='direct', or a landmark budget such as max_landmarks=49" in warning
+    assert [step for step, _ in steps.scalars] == [2, 4]  # the logging continues
+
+
+def test_no_warning_while_it_converges():
+    steps = Steps(newton_steps=30)
+    for _ in range(2):
+        steps.step()
+    assert not steps.warnings
+    assert steps.scalars
+
+
+def test_models_without_the_iteration_are_refused():
+    steps = Steps(solver="direct")
+    with pytest.raises(ValueError, match="which does not iterate: remove the hook"):
+        steps.hook.before_train(steps)
+    steps.model = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="has no softmax-free attention"):
+        steps.hook.before_train(steps)
+
+
+def test_nan_weights_are_warned_of():
     steps = Steps()
     steps.model.stages[1].blocks[0].attn.query.weight.data.fill_(float("nan"))
     steps.step()
@@ -166,7 +161,7 @@ def test_weights_that_are_nan_are_warned_of():
     assert "the residual is inf, above 0.05" in warning
 
 
-def test_only_the_main_process_looks(monkeypatch):
+def test_only_the_main_process_computes(monkeypatch):
     monkeypatch.setattr(newton_convergence, "is_main_process", lambda: False)
     steps = Steps()
     for _ in range(2):
@@ -175,7 +170,7 @@ def test_only_the_main_process_looks(monkeypatch):
     assert not steps.warnings
 
 
-def test_an_iteration_that_failed_leaves_nothing():
+def test_a_failed_iteration_leaves_no_state():
     steps = Steps()
     steps.step()
     steps.step(fails=True)
@@ -184,12 +179,12 @@ def test_an_iteration_that_failed_leaves_nothing():
     steps.hook.before_train_iter(steps, 0)
     assert not hooks(steps.model)
     steps.step()
-    assert not steps.scalars  # those of the pass that failed were not of this iteration
+    assert not steps.scalars  # those of the failed pass are not of this iteration
     steps.step()
     assert [step for step, _ in steps.scalars] == [4]
 
 
-def test_layers_that_do_not_iterate_are_left_out():
+def test_layers_without_iteration_are_skipped():
     steps = Steps()
     for block in steps.model.stages[0].blocks:
         block.attn.solver = "direct"
@@ -210,7 +205,7 @@ def test_a_wrapped_model():
     assert len(scalars) == 4
 
 
-def test_a_model_that_skips_its_layers_is_said_once():
+def test_layers_that_do_not_run_are_warned_of_once():
     steps = Steps()
     for _ in range(4):
         steps.step(forward=False)

@@ -1,4 +1,4 @@
-"""The hook alone; tests/faults/test_kill_and_resume.py has it in MMEngine's runner."""
+"""The hook alone; tests/faults/test_kill_and_resume.py runs it in MMEngine's runner."""
 
 import random
 from types import SimpleNamespace
@@ -66,7 +66,7 @@ def test_every_worker_and_epoch_has_its_own_numbers(hook, runner, monkeypatch):
         return draw()
 
     assert numbers() == numbers()
-    assert runner.train_dataloader._iterator is None  # persistent workers would not start anew
+    assert runner.train_dataloader._iterator is None  # persistent workers would not restart
     drawn = [numbers(), numbers(1), numbers(epoch=2), numbers(seed=4), numbers(rank=1)]
     for of_one_generator in zip(*drawn):
         assert len(set(of_one_generator)) == len(drawn)

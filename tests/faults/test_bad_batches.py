@@ -33,7 +33,7 @@ class CollapseBox:
 
 @TRANSFORMS.register_module()
 class IgnoreAll:
-    """What a random crop of an unlabelled part gives."""
+    """Label every pixel as ignored, as in a crop of an unlabelled region."""
 
     def __call__(self, results):
         results["gt_seg_map"][:] = 255
@@ -104,7 +104,7 @@ def folder(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "model", "message"), CASES, ids=lambda v: getattr(v, "__name__", None)
 )
-def test_training_goes_on_or_names_the_sample(fault, model, message, root, folder):
+def test_training_continues_or_names_the_sample(fault, model, message, root, folder):
     cfg = config(root, folder, model, folder / "work", iterations=3)
     cfg.custom_hooks = GUARD
     fault(folder, cfg)
@@ -141,8 +141,8 @@ def test_accumulated_gradients_name_every_sample(root, folder):
     assert weights_are_finite(runner)
 
 
-def test_a_loss_that_the_gradients_do_not_tell_of(root, folder):
-    """A gradient scaler drops the steps of a loss that is NaN: nothing else would stop the run."""
+def test_a_nan_loss_with_finite_gradients_stops_the_run(root, folder):
+    """A gradient scaler skips the steps of a NaN loss, so that no gradient check would see it."""
     cfg = config(root, folder, "retinanet", folder / "work", iterations=2)
     cfg.custom_hooks = GUARD
     runner = Runner.from_cfg(cfg)

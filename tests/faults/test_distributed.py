@@ -1,4 +1,4 @@
-"""Several gloo processes on one machine: gradients, sharding, a death, a detector."""
+"""Several gloo processes on one machine: gradients, sharding, a killed process, a detector."""
 
 import math
 import os
@@ -93,7 +93,7 @@ def test_sharded_training_equals_one_process(steps, tmp_path):
     assert torch.load(tmp_path / "losses-0") == pytest.approx(expected, rel=1e-4)
 
 
-# -------------------------------------------------------------------------------------- a death
+# ------------------------------------------------------------------------------- a killed process
 
 WORKER = """
 import os, signal
@@ -115,7 +115,7 @@ for iteration in range(1000):
 
 
 @pytest.mark.long
-def test_one_dead_rank_ends_the_job_with_an_error(tmp_path):
+def test_a_killed_rank_ends_the_job_with_an_error(tmp_path):
     """Under torch's launcher, which `mim train --launcher pytorch` calls."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -142,7 +142,7 @@ def test_one_dead_rank_ends_the_job_with_an_error(tmp_path):
 
 # Two processes train a detector as one process with twice the batch does.
 #
-# RetinaNet from our config, unchanged but for what would make the two differ by right: random
+# RetinaNet from our config, without what makes the two differ legitimately: random
 # flips, stochastic depth and shuffling are off, and the number of positive anchors by which the
 # loss is divided is that of all processes (see average_positives). In float64.
 #

@@ -1,4 +1,4 @@
-"""Property-based tests of the public API: it works, or says clearly what is wrong.
+"""Property-based tests of the public API: it works, or raises a clear error.
 
 Clear is a TypeError or ValueError raised by our own code whose message begins with the argument's
 name. `make test` tries a few examples, the same every time; `make fuzz` tries new ones for ten
@@ -220,7 +220,7 @@ def operands(draw):
     dtype = draw(dtypes)
     shapes = dict(q=[b, h, n, d], v=[b, h, n, dv], landmarks=[b, h, m, d])
     arguments = {name: draw(tensors(shape, dtype)) for name, shape in shapes.items()}
-    if draw(st.booleans()):  # one of them wrong
+    if draw(st.booleans()):  # one of them invalid
         arguments[draw(st.sampled_from(sorted(shapes)))] = draw(st.one_of(tensors(), junk))
     if draw(st.booleans()):
         arguments["solver"] = draw(st.one_of(st.sampled_from(["newton", "direct"]), junk))

@@ -14,7 +14,7 @@ from mmsoft.models import SOFTPlusPlus
 
 SMALL = dict(ARCH, depths=[1, 1, 1, 1])
 
-# Run in processes of their own, whose memory nothing else touches.
+# Run in separate processes, so that nothing else affects their memory.
 TRAIN = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -92,7 +92,7 @@ def test_inference_at_4096_fits_in_16_gib(root):
 
 @pytest.mark.long
 @pytest.mark.parametrize("train", [False, True])
-def test_compile_does_not_recompile_without_bound(train):
+def test_the_number_of_recompilations_is_bounded(train):
     """As users call it: sizes and batches are static at first, then dynamic."""
     torch._dynamo.reset()
     model = SOFTPlusPlus(SMALL, solver="direct", max_landmarks=16, norm_eval=True).train(train)

@@ -1,4 +1,4 @@
-"""bfloat16 and float16 against float32: no NaN, and the same course of the loss."""
+"""bfloat16 and float16 compared with float32: no NaN, and similar loss curves."""
 
 from itertools import combinations
 
@@ -28,7 +28,7 @@ def apart(*curves):
 def float32_boxes(monkeypatch):
     """mmcv's NMS and RoIAlign for CPUs know float32 alone.
 
-    Autocast converts for torchvision's (pytorch/vision 8049); nobody told it of mmcv's.
+    Autocast converts for those of torchvision (pytorch/vision 8049), but not of mmcv.
     """
     from mmcv.ops import RoIAlign
     from mmcv.ops.nms import NMSop
@@ -67,7 +67,7 @@ def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path, flo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="MMEngine's AMP needs a GPU")
 @pytest.mark.parametrize("model", ["mask_rcnn", "upernet"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_amp_of_the_runner(model, dtype, root, shapes, tmp_path):
+def test_amp_trains_with_finite_weights(model, dtype, root, shapes, tmp_path):
     cfg = config(root, shapes, model, tmp_path, iterations=ITERATIONS)
     cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype)
     cfg.custom_hooks = [dict(type="mmsoft.FiniteGradientHook")]

@@ -13,7 +13,7 @@ JOBS = [(name, model) for name, (models, _) in malformed_data.CASES.items() for 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "model"), JOBS)
-def test_at_least_as_well_as_swin_and_as_documented(name, model, shapes):
+def test_outcome_is_that_of_swin_or_better_and_documented(name, model, shapes):
     results = {
         label: malformed_data.outcome(shapes, name, model, backbone)
         for label, backbone in malformed_data.MODELS.items()

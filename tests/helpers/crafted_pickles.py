@@ -235,12 +235,12 @@ CLAIMS = {
     "sizes that are tuples": (
         call("torch._utils._rebuild_tensor_v2", storage(), number(0), group(number(GIB), b")"),
              numbers([0, 0]), b"\x89", b"N"),
-        "weight claims the shape of something else than sizes",
+        "weight claims the shape by values other than sizes",
     ),
     "strides that are text": (
         call("torch._utils._rebuild_tensor_v2", storage(), number(0), numbers([GIB]),
              group(text("a")), b"\x89", b"N"),
-        "weight claims the shape of something else than sizes",
+        "weight claims the shape by values other than sizes",
     ),
     "100 dimensions": (tensor(storage(), [1] * 100, [1] * 100), "the shape of 100 dimensions"),
     "state of a tensor": (

@@ -3,11 +3,11 @@
     python tests/helpers/distributed_worker.py CONFIG OUT --processes 2
 
 OUT/rank{r}.pth holds, per iteration, the losses of that process, its number of positive anchors and
-the gradients that the optimizer was handed; and at last the parameters. MMEngine's own launcher
+the gradients that the optimizer was handed; and the final parameters. MMEngine's own launcher
 insists on CUDA (`init_dist` calls `torch.cuda.set_device`), so the process group is opened here;
-everything after that is MMEngine's: its runner, sampler and MMDistributedDataParallel. It is all
-in float64: in float32 a sum that rounds otherwise can push an activation over the edge of a ReLU,
-which is no fault but as large as one.
+everything after that is MMEngine's: its runner, sampler and MMDistributedDataParallel. All
+is in float64: in float32 a different rounding can change the sign of an input of a ReLU, which
+would look like a fault.
 """
 
 import argparse

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_tool(path, root=ROOT):
-    """Import a script of tools/, e.g. `dev/setup_env.py`, anew."""
+    """Import a script of tools/ again, e.g. `dev/setup_env.py`."""
     path = Path(root, "tools", path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -3,8 +3,8 @@
     python train_step.py LIBRARY CONFIG...
     python train_step.py --build LIBRARY CONFIG...
 
-The library is imported once and the process forks for every config, so that none finds what another
-left behind, and the first to import mmsoft is the config. One line of JSON per config: its name,
+The library is imported once and the process forks for every config, so that none is affected by
+another, and mmsoft is first imported by the config. One line of JSON per config: its name,
 and what is wrong or nothing.
 
 With `--build`, no step, but in a second for the largest: pipelines, hooks, one pass through
@@ -95,7 +95,7 @@ def step(library, path):
         data = dict(zip(("inputs", "data_samples"), data))
     if library == "mmdet":
         test_cfg = config.model.test_cfg
-        test_cfg.get("rcnn", test_cfg).score_thr = 0  # an untrained detector is sure of nothing
+        test_cfg.get("rcnn", test_cfg).score_thr = 0  # the scores of an untrained detector are low
     if "rcnn" in (config.model.get("train_cfg") or {}):
         config.model.train_cfg.rcnn.sampler.num = 64  # 512 takes seconds on a CPU
     model = revert_sync_batchnorm(MODELS.build(config.model))
@@ -133,7 +133,7 @@ def step(library, path):
 
 
 def outputs(library, model, features):
-    """What the heads make of the features: tensors in lists and tuples."""
+    """Outputs of the heads: tensors in lists and tuples."""
     if library == "mmpretrain":
         return model.head(features)
     if library == "mmseg":
@@ -160,7 +160,7 @@ def build(library, path):
     for hook in config.get("custom_hooks") or ():
         hook.pop("priority", None)  # which the Runner takes
         HOOKS.build(hook)
-    # To initialise the largest would take seconds; MMDetection's PVT cannot do without.
+    # Initializing the largest takes seconds; MMDetection's PVT cannot be built without.
     is_ours = config.model.backbone.type.startswith("mmsoft.")
     with torch.device("meta" if is_ours else "cpu"):
         model = MODELS.build(config.model)

@@ -1,4 +1,4 @@
-"""Small data sets on disk in the layout that the stock configs expect under ``data/``."""
+"""Small data sets in the layout that the stock configs expect under ``data/``."""
 
 import json
 import os

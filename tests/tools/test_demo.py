@@ -1,4 +1,4 @@
-"""The demo: its configs, its pictures, its failures. The job itself is `make demo`."""
+"""The demo: configs, pictures, errors. `make demo` runs it."""
 
 import json
 
@@ -30,7 +30,6 @@ def workplace(demo, root, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_variants_differ_in_their_backbone(demo, root, index):
-    """That all configs build is the business of tests/test_configs.py."""
     pytest.importorskip("mmdet")
     pytest.importorskip("mmseg")
     types = []
@@ -41,7 +40,7 @@ def test_variants_differ_in_their_backbone(demo, root, index):
     assert types[2].removeprefix("mmdet.") == "PyramidVisionTransformer"
 
 
-def test_no_attention_is_the_value_convolution_alone(root, monkeypatch):
+def test_no_attention_leaves_the_value_convolution(root, monkeypatch):
     monkeypatch.syspath_prepend(root / "tools/analysis_tools")
     from no_attention import SOFTPlusPlusNoAttention
 
@@ -56,7 +55,7 @@ def test_no_attention_is_the_value_convolution_alone(root, monkeypatch):
     torch.testing.assert_close(layers[0](x, (8, 8)), expected)
 
 
-def test_pictures(demo, workplace):
+def test_pictures_are_written(demo, workplace):
     mmengine = pytest.importorskip("mmengine")
     pytest.importorskip("mmseg")
     work_dir = workplace / "work_dirs/demo"
@@ -94,7 +93,7 @@ def test_pictures(demo, workplace):
         assert picture.std() > 10
 
 
-def test_summary_holds_what_mim_test_measured(demo, workplace, monkeypatch):
+def test_summary_has_the_metrics_of_the_tests(demo, workplace, monkeypatch):
     measured = {"coco/bbox_mAP": 0.61, "coco/segm_mAP": 0.52, "mIoU": 77.0}
     commands = []
 
@@ -123,7 +122,7 @@ def test_summary_holds_what_mim_test_measured(demo, workplace, monkeypatch):
 
 
 @pytest.mark.long
-def test_retinanet_trains_as_well(demo, root, tmp_path, monkeypatch):
+def test_retinanet_trains_on_the_demos_data(demo, root, tmp_path, monkeypatch):
     """On the demo's data and schedule: its config is not part of the demo itself."""
     pytest.importorskip("mmdet")
     (tmp_path / "configs").symlink_to(root / "configs")
@@ -146,7 +145,7 @@ def test_a_failing_command_is_one_line_that_names_the_log(demo, workplace):
     assert str(log) in message
 
 
-def test_too_little_disk_is_said_before_anything_runs(demo, workplace, monkeypatch):
+def test_too_little_disk_space_is_an_error_at_the_start(demo, workplace, monkeypatch):
     monkeypatch.setattr(demo, "NEEDED_BYTES", 1e18)
     with pytest.raises(demo.DemoError, match=r"the demo needs \d+ MB; free some"):
         demo.demo(demo.VARIANTS[0])

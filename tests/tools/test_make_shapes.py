@@ -16,11 +16,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "tools/dataset_converters/make_sh
 SMALL = dict(train=5, val=3, size=96, seed=7)
 
 
-def load_script():
-    return load_tool("dataset_converters/make_shapes.py")
-
-
-make_shapes = load_script()
+make_shapes = load_tool("dataset_converters/make_shapes.py")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +40,7 @@ def call(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-def test_same_seed_same_bytes_other_seed_other_data(data, tmp_path):
+def test_the_seed_determines_the_data(data, tmp_path):
     make_shapes.make_dataset(tmp_path / "again", **SMALL)
     assert contents(tmp_path / "again") == contents(data)
     make_shapes.make_dataset(tmp_path / "other", **{**SMALL, "seed": 8})
@@ -68,7 +64,7 @@ def test_train_and_val_differ(data):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_coco_annotations_agree_with_themselves_and_with_the_index_maps(data, split):
+def test_coco_annotations_agree_with_the_index_maps(data, split):
     coco_tools = pytest.importorskip("pycocotools.coco")
     with contextlib.redirect_stdout(None):
         coco = coco_tools.COCO(str(data / f"coco/annotations/instances_{split}2017.json"))
@@ -100,7 +96,7 @@ def test_coco_annotations_agree_with_themselves_and_with_the_index_maps(data, sp
             assert mask.sum() / make_shapes.SUPERSAMPLE**2 == pytest.approx(
                 annotation["area"], rel=0.05, abs=1
             )
-            # What shows of two shapes cannot overlap, but for their borders.
+            # The visible parts of two shapes overlap at most at their borders.
             assert ((fine > 0) & (mask > 0)).sum() <= 0.1 * mask.sum()
             fine[mask > 0] = annotation["category_id"] + 1
 
@@ -114,7 +110,7 @@ def test_coco_annotations_agree_with_themselves_and_with_the_index_maps(data, sp
         assert (painted == index).mean() > 0.98
 
 
-def test_a_hole_is_cut_open():
+def test_a_mask_with_a_hole_becomes_several_polygons():
     mask = np.zeros((80, 80), bool)
     mask[8:72, 8:72] = True
     mask[24:40, 24:40] = False
@@ -127,7 +123,7 @@ def test_a_hole_is_cut_open():
     np.testing.assert_array_equal(filled.astype(bool), mask)
 
 
-def test_shapes_lie_mostly_inside_and_are_mostly_seen(monkeypatch):
+def test_shapes_are_mostly_inside_and_visible(monkeypatch):
     """At least 70 % of each inside the picture, and of that at least 65 % not hidden by others."""
     side, areas, fill = 96 * make_shapes.SUPERSAMPLE, [], make_shapes.fill
 
@@ -158,7 +154,7 @@ def test_a_surface_differs_from_what_it_covers():
         assert np.linalg.norm((coat - picture).mean((0, 1))) > 0.45
 
 
-def test_colour_does_not_give_the_class_away():
+def test_colour_does_not_depend_on_the_class():
     """The mean colours of the classes differ by less than chance would explain, times three."""
     colours = [[] for _ in make_shapes.CLASSES]
     for number in range(60):
@@ -243,7 +239,7 @@ def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path):
     assert (tmp_path / "s/parameters.json").is_file()
 
 
-def test_what_a_killed_call_left_is_cleared(tmp_path):
+def test_remains_of_a_killed_call_are_removed(tmp_path):
     (tmp_path / ".partial-s/coco").mkdir(parents=True)
     (tmp_path / ".partial-s/coco/stale").touch()
     make_shapes.make_dataset(tmp_path / "s", 1, 1, 64, 0)

@@ -10,7 +10,6 @@ from loading import load_tool
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 
 from mmsoft.models import SOFTPlusPlus
 
@@ -30,12 +29,6 @@ CHEAP = {
     "mask_rcnn": "mask-rcnn_softpp-t_fpn_1x_coco",
     "upernet": "upernet_softpp-t_8xb2-160k_ade20k-512x512",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scope():
-    yield
-    init_default_scope("mmengine")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +78,7 @@ def test_parameters_of_detectors_and_segmentors(counts):
 
 
 @pytest.mark.parametrize(("budget", "solver"), [(None, "newton"), (4, "direct")])
-def test_cost_of_the_operator_is_what_is_traced(zoo, budget, solver):
+def test_computed_cost_of_the_operator_equals_the_traced_one(zoo, budget, solver):
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # of operators that are not counted
     backbone = SOFTPlusPlus("tiny", max_landmarks=budget, solver=solver).eval()
     traced = FlopAnalyzer(backbone, torch.rand(1, 3, 120, 200)).by_operator()
@@ -127,7 +120,7 @@ def test_stale_files_are_named_and_rewritten(zoo, counts, copy, monkeypatch, cap
     run(zoo, monkeypatch)
     assert capsys.readouterr().out.splitlines() == [f"wrote {file}" for file in files]
     lines = set(before.splitlines()) ^ set((copy / "docs/model_zoo.md").read_text().splitlines())
-    assert len(lines) == 2  # one row, as it was and as it is
+    assert len(lines) == 2  # the old and the new row
     assert all(name in line for line in lines)
     assert zoo.read_counts()[name].parameters == count.parameters + 10**7
     run(zoo, monkeypatch, "--check")

@@ -1,4 +1,4 @@
-"""Figures hold the numbers they were given, and files are pictures of the promised size."""
+"""Figures show the given numbers, and files have the documented size."""
 
 import sys
 
@@ -68,7 +68,7 @@ FIGURES = (attention, convergence, landmarks, spectrum, memory, tradeoff)
 
 
 @pytest.mark.parametrize("draw", FIGURES)
-def test_files_are_pictures_of_the_promised_size(draw, tmp_path):
+def test_files_have_the_documented_size(draw, tmp_path):
     figure = draw()
     path = save_figure(figure, tmp_path / "new" / "figure.png")
     picture = cv2.imread(str(path))
@@ -121,14 +121,14 @@ def test_memory_and_tradeoff_draw_what_was_measured():
     assert right.lines[1].get_xydata().tolist() == [[13.0, 79.4]]
 
 
-def test_nothing_to_draw():
+def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match="no entry under 'operator' has a peak_mib"):
         draw_memory(OPERATORS[-1:])
     with pytest.raises(ValueError, match="no backbone under 'results' has a published accuracy"):
         draw_tradeoff(RESULTS, {})
 
 
-def test_a_bad_suffix_or_a_failure_leaves_nothing(tmp_path, monkeypatch):
+def test_an_unknown_suffix_or_a_failure_leaves_no_file(tmp_path, monkeypatch):
     figure = memory()
     with pytest.raises(ValueError, match=r"figure\.gif2 must end in one of .*png"):
         save_figure(figure, tmp_path / "figure.gif2")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Paint what a segmentor trains on: MMSegmentation's `browse_dataset`, made to run.
+"""Draw the training samples of a segmentor: MMSegmentation's `browse_dataset`, fixed.
 
     python tools/analysis_tools/browse_seg_dataset.py CONFIG --output-dir painted --not-show
 
-takes the options of that script. mmseg 1.2.2 hands its visualizer a picture whose memory is not in
-the order that OpenCV writes to, and stops with "Layout of the output array img is incompatible".
+takes the options of that script. mmseg 1.2.2 hands its visualizer a picture whose memory order
+OpenCV cannot write to, and stops with "Layout of the output array img is incompatible".
 """
 
 import runpy
@@ -22,7 +22,7 @@ class ContiguousVisualizer(SegLocalVisualizer):
     """Takes pictures in any memory order."""
 
     def add_datasample(self, name: str, image: np.ndarray, *args: Any, **kwargs: Any) -> None:
-        """Paint a sample, see the base."""
+        """Draw a sample, see the base class."""
         super().add_datasample(name, np.ascontiguousarray(image), *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""SOFT++ with its attention term removed, to see how much of a result is due to it.
+"""SOFT++ without its attention term, to measure how much of a result is due to it.
 
 Of `attention term + depthwise convolution of the values`, stages 1 to 3 keep the convolution
 alone; stage 4, whose attention is the ordinary softmax one, stays as it is. Configs reach this
@@ -20,13 +20,13 @@ class ValueConvolution(SoftmaxFreeAttention):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Without effect, and DDP wants a gradient for all that could have one.
+        # They have no effect, and DDP expects a gradient of every trainable parameter.
         for part in (self.query, self.landmark_conv, self.landmark_norm):
             if part is not None:  # averaged landmarks have no convolution
                 part.requires_grad_(False)
 
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Nothing: ``[B, H*W, C]`` of zeros."""
+        """Zeros ``[B, H*W, C]``."""
         return torch.zeros_like(v)
 
 

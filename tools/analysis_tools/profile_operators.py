@@ -4,7 +4,7 @@
     python tools/analysis_tools/profile_operators.py CONFIG --shape 800 1344
 
 A forward pass on a random image without gradients, after two to warm up, by torch's profiler. Times
-are of the operators themselves, without what they call; on a GPU those of its kernels.
+are of the operators alone, without those that they call; on a GPU those of its kernels.
 """
 
 import torch

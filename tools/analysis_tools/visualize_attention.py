@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Paint what chosen patches of an image attend to, head by head (SOFT, figure 4).
+"""Draw what chosen patches of an image attend to, head by head (SOFT, figure 4).
 
     python tools/analysis_tools/visualize_attention.py CONFIG IMAGE CHECKPOINT \
         --query 40,60 --query 110,30 --stage 1 --compare softmax performer nystromformer
 
 Each row of the contact sheet is a query, each column a head, then the mean over heads: the query's
 row of the normalized attention matrix `K1 D^-1/2 A^+ D^-1/2 K1^T`. With `--compare`, further
-columns show what other attention methods make of the same queries, averaged over the same heads;
+columns show other attention methods on the same queries, averaged over the same heads;
 Performer and Nystromformer come from the optional extra `peers`.
 """
 
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def paint(args: argparse.Namespace) -> None:
+def draw(args: argparse.Namespace) -> None:
     """Compute the rows and write the sheet."""
     config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
@@ -103,7 +103,7 @@ def paint(args: argparse.Namespace) -> None:
 @tool_main
 def main() -> None:
     """Run the command line."""
-    paint(parse_args())
+    draw(parse_args())
 
 
 if __name__ == "__main__":

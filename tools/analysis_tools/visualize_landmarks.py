@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Paint which landmark explains which region, and the spectrum of their Gram matrix.
+"""Draw which landmark explains which region, and the spectrum of their Gram matrix.
 
     python tools/analysis_tools/visualize_landmarks.py CONFIG IMAGE CHECKPOINT --stage 1
 
 Writes two pictures: the regions, each token with the landmark of largest `K1`; and the eigenvalues
-of the landmarks' Gram matrix `A` with the filter by which its inverse treats them.
+of the landmarks' Gram matrix `A` with the spectral filter of its inverse.
 """
 
 import argparse
@@ -36,14 +36,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
     parser.add_argument("--stage", type=int, default=0, help="0 to 2, as in out_indices")
     parser.add_argument("--block", type=int, default=-1, help="from 0; -1 for the last (default)")
-    parser.add_argument("--head", type=int, default=0, help="head whose regions are painted")
+    parser.add_argument("--head", type=int, default=0, help="head whose regions are drawn")
     parser.add_argument("--out", default="landmarks.png", help="default: landmarks.png")
     parser.add_argument("--spectrum-out", default="spectrum.png", help="default: spectrum.png")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 
-def paint(args: argparse.Namespace) -> list[Path]:
+def draw(args: argparse.Namespace) -> list[Path]:
     """Run the model and write both pictures."""
     config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
@@ -90,7 +90,7 @@ def paint(args: argparse.Namespace) -> list[Path]:
 @tool_main
 def main() -> None:
     """Run the command line."""
-    print(*paint(parse_args()), sep="\n")
+    print(*draw(parse_args()), sep="\n")
 
 
 if __name__ == "__main__":

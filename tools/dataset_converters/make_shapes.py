@@ -5,8 +5,8 @@
 Every scene is drawn from the seed: several overlapping shapes of five classes, at varied scale,
 slant and rotation, on a cluttered background with uneven light, shadows, blur, sensor noise and
 JPEG artefacts. As among things in photographs, form and material tell the class: a shape is vivid
-where the background is dull, of any colour, and each class has a pattern of its own at random
-scale, direction and contrast. Both layouts hold the same scenes:
+where the background is dull, of any colour, and each class has its own pattern at random scale,
+direction and contrast. Both layouts hold the same scenes:
 
     OUT/coco/{train2017,val2017}/*.jpg        OUT/coco/annotations/instances_{train,val}2017.json
     OUT/ade/images/{training,validation}/*.jpg     OUT/ade/annotations/{training,validation}/*.png
@@ -15,8 +15,7 @@ Polygons, areas and boxes describe what is *visible* of a shape, and every shape
 is annotated. Index PNGs follow ADE20K: 0 is "unlabelled" (and never occurs here), 1 the
 background, 2 and up the shapes, so `reduce_zero_label=True` gives the classes 0 to 5.
 
-The folder appears under its name when it is complete, not before; a folder that is complete and
-was made with the same parameters is kept as it is.
+The folder gets its name when it is complete; a complete one with the same parameters is kept.
 """
 
 import argparse
@@ -120,7 +119,7 @@ def surface(
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A few textured regions with soft or hard borders, and clutter that is no class's shape."""
+    """A few textured regions with soft or hard borders, and clutter unlike any class."""
     picture = texture(rng, size, dull(rng), 0.5)
     for _ in range(rng.integers(0, 3)):
         border = noise(rng, size, rng.uniform(2, 4), 3) - rng.uniform(0.4, 0.7)
@@ -216,7 +215,7 @@ def place(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndarray]]:
 def polygons(mask: np.ndarray) -> list[list[float]]:
     """The outlines of a supersampled mask in picture coordinates, as COCO writes them.
 
-    COCO polygons know no holes: a mask with a hole (a shape in front of a larger one) is cut in
+    COCO polygons cannot have holes: a mask with a hole (a shape in front of a larger one) is cut in
     two through the hole's centre, as often as needed.
     """
     contours, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
@@ -325,7 +324,7 @@ def write_split(
     annotations: list[dict] = []
     print(f"{split}: drawing {count} scenes")
     bar = ProgressBar(count)
-    step = 1 if sys.stdout.isatty() else 100  # a log file needs no moving bar
+    step = 1 if sys.stdout.isatty() else 100  # few lines in a log file
     # One random generator per scene: a scene depends on neither the others nor the order.
     seeds = [[seed, len(split), number] for number in range(1, count + 1)]
     scenes = pool.map(draw_scene, seeds, [size] * count, chunksize=4)
@@ -409,7 +408,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(
             f"\nerror: cannot write the data set {args.out}: {error.strerror or error}; "
-            "nothing was left behind, fix that and call again"
+            "nothing was left behind, fix that and run it again"
         )
     print(f"{args.out}: " + ("written" if new else "complete already, kept"))
 

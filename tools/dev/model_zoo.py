@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Write everything of the model zoo that is generated, or check that it is current.
+"""Write the generated parts of the model zoo, or check that they are current.
 
     python tools/dev/model_zoo.py           # count every model (minutes) and write
     python tools/dev/model_zoo.py --check   # the same, but only name what is stale
 
-That is: the counts in `configs/*/metafile.yml` (parameters and FLOPs of the built models); from
-these files, where all else is typed, the tables of `docs/model_zoo.md` and of `configs/*/README.md`
-(between `<!-- NAME -->` and `<!-- /NAME -->`) and `model-index.yml`. Speed comes from the
-benchmarks kept beside the page.
+These are: the counts in `configs/*/metafile.yml` (parameters and FLOPs of the built models); from
+these files, whose other fields are edited by hand, the tables of `docs/model_zoo.md` and of
+`configs/*/README.md` (between `<!-- NAME -->` and `<!-- /NAME -->`) and `model-index.yml`. Speed
+comes from the benchmarks kept in `docs/benchmarks/`.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def models() -> list[tuple[str, dict[str, Any]]]:
 
 
 def published(model: dict[str, Any]) -> dict[str, float]:
-    """What the authors report of a model, by the short name of the metric."""
+    """Metrics of a model that the authors report, by short name."""
     metrics = [item for r in model.get("Results", []) for item in r["Metrics"].items()]
     return {
         name.removesuffix(PUBLISHED).replace("Top 1 Accuracy", "top-1"): value
@@ -77,7 +77,7 @@ def published(model: dict[str, Any]) -> dict[str, float]:
 
 def count_parameters(config: Config) -> int:
     """Parameters of a config's model, heads for training alone included."""
-    with torch.device("meta"):  # nothing is initialised
+    with torch.device("meta"):  # nothing is initialized
         return sum(parameter.numel() for parameter in build_model(config).parameters())
 
 
@@ -93,7 +93,7 @@ COUNTED = ("Parameters", "FLOPs", "Pseudo-inverse FLOPs")  # in the order of Cou
 
 
 def read_counts() -> dict[str, Counts]:
-    """What the metafiles say."""
+    """Read the counts in the metafiles."""
     return {
         model["Name"]: Counts(*(model["Metadata"][key] for key in COUNTED))
         for _, model in models()
@@ -105,8 +105,7 @@ def count_all(known: dict[str, Counts] | None = None) -> dict[str, Counts]:
     """Count every model, showing progress.
 
     Args:
-        known: where the FLOPs of a model stand here, they are taken (they cost minutes, parameters
-            seconds).
+        known: counts whose FLOPs are reused (counting takes minutes, parameters take seconds).
 
     Raises:
         ValueError: a config is not in its metafile, or the other way round.
@@ -304,7 +303,9 @@ def main() -> None:
         help="take FLOPs from the metafiles where they have them: seconds instead of minutes",
     )
     args = parser.parse_args()
-    MMLogger.get_instance("model_zoo").setLevel("ERROR")  # of what the libraries tell when building
+    MMLogger.get_instance("model_zoo").setLevel(
+        "ERROR"
+    )  # silence what the libraries log when building
     try:
         render({model["Name"]: Counts(0, 0, 0) for _, model in models()})
         files = render(count_all(read_counts() if args.keep_flops else None))

@@ -26,7 +26,7 @@ def convert(source: Path, target: Path, task: str = "classifier") -> dict:
         The converted checkpoint.
 
     Raises:
-        ValueError: ``source`` is refused, or is no released checkpoint.
+        ValueError: ``source`` is refused, or is not a released checkpoint.
     """
     content = read_checkpoint(source)
     if not is_released(content):
@@ -57,7 +57,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
     released = checkpoint["meta"]["released"]
-    print(f"variant   {released['variant'] or 'not told by the file: SOFT or SOFT++'}")
+    print(f"variant   {released['variant'] or 'unknown: SOFT or SOFT++'}")
     for key, value in released["arch"].items():
         print(f"{key}   {value}")
     print(f"weights   {released['weights']}, epoch {released['epoch']}")

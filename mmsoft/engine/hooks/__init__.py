@@ -1,4 +1,4 @@
-"""Hooks for MMEngine's runner, each asked for by name."""
+"""Hooks for MMEngine's runner, each enabled by its name in a config."""
 
 from .checkpoint import CheckpointHook
 from .finite_gradient import FiniteGradientHook

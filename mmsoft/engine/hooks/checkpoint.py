@@ -20,10 +20,10 @@ _NO_STEPS = "does not say after how many iterations and epochs it was saved"
 
 
 class _DeferredRemoval:
-    """A file backend that notes what to remove instead of removing it.
+    """A file backend that records what to remove instead of removing it.
 
-    Nothing outside the folder of the checkpoints is noted. What to remove is named in the
-    checkpoint that a run was resumed from: that may be crafted, or the run a copy of another.
+    Nothing outside the folder of the checkpoints is recorded: the paths come from the checkpoint
+    that a run was resumed from, which may be crafted, or belong to a copy of another run.
     """
 
     def __init__(self, backend: LocalBackend, folder: str):
@@ -56,16 +56,15 @@ class CheckpointHook(_CheckpointHook):
 
     ``--resume`` takes the checkpoint that ``last_checkpoint`` names. Where it names none, or one
     that is missing, truncated or refused, the checkpoint of the most iterations is taken, and of
-    these the one of the most epochs, by what the files hold: names and times change when a run is
-    copied or restored. Copies of the same state are all the same; the last path is taken. Nor does
-    resuming execute what a checkpoint holds.
+    these the one of the most epochs, as recorded in the files: names and times change when a run is
+    copied or restored. Of copies of the same state the last path is taken. Resuming executes no
+    code from a checkpoint.
 
-    Asked for by name, as our configs do::
+    Enabled by its name, as in our configs::
 
         default_hooks = dict(checkpoint=dict(type='mmsoft.CheckpointHook'))
 
-    Runs with ``FlexibleRunner``, and checkpoints that do not go to a local folder, are left as they
-    were.
+    Runs with ``FlexibleRunner``, and checkpoints outside a local folder, are not affected.
     """
 
     file_backend: Any
@@ -138,12 +137,12 @@ class CheckpointHook(_CheckpointHook):
             runner.logger.warning(
                 f"{pointer} names {name or 'nothing'}; resuming from the complete checkpoint of "
                 f"the most iterations, {path} (iteration {iterations}, epoch {epochs})"
-                + (f". Left aside: {reasons}" if reasons else "")
+                + (f". Skipped: {reasons}" if reasons else "")
             )
             return ""
         if problems:
             return (
-                f"cannot resume: {reasons}. There is no complete checkpoint beside; start without "
+                f"cannot resume: {reasons}. There is no other complete checkpoint; start without "
                 "--resume, or with load_from=... to name one"
             )
         return ""
@@ -158,10 +157,10 @@ class CheckpointHook(_CheckpointHook):
 
     @contextmanager
     def _atomic_saves(self, runner: Any) -> Iterator[None]:
-        """Write under a temporary name first, and remove what is outdated last."""
+        """Write under a temporary name first, and remove outdated checkpoints last."""
         backend, save = self.file_backend, runner.save_checkpoint
-        # FlexibleRunner's strategies write folders, every rank a part. A backend that is not
-        # MMEngine's own is a remote one, or we are in here already.
+        # FlexibleRunner's strategies write folders, every rank a part. Another
+        # backend is a remote one, or the call is nested.
         if type(backend) is not LocalBackend or isinstance(runner, FlexibleRunner):
             yield
             return

@@ -16,13 +16,13 @@ from mmsoft.registry import HOOKS
 class FiniteGradientHook(Hook):
     """Stop the run, naming the samples, when a gradient or the loss is NaN or infinite.
 
-    The gradients are looked at just before every step of the optimizer, so that the weights and the
-    checkpoints stay good: fix or leave out the named files and go on with ``--resume``. Under
-    float16, whose gradient scaler drops steps with infinite gradients as a matter of course, only
-    the loss tells. On a GPU this waits for the gradients once an iteration.
+    The gradients are checked just before every step of the optimizer, so that the weights and the
+    checkpoints stay valid: fix or leave out the named files and go on with ``--resume``. Under
+    float16, whose gradient scaler skips steps with infinite gradients regularly, only the loss is
+    checked. On a GPU this synchronizes once per iteration.
 
-    MMDetection's ``CheckInvalidLossHook`` looks at the loss alone, after the step, and names
-    nothing::
+    MMDetection's ``CheckInvalidLossHook`` checks the loss alone, after the step, and names no
+    samples::
 
         custom_hooks = [dict(type='mmsoft.FiniteGradientHook')]
     """
@@ -40,10 +40,10 @@ class FiniteGradientHook(Hook):
             wrapper.optimizer.register_step_pre_hook(self._check_gradients)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Remember the samples, and look at their pixels where these can be NaN at all.
+        """Record the samples, and check their pixels where these are floating point.
 
         Raises:
-            FloatingPointError: one is NaN or infinite; running statistics would take it in at once.
+            FloatingPointError: one is NaN or infinite; running statistics would include it at once.
         """
         self.batches.append(data_batch)
         if any(_is_not_finite(image) for image in data_batch["inputs"]):

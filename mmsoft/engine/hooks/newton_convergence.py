@@ -1,4 +1,4 @@
-"""A hook that watches the Newton-Raphson inverse while a model trains."""
+"""A hook that monitors the Newton-Raphson inverse during training."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -21,19 +21,19 @@ class NewtonConvergenceHook(Hook):
     every backend it has (TensorBoard, WandB, the JSON file), as ``newton_residual/stage0`` (mean
     over blocks, heads and images) and ``newton_residual/stage0_max`` and so on. Only the main
     process computes and logs. Every ``interval`` iterations this costs about as much as one
-    inversion, and one eigendecomposition, of each layer's landmark matrices. Without effect on a
-    model that ``torch.compile`` has compiled, which the log then says. In a config::
+    inversion, and one eigendecomposition, of each layer's landmark matrices. It has no effect on a
+    model compiled by ``torch.compile``; the log then says so. In a config::
 
         custom_hooks = [dict(type='mmsoft.NewtonConvergenceHook', interval=100)]
 
     Args:
         interval: iterations between two measurements.
         threshold: residual of any one matrix above which to warn. Converged iterations stay below
-            0.01: what is damped for its small eigenvalue counts no more than that.
+            0.01: damped eigenvalues are small and contribute no more.
 
     Raises:
         ValueError: an option is invalid; or, when training starts, the model has no softmax-free
-            attention, or only such as does not iterate (``solver='direct'``).
+            attention, or none that iterates (``solver='direct'``).
     """
 
     priority = "LOW"
@@ -50,7 +50,7 @@ class NewtonConvergenceHook(Hook):
         self._states: dict[tuple[int, int], BlockState] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse a model that has nothing to watch."""
+        """Refuse a model without Newton-Raphson iteration."""
         layers = attention_blocks(runner.model).values()
         if all(layer.solver != "newton" for layer in layers):
             raise ValueError(
@@ -59,7 +59,7 @@ class NewtonConvergenceHook(Hook):
             )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Start watching the layers if this iteration's turn has come."""
+        """Start recording at every ``interval``-th iteration."""
         self._watching.close()  # a forward pass that failed may have left it open
         self._states = None
         if is_main_process() and self.every_n_train_iters(runner, self.interval):
@@ -103,7 +103,7 @@ class NewtonConvergenceHook(Hook):
             f"the inverse of stage {stage} does not converge: after {state.layer.newton_steps} "
             f"Newton-Raphson steps the residual is {residual:.2g}, above {self.threshold:g} "
             f"({state.landmarks.shape[2]} landmarks). If it stays there, {advice}, or more "
-            "newton_steps. This is said once; newton_residual/* in the log goes on"
+            "newton_steps. This warning is not repeated; newton_residual/* is still logged"
         )
 
     def _warn(self, runner: Runner, message: str) -> None:

@@ -19,11 +19,10 @@ class RandomStateHook(Hook):
     """Make a resumed run draw the random numbers of an uninterrupted one.
 
     MMEngine keeps the seed in its checkpoints but not the state of the generators, so that dropout,
-    stochastic depth, random sampling and augmentations go on differently after ``--resume`` (as in
-    open-mmlab/mmdetection issue 7508). With
-    this hook every iteration starts from a state that follows from seed, rank and iteration, and so
-    do the data loader's workers at the start of every epoch. A resumed run then repeats the
-    uninterrupted one bit for bit, as far as its kernels are deterministic::
+    stochastic depth, random sampling and augmentations differ after ``--resume``
+    (open-mmlab/mmdetection issue 7508). This hook seeds every iteration by seed, rank and
+    iteration, and the data loader's workers at the start of every epoch. A resumed run then repeats
+    the uninterrupted one bit for bit, if its kernels are deterministic::
 
         randomness = dict(seed=0)
         custom_hooks = [dict(type='mmsoft.RandomStateHook')]
@@ -48,14 +47,14 @@ class RandomStateHook(Hook):
         self._init_worker = runner.train_dataloader.worker_init_fn
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Let the workers of this epoch start from a state of their own."""
+        """Seed the workers of this epoch."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             loader, keys = runner.train_dataloader, (runner.seed, get_rank(), runner.epoch)
             loader._iterator = None  # ends persistent workers, which are seeded only once
             loader.worker_init_fn = partial(_start_worker, self._init_worker, keys)
 
     def before_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-        """Start the iteration from a state of its own."""
+        """Seed this iteration."""
         _set_random_state(runner.seed, get_rank(), runner.iter)
 
 

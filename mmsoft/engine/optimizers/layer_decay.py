@@ -14,9 +14,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     The rate of a parameter of the backbone is multiplied by ``layer_decay_rate`` once for each
     layer after it; necks and heads keep the full rate. MMPreTrain's
-    ``LearningRateDecayOptimWrapperConstructor`` does the same for its classifiers, but asks the
-    whole model for the depths; the ones of MMDetection and MMSegmentation know ConvNeXt, BEiT and
-    MAE alone.
+    ``LearningRateDecayOptimWrapperConstructor`` does the same for its classifiers, but takes the
+    depths from the whole model; those of MMDetection and MMSegmentation support only ConvNeXt, BEiT
+    and MAE.
 
     ``paramwise_cfg`` takes ``layer_decay_rate`` (1 by default) and all of MMEngine's options::
 
