@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from distributed_runs import (
     data_parallel_steps,
+    detector_steps,
     flexible_runner_steps,
     free_port,
     gradients,
@@ -179,18 +180,15 @@ def distance(one, other):
 
 
 @pytest.mark.long
-def test_two_gloo_processes_equal_one_with_twice_the_batch(root, tmp_path):
+def test_two_gloo_processes_equal_one_with_twice_the_batch(root, tmp_path, monkeypatch):
     pytest.importorskip("mmdet")
     make_coco(tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "config.py").write_text(CONFIG.format(root=root))
 
     def train(processes):
-        script = root / "tests/helpers/distributed_worker.py"
-        command = [sys.executable, script, "config.py", f"{processes}", f"--processes={processes}"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        files = [tmp_path / f"{processes}/rank{rank}.pth" for rank in range(processes)]
-        return [torch.load(file) for file in files]
+        launch(processes, detector_steps, "config.py", f"{processes}")
+        return [torch.load(f"{processes}-{rank}") for rank in range(processes)]
 
     (single,) = train(1)
     first, second = train(2)

@@ -154,36 +154,15 @@ def test_compressed_archives_are_refused(way, weights, tmp_path):
         way(str(bomb))
 
 
-def claiming(tensor, shape):
-    """A pickle that claims a contiguous `shape` for the few bytes of `tensor`."""
-
-    class Claim:
-        def __reduce__(self):
-            storage = torch.storage.TypedStorage(
-                wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True
-            )
-            strides = torch.empty(shape, device="meta").stride()
-            rebuild = torch._utils._rebuild_tensor_v2
-            return rebuild, (storage, 0, shape, strides, False, {})
-
-    return Claim()
-
-
-SHAPES = [(1, 3136, 32), (1, 10**6, 32), (1, 10**12, 32)]
-
-
 @pytest.mark.parametrize("way", WAYS[1:])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_shape_that_is_not_stored_is_refused(way, shape, expanded, legacy, weights, tmp_path):
-    few = torch.zeros(1, 1, 32)
-    huge = few.expand(shape) if expanded else claiming(few, shape)
-    content = {**weights, "stages.0.pos_embed": huge}
+def test_an_expanded_tensor_is_refused(way, legacy, weights, tmp_path):
+    """Of a size below the file's, which reading alone allows."""
+    expanded = torch.zeros(1, 1, 32).expand(1, 3136, 32)
+    content = {**weights, "stages.0.pos_embed": expanded}
     path = save(tmp_path / "huge.pth", content, _use_new_zipfile_serialization=not legacy)
-    assert os.path.getsize(path) < 1e7
-    message = r"stages.0.pos_embed claims the shape|cannot be read|claim more bytes than the file"
-    with pytest.raises(ValueError, match=message):
+    read_checkpoint(path)
+    with pytest.raises(ValueError, match=r"stages.0.pos_embed claims the shape"):
         way(path)
 
 

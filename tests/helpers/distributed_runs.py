@@ -7,10 +7,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, MMFullyShardedDataParallel
-from mmengine.runner import FlexibleRunner
+from mmengine.runner import FlexibleRunner, Runner
 from released import ARCH
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -187,3 +188,69 @@ def flexible_runner_steps(rank, world_size, file):
     )
     runner.train()
     torch.save(losses.losses, f"{file}-{rank}")
+
+
+# ------------------------------------------------------------------------ a detector of MMDetection
+
+
+class Recorder(Hook):
+    """Keep the losses and gradients of every iteration."""
+
+    def __init__(self):
+        self.losses, self.gradients = [], []
+
+    def before_train(self, runner):
+        names = {p: name.removeprefix("module.") for name, p in runner.model.named_parameters()}
+
+        def keep(optimizer, args, kwargs):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.gradients.append({names[p]: p.grad.clone() for p in parameters})
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append({name: float(value) for name, value in outputs.items()})
+
+
+def average_positives(head):
+    """Divide the loss by the mean of the processes' numbers of positive anchors.
+
+    As MMDetection's ATSS, FCOS and GFL heads do by themselves. RetinaNet's divides by the number of
+    its own process, so that the mean over processes is not that of one process.
+
+    Returns:
+        The list to which every iteration adds the number of its own process.
+    """
+    from mmdet.utils import reduce_mean
+
+    own, get_targets = [], head.get_targets
+
+    def averaged(*args, **kwargs):
+        *targets, positives = get_targets(*args, **kwargs)
+        own.append(positives)
+        return *targets, float(reduce_mean(torch.tensor(float(positives))))
+
+    head.get_targets = averaged
+    return own
+
+
+def detector_steps(rank, world_size, config, out):
+    """Train a config and write losses, positive anchors, gradients and final parameters.
+
+    MMEngine's launcher calls `torch.cuda.set_device`, so `start` opens the process group. All is in
+    float64: in float32 a different rounding can change the sign of an input of a ReLU, which would
+    look like a fault.
+    """
+    torch.set_default_dtype(torch.float64)
+    cfg = Config.fromfile(config)
+    cfg.work_dir = f"{out}-work"
+    cfg.launcher = "pytorch"
+    cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
+    cfg.train_dataloader.batch_size //= world_size
+    runner = Runner.from_cfg(cfg)
+    positives, recorder = average_positives(runner.model.module.bbox_head), Recorder()
+    runner.register_hook(recorder)
+    runner.train()
+    parameters = {name: p.detach() for name, p in runner.model.module.named_parameters()}
+    content = dict(vars(recorder), positives=positives, parameters=parameters)
+    torch.save(content | dict(wrapper=type(runner.model).__name__), f"{out}-{rank}")
