@@ -12,17 +12,17 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
-EXTRAS = dict(mmdet="det", mmseg="seg", mmpretrain="cls")  # ours that bring a package; else peers
+_EXTRAS = dict(mmdet="det", mmseg="seg", mmpretrain="cls")  # ours that bring a package; else peers
 
 
 def require(package: str) -> None:
     """Check that an optional package is installed.
 
     Raises:
-        ImportError: it is missing; one line that says how to install it.
+        ImportError: it is missing; the message says how to install it.
     """
     if find_spec(package) is None:
-        extra = EXTRAS.get(package, "peers")
+        extra = _EXTRAS.get(package, "peers")
         raise ImportError(f"{package} is missing: pip install 'mmsoft[{extra}]'")
 
 

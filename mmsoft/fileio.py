@@ -18,7 +18,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
         path: the file or folder; its parents are made.
 
     Yields:
-        The temporary name, beside ``path``.
+        The temporary name, in the same folder.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{path.name}")

@@ -25,7 +25,7 @@ BOXES = ["val_evaluator.outfile_prefix=val", "test_evaluator.outfile_prefix=test
 MAPS = ["val_evaluator.output_dir=val", "test_evaluator.output_dir=test"]
 # Of each library: the option that sets the length, its values in training and on resuming, the
 # checkpoint, and how the learning rate is scaled (mmseg's train.py has no --auto-scale-lr and its
-# bases no entry, but MMEngine obeys one).
+# bases no entry, but MMEngine accepts one).
 EPOCHS = dict(
     length="train_cfg.max_epochs={}",
     lengths=(1, 2),

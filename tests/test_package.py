@@ -267,6 +267,6 @@ assert state()["loaders"] != before["loaders"]
 
 
 def test_imports_change_nothing_for_other_packages(run_outside):
-    """What replaces a part of MMEngine is asked for by name."""
+    """What replaces a part of MMEngine is enabled by name."""
     done = run_outside("-W", "ignore", "-c", UNCHANGED)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,7 @@ model = dict(
         _delete_=True,
         type="mmsoft.SOFTPlusPlus",
         arch="tiny",
-        # See README.md beside this file for the cost that decided these three.
+        # See README.md in this folder for the cost that decided these three.
         max_landmarks=49,
         max_keys=2048,
         solver="direct",

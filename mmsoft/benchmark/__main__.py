@@ -189,7 +189,7 @@ def plan(args: argparse.Namespace) -> list[Group]:
 
 
 def entry(section: str, case: Case, figures: dict[str, Any]) -> dict[str, Any]:
-    """A case and its figures as they stand in the JSON."""
+    """A case and its figures as an entry of the JSON."""
     what: dict[str, Any]
     if section == "operator":
         tokens = case.size[0] * case.size[1]
@@ -293,7 +293,7 @@ def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def draw(path: Path, folder: Path) -> None:
-    """Draw the papers' figures, and say which backbones are not in them."""
+    """Draw the papers' figures, and name the backbones that are not in them."""
     from mmsoft.benchmark.plots import forward_passes, plot_as_papers, published
     from mmsoft.benchmark.report import read_json
 

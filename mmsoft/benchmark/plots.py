@@ -32,7 +32,7 @@ def _colour(backbone: str) -> str:
 
 
 def _bars(axis: Any, entries: Sequence[Entry], key: str, unit: str) -> None:
-    """Horizontal bars from fast to slow, on a logarithmic axis, with figures written beside."""
+    """Horizontal bars from fast to slow, on a logarithmic axis, with their values."""
     entries = sorted((e for e in entries if e.get(key)), key=lambda e: -e[key])
     values = [entry[key] for entry in entries]
     bars = axis.barh(

@@ -185,7 +185,7 @@ class Target:
 
 
 def targets(data: dict[str, Any]) -> list[Target]:
-    """The targets, for a CPU in float32, and what a run says about them."""
+    """The targets, for a CPU in float32, with the measurements of a run."""
     plain = [
         entry
         for section in ("results", "scaling", "whole")

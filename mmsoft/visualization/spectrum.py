@@ -20,8 +20,8 @@ def draw_spectrum(
 
     Returns:
         A matplotlib figure. Above: how many eigenvalues there are, and the share ``x g(x)`` of each
-        that survives ``A A^+``: 1 where it is inverted, 0 where it is damped. Below: ``g`` itself
-        beside ``1/x``.
+        that survives ``A A^+``: 1 where it is inverted, 0 where it is damped. Below: ``g`` and
+        ``1/x``.
     """
     figure = new_figure(6.4, 5.2)
     upper, lower = figure.subplots(2, 1, sharex=True)

@@ -57,7 +57,7 @@ def test_a_pixel_of_the_file_is_found_among_the_tokens(library, path):
     image = load_image(config, model, path)
     assert image.picture.shape == (HEIGHT, WIDTH, 3)
     assert image.shape == SHAPES[library]
-    # The brightest spot of what the backbone receives is where the maps say.
+    # The maps give the position of the brightest spot of the backbone's input.
     spot = image.inputs[0].sum(0)
     rows, columns = torch.nonzero(spot > spot.max() * 0.5 + spot.min() * 0.5, as_tuple=True)
     x = columns.double().mean().item() * image.x_map[0] + image.x_map[1]

@@ -143,9 +143,9 @@ def test_a_killed_rank_ends_the_job_with_an_error(tmp_path):
 
 # Two processes train a detector as one process with twice the batch does.
 #
-# RetinaNet from our config, without what makes the two differ legitimately: random
-# flips, stochastic depth and shuffling are off, and the number of positive anchors by which the
-# loss is divided is that of all processes (see average_positives). In float64.
+# RetinaNet from our config, without what makes the two differ legitimately: random flips,
+# stochastic depth and shuffling are disabled, and the number of positive anchors by which the loss
+# is divided is that of all processes (see average_positives). In float64.
 #
 # The rate neither warms up nor is small, so that the second iteration shows a fault of the first.
 CONFIG = """
@@ -176,7 +176,7 @@ def distance(one, other):
     assert one.keys() == other.keys()
     squares = {k: (float((one[k] - other[k]).norm()), float(other[k].norm())) for k in one}
     whole = [math.hypot(*values) for values in zip(*squares.values(), strict=True)]
-    return whole[0] / whole[1], max(off / max(norm, 1e-12) for off, norm in squares.values())
+    return whole[0] / whole[1], max(far / max(norm, 1e-12) for far, norm in squares.values())
 
 
 @pytest.mark.long

@@ -148,7 +148,7 @@ def test_random_state_hook_needs_a_seed_and_workers(run):
 
 def test_a_failed_write_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
     whole = weights(run(hooks=RANDOM_STATE))
-    run(2, hooks=RANDOM_STATE)  # starts anew
+    run(2, hooks=RANDOM_STATE)  # starts from the beginning
     with monkeypatch.context() as patch:
 
         def full(self, data, path):
@@ -302,7 +302,7 @@ def test_out_dir_filename_tmpl_and_moved_folders(work, tmp_path):
 
 
 def test_nothing_to_resume_from(work):
-    assert work.resumed_from() is None  # MMEngine starts anew
+    assert work.resumed_from() is None  # MMEngine starts from the beginning
     assert os.listdir(work.folder) == []
     work.point("s3://bucket/epoch_3.pth")
     work.save("epoch_1.pth", 3, 1)

@@ -87,7 +87,7 @@ def train(config):
 
 
 def plain_loop(cfg, iterations, dtype=None, seed=0):
-    """The losses of AdamW at 1e-3 without MMEngine's wrapper, whose AMP asks for a GPU.
+    """The losses of AdamW at 1e-3 without MMEngine's wrapper, whose AMP needs a GPU.
 
     The seed decides the order of the images only, not the weights.
     """

@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
     parser.add_argument("--images", type=int, default=100, help="how many (default: 100)")
     parser.add_argument("--norm", choices=NORMS, default="2", help="p of the residual's norm")
-    parser.add_argument("--out", default="convergence.png", help="the CSV goes beside it")
+    parser.add_argument("--out", default="convergence.png", help="the CSV has the same name")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.images < 1:
@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[int, dict[str, np.ndarray]],
 
 
 def write_csv(path: Path, residuals: dict[int, dict[str, np.ndarray]], images: int) -> None:
-    """One line for each stage, rule and step; whole or not at all."""
+    """Write one line for each stage, rule and step."""
     with write_whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["stage", "rule", "k", "mean", "q10", "q90", "max", "values", "images"])
