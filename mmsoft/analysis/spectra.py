@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mmsoft.ops import gaussian_gram, newton_iterates, newton_raphson_pinv, step_size
-from mmsoft.ops.attention import SOLVERS
-from mmsoft.ops.gaussian import compute_dtype
+from mmsoft.ops.checks import SOLVERS
 from mmsoft.ops.inverse import RIDGE_SOFT, TIKHONOV
+from mmsoft.ops.island import compute_dtype
 
 STEP_RULES = ("mmsoft", "released")
 NORMS = ("2", "fro")

@@ -3,52 +3,11 @@
 import torch
 from torch import Tensor
 
-from .gaussian import fits_one_block, gaussian_gram, gaussian_kernel, product_in_units, unit_of
+from .checks import check_attention
+from .gaussian import gaussian_gram, gaussian_kernel, product_in_units, unit_of
+from .gaussian.eager import fits_one_block
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
 from .island import compute_dtype, matmul, no_autocast, transformed
-
-SOLVERS = ("newton", "direct")
-
-
-def _check(q: Tensor, v: Tensor, landmarks: Tensor, solver: str, steps: int) -> None:
-    for name, tensor in (("q", q), ("v", v), ("landmarks", landmarks)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions [B, heads, tokens, d], "
-                f"got shape {tuple(tensor.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-        if tensor.shape[:2] != q.shape[:2]:
-            raise ValueError(
-                f"{name} must have the batch and heads of q, {tuple(q.shape[:2])}, "
-                f"got {tuple(tensor.shape[:2])}"
-            )
-    if v.dtype != q.dtype:
-        raise TypeError(f"v must have the dtype of q, {q.dtype}, got {v.dtype}")
-    # Under autocast LayerNorm hands float32 landmarks to a half-precision q.
-    if landmarks.dtype not in (q.dtype, torch.float32):
-        raise TypeError(f"landmarks must be {q.dtype} (as q) or float32, got {landmarks.dtype}")
-    if v.shape[2] != q.shape[2]:
-        raise ValueError(f"v must have the {q.shape[2]} tokens of q, got {v.shape[2]}")
-    if landmarks.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"landmarks must have the head dimension of q, {q.shape[3]}, got {landmarks.shape[3]}"
-        )
-    for name, tensor in (("q", q), ("v", v), ("landmarks", landmarks)):
-        if tensor.shape[1] < 1 or tensor.shape[2] < 1 or tensor.shape[3] < 1:
-            raise ValueError(
-                f"{name} must have at least one token, head and channel, "
-                f"got shape {tuple(tensor.shape)}"
-            )
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
 def softmax_free_attention(
@@ -96,7 +55,7 @@ def softmax_free_attention(
         ValueError: ranks, batch, heads, tokens, head dimension or device disagree, or ``solver`` or
             ``steps`` is unknown.
     """
-    _check(q, v, landmarks, solver, steps)
+    check_attention(q, v, landmarks, solver, steps)
     with no_autocast(q):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
         unit = unit_of(v, landmarks.dtype)

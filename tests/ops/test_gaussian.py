@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mmsoft.ops import gaussian, gaussian_gram, gaussian_kernel, gaussian_kernel_product
+from mmsoft.ops import gaussian_gram, gaussian_kernel, gaussian_kernel_product
+from mmsoft.ops.gaussian import eager, product_in_units
 from mmsoft.ops.reference import gaussian_kernel as naive
 
 
 @pytest.fixture
 def tiny_blocks(monkeypatch):
     """Blocks so small that every loop runs several times, the last one short."""
-    monkeypatch.setitem(gaussian._BLOCK_ELEMENTS, "cpu", 500)
+    monkeypatch.setitem(eager.BLOCK_ELEMENTS, "cpu", 500)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1000, 7), (7, 1000), (63, 63), (1, 5), (5, 1), (1, 1)])
@@ -110,7 +111,7 @@ def test_units(n, m, divide):
     tensors = [torch.randn(2, 2, k, 8).requires_grad_() for k in (n, m, m)]
     unit = torch.tensor([8.0, 0.25])[:, None, None, None]
     plain = gaussian_kernel_product(*tensors)
-    ours = gaussian.product_in_units(*tensors, unit, divide=divide)
+    ours = product_in_units(*tensors, unit, divide=divide)
     torch.testing.assert_close(ours, plain / unit if divide else plain * unit)
     grad = torch.randn_like(plain)
     dx, dy, dw = torch.autograd.grad(plain, tensors, grad)
@@ -143,7 +144,7 @@ def peak_elements(function) -> int:
 def test_no_block_exceeds_the_bound():
     n, m = 20000, 256
     x, y = torch.randn(1, 2, n, 32), torch.randn(1, 2, m, 32)
-    stream = gaussian._Stream(x, y, torch.float32)
-    assert max(k.numel() for *_, k in stream) <= gaussian._BLOCK_ELEMENTS["cpu"] < 2 * n * m
+    stream = eager.Stream(x, y, torch.float32)
+    assert max(k.numel() for *_, k in stream) <= eager.BLOCK_ELEMENTS["cpu"] < 2 * n * m
     assert sum(k.shape[2] for *_, k in stream) == n
     assert peak_elements(lambda: [None for _ in stream]) < n * m

@@ -14,7 +14,7 @@ from mmsoft.ops import (
     step_size,
     tikhonov_pinv_product,
 )
-from mmsoft.ops.inverse import _tikhonov_solve
+from mmsoft.ops.inverse.operators import tikhonov_solve
 from mmsoft.ops.reference import gaussian_kernel as naive
 from mmsoft.ops.reference import softmax_free_attention as reference
 
@@ -99,7 +99,7 @@ def test_finite_differences_of_every_operator():
 
     def solve(a, b):  # with a mu that does not follow a
         a = (a + a.mT) / 2
-        return _tikhonov_solve(a, mu, a @ b)
+        return tikhonov_solve(a, mu, a @ b)
 
     kwargs = dict(check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradcheck(solve, (a, b), **kwargs)

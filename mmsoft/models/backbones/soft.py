@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors, load_backbone
-from mmsoft.ops.attention import SOLVERS
+from mmsoft.ops.checks import SOLVERS
 from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention

@@ -10,14 +10,21 @@ about where the guarded Newton-Raphson starts to damp, and bounds the condition 
 factorised by ``1 + TIKHONOV^-2`` = 1e4 whatever ``A`` is.
 """
 
-from collections.abc import Iterator
-from itertools import islice
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .island import forward_mode, matmul, no_autocast, transformed
+from ..island import matmul, no_autocast
+from .eager import newton_iterates
+from .operators import newton, tikhonov_solve
+
+__all__ = [
+    "RIDGE_SOFT",
+    "TIKHONOV",
+    "newton_iterates",
+    "newton_raphson_pinv",
+    "step_size",
+    "tikhonov_pinv_product",
+]
 
 # SOFT inverts A + 0.01 I; SOFT++ inverts A itself (authors' release).
 RIDGE_SOFT = 0.01
@@ -67,57 +74,6 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
     return alpha[..., None], cubic[..., None]
 
 
-def newton_iterates(a: Tensor, alpha: Tensor, cubic: Tensor) -> Iterator[Tensor]:
-    """The start and every further iterate of :func:`newton_raphson_pinv`, without end or gradient.
-
-    Args:
-        a: symmetric matrices ``[..., m, m]``.
-        alpha: broadcastable to ``a``.
-        cubic: likewise.
-    """
-    shape = a.shape
-    with no_autocast(a):
-        v = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
-    a = a.flatten(0, -3)
-    while True:
-        yield v.view(shape)
-        with no_autocast(a):
-            v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
-
-
-def _iterate(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
-    return next(islice(newton_iterates(a, alpha, cubic), steps, None))
-
-
-_newton = torch.library.custom_op("mmsoft::newton_raphson_pinv", _iterate, mutates_args=())
-
-
-@_newton.register_fake
-def _(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
-    return torch.empty_like(a, memory_format=torch.contiguous_format)
-
-
-def _newton_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-
-
-def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    (v,) = ctx.saved_tensors
-    return -matmul(matmul(v.mT, grad), v.mT), None, None, None
-
-
-_newton.register_autograd(_newton_backward, setup_context=_newton_context)
-
-
-class _Newton(torch.autograd.Function):
-    """For ``torch.func``."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(_iterate)
-    setup_context = staticmethod(_newton_context)
-    backward = staticmethod(_newton_backward)
-
-
 def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20) -> Tensor:
     """``steps`` Newton-Raphson steps ``V <- 2V - V A V`` from ``V = alpha A - cubic A^3``.
 
@@ -133,66 +89,7 @@ def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20
     Returns:
         ``[B, heads, m, m]``.
     """
-    if not transformed():
-        return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
-    if not forward_mode():
-        return _Newton.apply(a, alpha, cubic, steps)
-    with no_autocast(a):
-        v = _iterate(a.detach(), alpha.detach(), cubic.detach(), steps)
-        # (I + V (A - A))^-1 V: the value is V, and every derivative follows from dV = -V dA V.
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        return torch.linalg.inv(eye + v @ (a - a.detach())) @ v
-
-
-def _factorise_and_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    with no_autocast(a):
-        normal = a @ a
-        normal.diagonal(dim1=-2, dim2=-1).add_(mu.square().squeeze(-1))
-        factor, _ = torch.linalg.cholesky_ex(normal)
-        return torch.cholesky_solve(b, factor).contiguous()
-
-
-_solve = torch.library.custom_op("mmsoft::tikhonov_solve", _factorise_and_solve, mutates_args=())
-
-
-@_solve.register_fake
-def _(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    return torch.empty_like(b, memory_format=torch.contiguous_format)
-
-
-def _solve_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, mu, _ = inputs
-    ctx.save_for_backward(a, mu, output)
-
-
-def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-    a, mu, x = ctx.saved_tensors
-    y = _tikhonov_solve(a, mu, grad)
-    return -(matmul(y, matmul(a, x).mT) + matmul(matmul(a, y), x.mT)), None, y
-
-
-_solve.register_autograd(_solve_backward, setup_context=_solve_context)
-
-
-class _Solve(torch.autograd.Function):
-    """For ``torch.func``."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(_factorise_and_solve)
-    setup_context = staticmethod(_solve_context)
-    backward = staticmethod(_solve_backward)
-
-
-def _tikhonov_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    """``(A^2 + mu^2 I)^-1 b``."""
-    if not transformed():
-        return torch.ops.mmsoft.tikhonov_solve(a, mu, b)
-    if not forward_mode():
-        return _Solve.apply(a, mu, b)
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    with no_autocast(a):
-        # Not linalg.solve, whose second derivative in forward mode is wrong (torch 2.13).
-        return torch.linalg.inv(a @ a + mu.square() * eye) @ b
+    return newton(a, alpha, cubic, steps)
 
 
 def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:
@@ -210,4 +107,4 @@ def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:
         ``[B, heads, m, d]``, twice differentiable.
     """
     mu = TIKHONOV * a.detach().sum(-1).amax(-1)[..., None, None]
-    return _tikhonov_solve(a, mu, matmul(a, b))
+    return tikhonov_solve(a, mu, matmul(a, b))

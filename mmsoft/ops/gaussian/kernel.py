@@ -1,0 +1,63 @@
+"""The Gaussian kernel matrix ``K_ij = exp(-||x_i - y_j||^2 / 2)``, stored and differentiable."""
+
+import torch
+from torch import Tensor
+
+from ..island import matmul
+
+# Coordinates are clamped here so that squares cannot overflow: the kernel of two points that far
+# from the landmarks is 0 (or 1, for a pair beyond the same bound) whatever their distance.
+COORDINATE_MAX = 1e9
+
+
+def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """The kernel matrix itself, for a short ``x`` and ``y``.
+
+    Points are taken relative to a centre of ``y``, which the kernel does not notice but rounding
+    does.
+
+    Args:
+        x: ``[..., n, d]``.
+        y: ``[..., m, d]``, same dtype.
+
+    Returns:
+        ``[..., n, m]`` in (0, 1], differentiable.
+    """
+    y = y.clamp(-COORDINATE_MAX, COORDINATE_MAX)
+    origin = centre(y)
+    return _near_zero(x.clamp(-COORDINATE_MAX, COORDINATE_MAX) - origin, y - origin)
+
+
+def centre(y: Tensor) -> Tensor:
+    """The mean of the points but outliers, of which one would take all others' digits."""
+    y = y.detach()
+    squared = y.square().sum(-1, keepdim=True)
+    near = (squared <= 16 * squared.amin(-2, keepdim=True)).to(y.dtype)
+    return (near * y).sum(-2, keepdim=True) / near.sum(-2, keepdim=True)
+
+
+def _near_zero(x: Tensor, y: Tensor) -> Tensor:
+    """The kernel of centred points. In place, because large fresh memory is slow."""
+    half = y.square().sum(-1).mul_(0.5)
+    half_x = half if x is y else x.square().sum(-1).mul_(0.5)
+    # Symmetric if x is y.
+    exponent = matmul(x, y.mT).sub_(half_x[..., :, None] + half[..., None, :])
+    return exponent.clamp_(max=0).exp_()
+
+
+def gaussian_gram(x: Tensor) -> Tensor:
+    """The kernel matrix of ``x [..., m, d]`` with itself, ``[..., m, m]``: its diagonal exactly 1.
+
+    Rounding leaves the distance of a large point from itself positive, and without a diagonal a row
+    may sum to 0.
+    """
+    x = x.clamp(-COORDINATE_MAX, COORDINATE_MAX)
+    x = x - centre(x)
+    eye = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    return _near_zero(x, x).masked_fill(eye, 1)
+
+
+def empty_like_tokens(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """``[B, h, n, width]`` in memory ``[B, n, h, width]``: merging the heads is then a view."""
+    batch, heads, n, _ = x.shape
+    return x.new_empty((batch, n, heads, width), dtype=dtype).transpose(1, 2)

@@ -1,0 +1,92 @@
+"""The custom operators: signatures, shapes and gradients, whatever computes them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..island import compute_dtype, forward_mode, matmul, no_autocast, transformed
+from . import eager
+from .kernel import empty_like_tokens, gaussian_kernel
+
+
+@torch.library.custom_op("mmsoft::gaussian_kernel_product", mutates_args=())
+def _product(
+    x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
+) -> Tensor:
+    return eager.product(x, y, w, unit, divide)
+
+
+@_product.register_fake
+def _(x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False) -> Tensor:
+    return empty_like_tokens(x, w.shape[-1], compute_dtype(x, y, w))
+
+
+@torch.library.custom_op("mmsoft::gaussian_kernel_product_backward", mutates_args=())
+def _product_backward(
+    grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    return eager.product_backward(grad, x, y, w, unit, divide)
+
+
+@_product_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(x, y, w)
+    return tuple(empty_like_tokens(t, t.shape[-1], dtype) for t in (x, y, w))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.divide = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if forward_mode():
+        raise NotImplementedError(
+            "the backward pass of gaussian_kernel_product has no forward-mode derivative; compute "
+            "the forward pass under forward mode too, as torch.func.jvp of torch.func.grad does"
+        )
+    *inputs, unit = ctx.saved_tensors
+    grads = torch.ops.mmsoft.gaussian_kernel_product_backward(grad, *inputs, unit, ctx.divide)
+    return *(g.to(t.dtype) for g, t in zip(grads, inputs)), None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "gaussian_kernel_product has no second derivative; differentiate "
+        "mmsoft.ops.reference.softmax_free_attention instead"
+    )
+
+
+_product.register_autograd(_backward, setup_context=_setup_context)
+_product_backward.register_autograd(_no_double_backward)
+
+
+def product_in_units(
+    x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None, *, divide: bool
+) -> Tensor:
+    """``K (w / unit)`` if ``divide``, else ``unit * (K w)``: nothing in between can overflow.
+
+    ``S = K^T (v / unit)`` stands for ``unit * S``, and outside :func:`transformed` its cotangent is
+    that of what it stands for: the gradient with respect to ``v`` or to the values' sums then needs
+    no unit. That of anything else does, at its end: queries get it here, ``y`` if ``divide`` and
+    ``x`` if not; the landmarks' is left to the caller, after all of it has been summed.
+
+    Args:
+        x: as for :func:`gaussian_kernel_product`.
+        y: likewise.
+        w: likewise.
+        unit: from :func:`unit_of`; ``None`` for 1.
+        divide: which of the two.
+    """
+    if not transformed():
+        return torch.ops.mmsoft.gaussian_kernel_product(x, y, w, unit, divide)
+    with no_autocast(x):
+        dtype = compute_dtype(x, y, w)
+        w = w.to(dtype)
+        if unit is not None and divide:
+            w = w / unit
+        out = matmul(gaussian_kernel(x.to(dtype), y.to(dtype)), w)
+        return out if unit is None or divide else unit * out

@@ -1,0 +1,98 @@
+"""The custom operators: signatures, shapes and gradients, whatever computes them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..island import forward_mode, matmul, no_autocast, transformed
+from . import eager
+
+
+@torch.library.custom_op("mmsoft::newton_raphson_pinv", mutates_args=())
+def _newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+    return eager.newton(a, alpha, cubic, steps)
+
+
+@_newton.register_fake
+def _(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+def _newton_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (v,) = ctx.saved_tensors
+    return -matmul(matmul(v.mT, grad), v.mT), None, None, None
+
+
+_newton.register_autograd(_newton_backward, setup_context=_newton_context)
+
+
+class _Newton(torch.autograd.Function):
+    """For ``torch.func``."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(eager.newton)
+    setup_context = staticmethod(_newton_context)
+    backward = staticmethod(_newton_backward)
+
+
+def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+    """:func:`mmsoft.ops.newton_raphson_pinv`."""
+    if not transformed():
+        return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
+    if not forward_mode():
+        return _Newton.apply(a, alpha, cubic, steps)
+    with no_autocast(a):
+        v = eager.newton(a.detach(), alpha.detach(), cubic.detach(), steps)
+        # (I + V (A - A))^-1 V: the value is V, and every derivative follows from dV = -V dA V.
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        return torch.linalg.inv(eye + v @ (a - a.detach())) @ v
+
+
+@torch.library.custom_op("mmsoft::tikhonov_solve", mutates_args=())
+def _solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    return eager.solve(a, mu, b)
+
+
+@_solve.register_fake
+def _(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    return torch.empty_like(b, memory_format=torch.contiguous_format)
+
+
+def _solve_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, mu, _ = inputs
+    ctx.save_for_backward(a, mu, output)
+
+
+def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    a, mu, x = ctx.saved_tensors
+    y = tikhonov_solve(a, mu, grad)
+    return -(matmul(y, matmul(a, x).mT) + matmul(matmul(a, y), x.mT)), None, y
+
+
+_solve.register_autograd(_solve_backward, setup_context=_solve_context)
+
+
+class _Solve(torch.autograd.Function):
+    """For ``torch.func``."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(eager.solve)
+    setup_context = staticmethod(_solve_context)
+    backward = staticmethod(_solve_backward)
+
+
+def tikhonov_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    """``(A^2 + mu^2 I)^-1 b``."""
+    if not transformed():
+        return torch.ops.mmsoft.tikhonov_solve(a, mu, b)
+    if not forward_mode():
+        return _Solve.apply(a, mu, b)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    with no_autocast(a):
+        # Not linalg.solve, whose second derivative in forward mode is wrong (torch 2.13).
+        return torch.linalg.inv(a @ a + mu.square() * eye) @ b
