@@ -1,6 +1,7 @@
 """Pure functions on tensors, built on torch alone."""
 
 from .attention import softmax_free_attention
+from .backends import use_backend
 from .gaussian import gaussian_gram, gaussian_kernel, gaussian_kernel_product
 from .inverse import newton_iterates, newton_raphson_pinv, step_size, tikhonov_pinv_product
 from .landmarks import landmark_centres, landmark_grid, landmark_patches
@@ -17,4 +18,5 @@ __all__ = [
     "softmax_free_attention",
     "step_size",
     "tikhonov_pinv_product",
+    "use_backend",
 ]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_attention
-from .gaussian import gaussian_gram, gaussian_kernel, product_in_units, unit_of
-from .gaussian.eager import fits_one_block
+from .gaussian import gaussian_gram, unit_of
+from .gaussian.pair import PAIR
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
 from .island import compute_dtype, matmul, no_autocast, transformed
 
@@ -62,13 +62,8 @@ def softmax_free_attention(
         if landmarks.requires_grad and not transformed():  # their gradient, see product_in_units
             landmarks = landmarks.detach() + unit * (landmarks - landmarks.detach())
         a = gaussian_gram(landmarks)
-        # Of a few tokens the kernel need not be computed twice.
-        small = not torch.is_grad_enabled() and fits_one_block(q, landmarks)
-        kernel = gaussian_kernel(q.to(a.dtype), landmarks) if small else None
-        if kernel is None:
-            s = product_in_units(landmarks, q, v, unit, divide=True)  # K^T v: [B, heads, m, d_v]
-        else:
-            s = kernel.mT @ (v.to(a.dtype) / unit)
+        kernel = PAIR(q, landmarks, unit)
+        s = kernel.gather(v)  # K^T v: [B, heads, m, d_v]
         root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
         if root is not None:
             s = root * s
@@ -80,10 +75,7 @@ def softmax_free_attention(
                 a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
             s = matmul(newton_raphson_pinv(a, alpha, cubic, steps), s)
         s = scale * s if root is None else scale * root * s
-        if kernel is None:
-            out = product_in_units(q, landmarks, s, unit, divide=False)
-        else:
-            out = (unit * (kernel @ s)).transpose(1, 2).contiguous().transpose(1, 2)
+        out = kernel.spread(s)
     if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
         out = out.clamp(-65504, 65504)
     return out.to(v.dtype)

@@ -5,7 +5,8 @@ import torch
 from torch.library import opcheck
 
 from mmsoft.ops import gaussian_gram, gaussian_kernel, gaussian_kernel_product
-from mmsoft.ops.gaussian import eager, product_in_units
+from mmsoft.ops.gaussian import eager
+from mmsoft.ops.gaussian.operators import product_in_units
 from mmsoft.ops.reference import gaussian_kernel as naive
 
 

@@ -10,7 +10,6 @@ __all__ = [
     "gaussian_gram",
     "gaussian_kernel",
     "gaussian_kernel_product",
-    "product_in_units",
     "unit_of",
 ]
 

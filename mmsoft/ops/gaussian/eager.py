@@ -18,16 +18,6 @@ BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_DEVICE = 1 << 25
 
 
-def fits_one_block(x: Tensor, y: Tensor) -> bool:
-    """Whether the kernel of ``x [B, h, n, d]`` and ``y [B, h, m, d]`` is no more than one block.
-
-    False on a GPU, and wherever the answer would tie a traced program to these sizes.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
-        return False
-    return x[..., 0].numel() * y.shape[-2] <= BLOCK_ELEMENTS["cpu"]
-
-
 class Stream:
     """Blocks of the kernel of a long side ``[B, h, n, d]`` and a short one ``[B, h, m, d]``.
 

@@ -5,16 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import EAGER, Implementation, Operation
 from ..island import compute_dtype, forward_mode, matmul, no_autocast, transformed
 from . import eager
 from .kernel import empty_like_tokens, gaussian_kernel
+
+PRODUCT = Operation("gaussian_kernel_product", Implementation(EAGER, eager.product))
+BACKWARD = Operation(
+    "gaussian_kernel_product_backward", Implementation(EAGER, eager.product_backward)
+)
 
 
 @torch.library.custom_op("mmsoft::gaussian_kernel_product", mutates_args=())
 def _product(
     x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
 ) -> Tensor:
-    return eager.product(x, y, w, unit, divide)
+    return PRODUCT(x, y, w, unit, divide)
 
 
 @_product.register_fake
@@ -26,7 +32,7 @@ def _(x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool 
 def _product_backward(
     grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return eager.product_backward(grad, x, y, w, unit, divide)
+    return BACKWARD(grad, x, y, w, unit, divide)
 
 
 @_product_backward.register_fake
@@ -81,7 +87,7 @@ def product_in_units(
         unit: from :func:`unit_of`; ``None`` for 1.
         divide: which of the two.
     """
-    if not transformed():
+    if not PRODUCT.gives_way(transformed()):
         return torch.ops.mmsoft.gaussian_kernel_product(x, y, w, unit, divide)
     with no_autocast(x):
         dtype = compute_dtype(x, y, w)

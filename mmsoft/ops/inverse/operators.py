@@ -5,13 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import EAGER, Implementation, Operation
 from ..island import forward_mode, matmul, no_autocast, transformed
 from . import eager
+
+NEWTON = Operation("newton_raphson_pinv", Implementation(EAGER, eager.newton))
+SOLVE = Operation("tikhonov_solve", Implementation(EAGER, eager.solve))
 
 
 @torch.library.custom_op("mmsoft::newton_raphson_pinv", mutates_args=())
 def _newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
-    return eager.newton(a, alpha, cubic, steps)
+    return NEWTON(a, alpha, cubic, steps)
 
 
 @_newton.register_fake
@@ -42,7 +46,7 @@ class _Newton(torch.autograd.Function):
 
 def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
     """:func:`mmsoft.ops.newton_raphson_pinv`."""
-    if not transformed():
+    if not NEWTON.gives_way(transformed()):
         return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
     if not forward_mode():
         return _Newton.apply(a, alpha, cubic, steps)
@@ -55,7 +59,7 @@ def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
 
 @torch.library.custom_op("mmsoft::tikhonov_solve", mutates_args=())
 def _solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    return eager.solve(a, mu, b)
+    return SOLVE(a, mu, b)
 
 
 @_solve.register_fake
@@ -88,7 +92,7 @@ class _Solve(torch.autograd.Function):
 
 def tikhonov_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     """``(A^2 + mu^2 I)^-1 b``."""
-    if not transformed():
+    if not SOLVE.gives_way(transformed()):
         return torch.ops.mmsoft.tikhonov_solve(a, mu, b)
     if not forward_mode():
         return _Solve.apply(a, mu, b)

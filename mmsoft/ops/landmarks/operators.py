@@ -5,16 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import EAGER, Implementation, Operation
 from ..island import forward_mode, transformed
 from . import eager
 from .grid import landmark_grid
+
+PATCHES = Operation("landmark_patches", Implementation(EAGER, eager.gather))
+BACKWARD = Operation("landmark_patches_backward", Implementation(EAGER, eager.scatter))
 
 
 @torch.library.custom_op("mmsoft::landmark_patches", mutates_args=())
 def _patches(
     q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
 ) -> Tensor:
-    return eager.gather(q, height, width, heads, stride, max_landmarks)
+    return PATCHES(q, height, width, heads, stride, max_landmarks)
 
 
 @_patches.register_fake
@@ -29,7 +33,7 @@ def _(
 def _patches_backward(
     grad: Tensor, height: int, width: int, stride: int, max_landmarks: int | None
 ) -> Tensor:
-    return eager.scatter(grad, height, width, stride, max_landmarks)
+    return BACKWARD(grad, height, width, stride, max_landmarks)
 
 
 @_patches_backward.register_fake
@@ -43,7 +47,11 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     height, width, _, stride, max_landmarks = ctx.arguments
-    scatter = eager.scatter if forward_mode() else torch.ops.mmsoft.landmark_patches_backward
+    scatter = (
+        eager.scatter
+        if BACKWARD.gives_way(forward_mode())
+        else torch.ops.mmsoft.landmark_patches_backward
+    )
     return scatter(grad, height, width, stride, max_landmarks), None, None, None, None, None
 
 
@@ -52,7 +60,9 @@ def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gather = eager.gather if forward_mode() else torch.ops.mmsoft.landmark_patches
+    gather = (
+        eager.gather if PATCHES.gives_way(forward_mode()) else torch.ops.mmsoft.landmark_patches
+    )
     return gather(grad, *ctx.arguments), None, None, None, None
 
 
@@ -64,5 +74,5 @@ def patches(
     q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
 ) -> Tensor:
     """:func:`mmsoft.ops.landmark_patches`, unchecked."""
-    gather = eager.gather if transformed() else torch.ops.mmsoft.landmark_patches
+    gather = eager.gather if PATCHES.gives_way(transformed()) else torch.ops.mmsoft.landmark_patches
     return gather(q, height, width, heads, stride, max_landmarks)
