@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmsoft.ops import landmark_grid, landmark_patches, softmax_free_attention
-from mmsoft.ops.island import forward_mode
+from mmsoft.ops.mode import cpu_shortcut, forward_mode, traced
 
 from .plain import is_plain
 
@@ -139,7 +139,7 @@ class SoftmaxFreeAttention(nn.Module):
     def queries_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled queries, which are the keys too, and values of ``x``; all ``[B, H*W, C]``."""
         scale = self.head_dims**-0.25
-        if torch.compiler.is_compiling() or not is_plain(self.query, nn.Linear.forward):
+        if traced(x) or not is_plain(self.query, nn.Linear.forward):
             return self.query(x) * scale, self.value(x)
         # The product scales at no cost, where the result of a call would need another pass.
         weight, bias = self.query.weight, self.query.bias
@@ -179,7 +179,7 @@ class SoftmaxFreeAttention(nn.Module):
         q, v = self.queries_and_values(x)
         out, convolved = self.attend(q, v, hw_shape), self.convolve_values(v, hw_shape)
         # In place where nothing is kept for a backward pass: large fresh memory is slow.
-        out = out + convolved if torch.is_grad_enabled() else out.add_(convolved)
+        out = out.add_(convolved) if cpu_shortcut(out) else out + convolved
         return self.drop(self.proj(out))
 
     def landmark_share(self, landmarks: Tensor, hw_shape: tuple[int, int]) -> float:

@@ -12,6 +12,8 @@ from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
+from mmsoft.ops.mode import cpu_shortcut, traced
+
 from .plain import is_hooked, is_plain
 
 
@@ -55,10 +57,8 @@ class ConvNormAct(nn.Sequential):
 
     def _foldable(self, x: Tensor) -> bool:
         norm = self.norm
-        # A compiler fuses the norm itself. On few pixels it costs less than a new weight, but no
-        # traced program should depend on their number.
-        small = not torch.jit.is_tracing() and x[:, 0].numel() < 9 * x.shape[1]
-        if torch.compiler.is_compiling() or small:
+        # A compiler fuses the norm itself. On few pixels it costs less than a new weight.
+        if traced(x) or x[:, 0].numel() < 9 * x.shape[1]:
             return False
         if not is_plain(self.conv, nn.Conv2d.forward) or not is_plain(norm, *_FOLDABLE_NORMS):
             return False
@@ -93,12 +93,12 @@ def as_image(tokens: Tensor, hw_shape: tuple[int, int]) -> Tensor:
     strides of what they get.
     """
     layout = torch.contiguous_format
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or tokens.device.type != "cpu" or len(tokens) == 0:
-        image = tokens.mT.clone(memory_format=layout)
-    else:  # torch transposes a matrix in blocks, three times as fast as it permutes a batch
+    if cpu_shortcut(tokens, backward=True) and len(tokens) > 0:
+        # torch transposes a matrix in blocks, three times as fast as it permutes a batch
         images = [matrix.mT.clone(memory_format=layout) for matrix in tokens]
         image = torch.stack(images) if len(images) > 1 else images[0][None]
+    else:
+        image = tokens.mT.clone(memory_format=layout)
     return image.unflatten(2, hw_shape)
 
 
@@ -114,9 +114,7 @@ class TanhGELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape; not in place."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        plain = torch.is_grad_enabled() or traced or x.dtype != torch.float32
-        if plain or x.device.type != "cpu":
+        if not cpu_shortcut(x) or x.dtype != torch.float32:
             return super().forward(x)
         factor = 2 * math.sqrt(2 / math.pi)
         twice_u = torch.addcmul(x.new_tensor(factor), x, x, value=0.044715 * factor).mul_(x)
@@ -157,8 +155,7 @@ class _Block(nn.Module):
         A hook sees all tokens at once.
         """
         x = tokens[0]
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training
-        if plain or x.device.type != "cpu" or x.numel() <= self.part_elements:
+        if self.training or not cpu_shortcut(x) or x.numel() <= self.part_elements:
             return function(*tokens)
         if any(map(is_hooked, self.modules())):
             return function(*tokens)

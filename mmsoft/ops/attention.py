@@ -7,7 +7,8 @@ from .checks import check_attention
 from .gaussian import gaussian_gram, unit_of
 from .gaussian.pair import PAIR
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
-from .island import compute_dtype, matmul, no_autocast, transformed
+from .island import compute_dtype, matmul, no_autocast
+from .mode import transformed
 
 
 def softmax_free_attention(

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .mode import forward_mode, transformed
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -21,23 +22,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     """Disable autocast on the device of ``x``; ``meta`` has none."""
     device = x.device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is at work, ``torch.func.jvp`` included.
-
-    A custom operator drops tangents silently, and so does the ``jvp`` of an ``autograd.Function``
-    in a nested transform: what has to be right is plain torch.
-    """
-    return forward_ad._current_level >= 0
-
-
-def transformed() -> bool:
-    """Whether any transform of ``torch.func``, or forward mode, is at work.
-
-    Custom operators know neither: they raise, drop tangents, or run once for each sample.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
-from ..island import compute_dtype, forward_mode, matmul, no_autocast, transformed
+from ..island import compute_dtype, matmul, no_autocast
+from ..mode import forward_mode, transformed
 from . import eager
 from .kernel import empty_like_tokens, gaussian_kernel
 

@@ -1,9 +1,9 @@
 """Both products of the attention operator with its kernel, which is stored if it is small."""
 
-import torch
 from torch import Tensor
 
 from ..backends import Implementation, Operation
+from ..mode import cpu_shortcut
 from .eager import BLOCK_ELEMENTS
 from .kernel import gaussian_kernel
 from .operators import PRODUCT, product_in_units
@@ -47,9 +47,8 @@ class Streamed:
 
 
 def _not_stored(q: Tensor, landmarks: Tensor, unit: Tensor) -> str | None:
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if torch.is_grad_enabled() or traced or q.device.type != "cpu":
-        return "it serves evaluation on a CPU, where nothing is traced"
+    if not cpu_shortcut(q):
+        return "it serves evaluation on a CPU, not traced"
     if q[..., 0].numel() * landmarks.shape[-2] > BLOCK_ELEMENTS["cpu"]:
         return f"the kernel has more than {BLOCK_ELEMENTS['cpu']} elements"
     return PRODUCT.objection()

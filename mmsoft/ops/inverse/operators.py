@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
-from ..island import forward_mode, matmul, no_autocast, transformed
+from ..island import matmul, no_autocast
+from ..mode import forward_mode, transformed
 from . import eager
 
 NEWTON = Operation("newton_raphson_pinv", Implementation(EAGER, eager.newton))

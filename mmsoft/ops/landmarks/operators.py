@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
-from ..island import forward_mode, transformed
+from ..mode import forward_mode, transformed
 from . import eager
 from .grid import landmark_grid
 

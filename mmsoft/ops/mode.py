@@ -1,0 +1,46 @@
+"""How a program runs: under transforms, traced, or for its result alone."""
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work, ``torch.func.jvp`` included.
+
+    A custom operator drops tangents silently, and so does the ``jvp`` of an ``autograd.Function``
+    in a nested transform: what has to be right is plain torch.
+    """
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether any transform of ``torch.func``, or forward mode, is at work.
+
+    Custom operators know neither: they raise, drop tangents, or run once for each sample.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a program is being recorded: no number of tokens may then decide what it does.
+
+    By ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx`` or with a fake ``x``.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return isinstance(x, FakeTensor) or get_proxy_mode() is not None
+
+
+def cpu_shortcut(x: Tensor, *, backward: bool = False) -> bool:
+    """Whether ``x`` may take a shortcut that pays on a CPU, in a program that is not traced.
+
+    Args:
+        x: the tensor to be worked on.
+        backward: whether the shortcut can do with a backward pass; without, it is for evaluation.
+    """
+    if torch.is_grad_enabled() and not backward:
+        return False
+    return not traced(x) and x.device.type == "cpu"

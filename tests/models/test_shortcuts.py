@@ -1,0 +1,191 @@
+"""Shortcuts of eager programs: taken where they pay, never traced, and the result is the same."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.models.layers import ConvNormAct, SOFTBlock, TanhGELU, as_image
+from mmsoft.ops import softmax_free_attention
+
+
+class Module(nn.Module):
+    """A function of one tensor, with the module that it calls."""
+
+    def __init__(self, function, module=None):
+        super().__init__()
+        self.function, self.module = function, module
+
+    def forward(self, x):
+        return self.function(self.module, x)
+
+
+def attention():
+    return SoftmaxFreeAttention(16, 2, 2, 3, normalize=True, solver="direct")
+
+
+def block():
+    block = SOFTBlock(16, attention(), 0.0, 0.0)
+    block.part_elements = 100
+    return block
+
+
+# What computes, shape of x, where the shortcut is taken, and how that shows in what is called.
+EVALUATION, CPU, EAGER = ("eval",), ("eval", "grad"), ("eval", "grad", "meta")
+SHORTCUTS = {
+    "stored kernel": (
+        lambda m, x: softmax_free_attention(x, x, x[:, :, :3], solver="direct"),
+        lambda: None,
+        (2, 2, 30, 8),
+        EVALUATION,
+        lambda called: "gaussian_kernel_product" not in called,
+    ),
+    "transposition": (
+        lambda m, x: as_image(x, (5, 6)),
+        lambda: None,
+        (2, 30, 16),
+        CPU,
+        lambda called: "stack" in called,
+    ),
+    "sigmoid": (
+        lambda m, x: m(x),
+        TanhGELU,
+        (2, 30, 16),
+        EVALUATION,
+        lambda called: "sigmoid_" in called,
+    ),
+    "parts": (
+        lambda m, x: m.tokenwise(m._after_attention, x, x),
+        block,
+        (2, 30, 16),
+        EVALUATION,
+        lambda called: "split" in called,
+    ),
+    "sum in place": (
+        lambda m, x: m(x, (5, 6)),
+        attention,
+        (2, 30, 16),
+        EVALUATION,
+        lambda called: "add_" in called,
+    ),
+    "scaled product": (
+        lambda m, x: torch.cat(m.queries_and_values(x)),
+        attention,
+        (2, 30, 16),
+        EAGER,
+        lambda called: "mul" not in called,
+    ),
+    "folded norm": (
+        lambda m, x: m(x),
+        lambda: ConvNormAct(3, 8, 2, dict(type="BN")),
+        (2, 3, 20, 20),
+        EAGER,
+        lambda called: not any("batch_norm" in name for name in called),
+    ),
+}
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def of_graph(program) -> set[str]:
+    """Of a program, with the parts that it calls, such as those without autocast."""
+    nodes = [n for m in program.modules() if hasattr(m, "graph") for n in m.graph.nodes]
+    names = (getattr(node.target, "__name__", str(node.target)) for node in nodes)
+    return {name.partition(".")[0] for name in names}
+
+
+def run(module, x):
+    with Calls() as calls:
+        out = module(x)
+    return calls.names, out
+
+
+def evaluate(module, x):
+    with torch.no_grad():
+        return run(module, x)
+
+
+def on_meta(module, x):
+    with torch.no_grad():
+        return run(module.to("meta"), x.to("meta"))
+
+
+def fake(module, x):
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return run(module, mode.from_tensor(x))
+
+
+def compiled(module, x):
+    torch._dynamo.reset()
+    called = set()
+
+    def note(program, inputs):
+        called.update(of_graph(program))
+        return program.forward
+
+    with torch.no_grad():
+        return called, torch.compile(module, fullgraph=True, backend=note)(x)
+
+
+def exported(module, x):
+    with torch.no_grad():
+        program = torch.export.export(module, (x,)).module()
+        return of_graph(program), program(x)
+
+
+def scripted(module, x):
+    with torch.no_grad():
+        program = torch.jit.trace(module, x)
+        return set(re.findall(r"\w+::(\w+)", str(program.inlined_graph))), program(x)
+
+
+def functional(module, x):
+    with torch.no_grad():
+        program = make_fx(module)(x)
+        return of_graph(program), program(x)
+
+
+CONDITIONS = {
+    "eval": evaluate,
+    "grad": run,
+    "meta": on_meta,
+    "fake": fake,
+    "compile": compiled,
+    "export": exported,
+    "jit": scripted,
+    "make_fx": functional,
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_taken_in_eager_programs_alone_and_the_result_is_the_same(name, condition):
+    function, build, shape, where, is_taken = SHORTCUTS[name]
+    torch.manual_seed(0)
+    module, x = Module(function, build()).eval(), torch.randn(shape)
+    _, expected = compiled(module, x)
+    called, out = CONDITIONS[condition](module, x)
+    assert is_taken(called) is (condition in where)
+    assert (out.shape, out.stride()) == (expected.shape, expected.stride())
+    if condition not in ("meta", "fake"):
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_shortcut_is_here(root):
+    sources = (path for path in (root / "mmsoft").rglob("*.py") if path.name != "mode.py")
+    asking = [re.findall(r"\b(?:cpu_shortcut|traced)\(", path.read_text()) for path in sources]
+    assert sum(map(len, asking)) == len(SHORTCUTS)
