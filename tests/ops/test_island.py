@@ -127,3 +127,15 @@ def test_operators_on_the_meta_device():
     patches = landmark_patches(q, (6, 8), 2, 2, 5)
     assert patches.shape == (2, 4, 2, 4, 16)
     assert torch.autograd.grad(patches.sum(), q)[0].shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_memory_that_nobody_writes_is_poisoned_here(dtype):
+    x = torch.zeros(7, 5, dtype=dtype)
+
+    def fresh(x):
+        strided = x.new_empty_strided((7, 5), (1, 7)), torch.empty_strided((7, 5), (5, 1)).to(dtype)
+        return x.new_empty(7, 5), torch.empty_like(x), torch.empty(7, 5, dtype=dtype), *strided
+
+    for function in (fresh, torch.compile(fresh, backend="aot_eager")):
+        assert all(t.isnan().all() for t in function(x))
