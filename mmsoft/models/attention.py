@@ -116,19 +116,17 @@ class SoftmaxFreeAttention(nn.Module):
     def init_landmark_norm(self, attn_init: str) -> None:
         """Set the scale of the attention term for training from scratch.
 
-        As released (``'released'``: weight 1, bias 0) landmarks start far from each other and from
-        the queries, which start near 0: ``K`` is about 0.001, the term is 10 to 100 times smaller
-        than the values' convolution and grows with the resolution. ``'balanced'`` lets landmarks
-        overlap (weight 0.3), so that the term is the same at every resolution: ``r^2 |K|^2`` times
-        the mean value, with ``r^2`` tokens to a landmark. The bias then moves the landmarks a
-        distance ``sqrt(ln(r^2 / 2))`` from the queries, where ``r^2 |K|^2`` is about 2. Without the
-        symmetric normalization landmarks that overlap add up as well, about 10 of the 49 at 224
-        pixels, hence ``sqrt(ln(10 r^2 / 2))``. ``tools/analysis_tools/attention_scale.py`` shows
-        the result.
+        Args:
+            attn_init: ``'released'``: landmarks start far from each other and from the queries, and
+                the term is 10 to 100 times smaller than the values' convolution and depends on the
+                resolution. ``'balanced'``: landmarks overlap, at the distance from the queries
+                where the term is about twice the mean value at every resolution. Derived in
+                ``docs/method.md``; ``tools/analysis_tools/attention_scale.py`` shows the result.
         """
         nn.init.zeros_(self.landmark_norm.bias)
         nn.init.ones_(self.landmark_norm.weight)
         if attn_init == "balanced":
+            # Without the normalization landmarks that overlap add up: 10 of the 49 at 224 pixels.
             tokens = self.landmark_stride**2 / 2 * (1 if self.normalize else 10)
             distance = math.sqrt(math.log(max(tokens, 1)))
             nn.init.constant_(self.landmark_norm.weight, 0.3)

@@ -30,7 +30,7 @@ def step_size_softplusplus(a: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``alpha [B, 1, 1, 1]`` and how many steps to add to the nominal number, 0 or 1: where the
         guard accepts at once we halve all the same and take one step more, because the release's
-        start diverges for an eigenvalue with ``alpha x^2 = 2``.
+        start diverges for an eigenvalue ``l`` with ``alpha l^2 = 2``.
     """
     alphas, extra = [], []
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -45,39 +45,38 @@ def step_size_softplusplus(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def newton_raphson(a: Tensor, alpha: Tensor, steps: int | Tensor) -> Tensor:
-    """``V <- 2V - V A V`` from ``V = alpha A`` (SOFT, equation 9), differentiable by unrolling."""
-    v = alpha * a
+    """``X <- 2X - X A X`` from ``X_0 = alpha A`` (SOFT, equation 9), unrolled by autograd."""
+    x = alpha * a
     steps = torch.as_tensor(steps, device=a.device)
     for k in range(int(steps.max()) if steps.numel() else 0):
-        v = torch.where(k < steps, 2 * v - v @ a @ v, v)
-    return v
+        x = torch.where(k < steps, 2 * x - x @ a @ x, x)
+    return x
 
 
 def with_theoretical_gradient(a: Tensor, pinv: Tensor) -> Tensor:
-    """The value of ``pinv`` with the gradient ``-V^T (dL/dV) V^T`` with respect to ``a``."""
+    """The value of ``pinv`` with the gradient ``-X^T (dL/dX) X^T`` with respect to ``a``."""
     pinv = pinv.detach()
     return pinv - pinv @ (a - a.detach()) @ pinv
 
 
 def newton_filter(a: Tensor, alpha: Tensor, steps: int | Tensor) -> Tensor:
-    """What ``newton_raphson`` computes, through an eigendecomposition.
+    """What ``newton_raphson`` computes, ``g(l) = (1 - (1 - alpha l^2)^(2^steps)) / l``.
 
-    The iterates commute with ``a``, so the result is ``g(a)`` with
-    ``g(x) = (1 - (1 - alpha x^2)^(2^steps)) / x``.
+    Through an eigendecomposition, with ``l`` the eigenvalues.
     """
     eigenvalues, vectors = torch.linalg.eigh(a)
     tiny = torch.finfo(a.dtype).tiny
-    x = torch.where(eigenvalues < 0, -1, 1) * eigenvalues.abs().clamp(min=tiny)
+    safe = torch.where(eigenvalues < 0, -1, 1) * eigenvalues.abs().clamp(min=tiny)
     # log1p and expm1 keep the small eigenvalues, for which 1 - (1 - t)^n cancels; (1 - t)^n with
     # its even n is (t - 1)^n for the large ones.
-    t = alpha.squeeze(-1) * x.square()
+    t = alpha.squeeze(-1) * safe.square()
     t = torch.where(t > 1, 2 - t, t)
     decay = torch.log1p(-t) * 2.0 ** torch.as_tensor(steps, device=a.device).reshape(-1, 1, 1)
-    return (vectors * (-torch.expm1(decay) / x)[..., None, :]) @ vectors.mT
+    return (vectors * (-torch.expm1(decay) / safe)[..., None, :]) @ vectors.mT
 
 
 def tikhonov_filter(a: Tensor) -> Tensor:
-    """The direct solver's ``g(x) = x / (x^2 + mu^2)``, ``mu`` = 0.01 times the largest row sum."""
+    """The direct solver's ``g(l) = l / (l^2 + mu^2)``, ``mu`` = 0.01 times the largest row sum."""
     mu = TIKHONOV * a.sum(-1).amax(-1)[..., None]
     eigenvalues, vectors = torch.linalg.eigh(a)
     g = eigenvalues / (eigenvalues.square() + mu.square())

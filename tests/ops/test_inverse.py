@@ -65,7 +65,7 @@ def test_guard_halves_by_what_the_loop_would():
 
 
 def test_one_landmark_and_far_landmarks_are_inverted():
-    """The released start makes alpha x^2 = 2 here, and 20 steps lead to 0."""
+    """The released start makes alpha l^2 = 2 for an eigenvalue l, and 20 steps lead to 0."""
     for a in (torch.ones(1, 1, 1, 1), torch.eye(6)[None, None], torch.ones(1, 1, 2, 2)):
         a = a.double()
         alpha, cubic = step_size(a, guarded=True)

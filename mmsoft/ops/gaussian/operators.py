@@ -76,10 +76,10 @@ def product_in_units(
 ) -> Tensor:
     """``K (w / unit)`` if ``divide``, else ``unit * (K w)``: nothing in between can overflow.
 
-    ``S = K^T (v / unit)`` stands for ``unit * S``, and outside :func:`transformed` its cotangent is
-    that of what it stands for: the gradient with respect to ``v`` or to the values' sums then needs
-    no unit. That of anything else does, at its end: queries get it here, ``y`` if ``divide`` and
-    ``x`` if not; the landmarks' is left to the caller, after all of it has been summed.
+    ``K^T (v / unit)`` stands for ``unit`` times itself, whose cotangent it takes outside
+    :func:`transformed`. The gradient of queries (``y`` if ``divide``, else ``x``) is multiplied by
+    the unit here, that of landmarks by the caller, and that of ``w`` not at all; the reason is in
+    ``docs/method.md``.
 
     Args:
         x: as for :func:`gaussian_kernel_product`.

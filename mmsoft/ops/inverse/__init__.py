@@ -1,13 +1,9 @@
 """The Moore-Penrose inverse of the landmarks' Gram matrix ``A``, two ways.
 
-``newton`` is the paper's: Newton-Raphson from ``V = alpha A``. After ``T`` steps it equals the
-spectral filter ``g(x) = (1 - (1 - alpha x^2)^(2^T)) / x``: large eigenvalues inverted, those below
-about ``(alpha 2^T)^-1/2`` damped to 0. The step rule and ``T`` are therefore part of the model.
-
-``direct`` is a Tikhonov-regularised pseudo-inverse, ``g(x) = x / (x^2 + mu^2)``, applied to a thin
-right-hand side by one Cholesky factorisation. ``mu`` is a fixed fraction of the largest row sum,
-about where the guarded Newton-Raphson starts to damp, and bounds the condition number of what is
-factorised by ``1 + TIKHONOV^-2`` = 1e4 whatever ``A`` is.
+Both are spectral filters of ``A``, which invert large eigenvalues and damp small ones.
+:func:`newton_raphson_pinv` is the paper's iteration, whose step rule and number of steps are part
+of a trained model; :func:`tikhonov_pinv_product` is a regularised solve by one Cholesky
+factorisation. ``docs/method.md`` derives them.
 """
 
 import torch
@@ -47,11 +43,8 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``alpha`` and ``cubic``, each ``[B, heads or 1, 1, 1]``, without gradient: Newton-Raphson
-        starts from ``alpha A - cubic A^3``. ``cubic`` is 0 except where the guard accepts at once:
-        there ``alpha x^2`` may be 2 for the largest eigenvalue x (one landmark, or landmarks far
-        apart), from which the iteration goes to 0 instead of ``1/x``. The start is then one step
-        from ``alpha / 2``: the same filter to ``alpha x^2 / 4`` where anything is damped, and the
-        inverse where the release has none.
+        starts from ``alpha A - cubic A^3``. ``cubic`` is 0 except where the guard accepts at once,
+        from where the release may go to 0 instead of the inverse.
     """
     a = a.detach()
     rows = a.sum(-1)
@@ -75,10 +68,10 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
 
 
 def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20) -> Tensor:
-    """``steps`` Newton-Raphson steps ``V <- 2V - V A V`` from ``V = alpha A - cubic A^3``.
+    """``steps`` Newton-Raphson steps ``X <- 2X - X A X`` from ``X_0 = alpha A - cubic A^3``.
 
-    The backward pass is the theoretical one, ``dL/dA = -V^T (dL/dV) V^T`` (SOFT, proposition 3); it
-    stores the result alone, and can itself be differentiated. Forward mode follows it.
+    The backward pass is that of an inverse (SOFT, proposition 3); it stores the result alone, and
+    can itself be differentiated. Forward mode follows it.
 
     Args:
         a: symmetric matrices ``[B, heads, m, m]``, float32 or float64.
@@ -95,9 +88,8 @@ def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20
 def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:
     """``(A^2 + mu^2 I)^-1 A b`` with ``mu`` = 0.01 times the largest row sum of ``A``.
 
-    ``mu`` is taken as a constant in the backward pass, as Newton-Raphson takes its ``alpha``.
-    Stable for any symmetric ``A`` with non-negative entries: no eigenvalue exceeds the largest row
-    sum, so the factorised matrix has condition number 1e4 at most.
+    ``mu`` is taken as a constant in the backward pass, as Newton-Raphson takes its ``alpha``. What
+    is factorised has condition number 1e4 at most, whatever ``A`` is.
 
     Args:
         a: ``[B, heads, m, m]``, symmetric, entries >= 0, not all 0; float32 or float64.

@@ -19,12 +19,12 @@ def newton_iterates(a: Tensor, alpha: Tensor, cubic: Tensor) -> Iterator[Tensor]
     """
     shape = a.shape
     with no_autocast(a):
-        v = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
+        x = (alpha * a - cubic * (a @ (a @ a))).flatten(0, -3)
     a = a.flatten(0, -3)
     while True:
-        yield v.view(shape)
+        yield x.view(shape)
         with no_autocast(a):
-            v = torch.baddbmm(v, v, a @ v, beta=2, alpha=-1)
+            x = torch.baddbmm(x, x, a @ x, beta=2, alpha=-1)
 
 
 def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:

@@ -29,8 +29,8 @@ def _newton_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    (v,) = ctx.saved_tensors
-    return -matmul(matmul(v.mT, grad), v.mT), None, None, None
+    (x,) = ctx.saved_tensors
+    return -matmul(matmul(x.mT, grad), x.mT), None, None, None
 
 
 _newton.register_autograd(_newton_backward, setup_context=_newton_context)
@@ -52,10 +52,10 @@ def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
     if not forward_mode():
         return _Newton.apply(a, alpha, cubic, steps)
     with no_autocast(a):
-        v = eager.newton(a.detach(), alpha.detach(), cubic.detach(), steps)
-        # (I + V (A - A))^-1 V: the value is V, and every derivative follows from dV = -V dA V.
+        x = eager.newton(a.detach(), alpha.detach(), cubic.detach(), steps)
+        # (I + X (A - A))^-1 X: the value is X, and every derivative follows from dX = -X dA X.
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        return torch.linalg.inv(eye + v @ (a - a.detach())) @ v
+        return torch.linalg.inv(eye + x @ (a - a.detach())) @ x
 
 
 @torch.library.custom_op("mmsoft::tikhonov_solve", mutates_args=())
