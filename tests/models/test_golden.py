@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from metrics import error
 from released import ARCH, cotangent, images, outputs, state_dict
 from torch import Tensor, nn
 
@@ -10,10 +11,6 @@ from mmsoft.models import SOFT, SOFTPlusPlus
 
 VARIANTS = {"soft": SOFT, "softpp": SOFTPlusPlus}
 SIZES = [(224, 224), (160, 256)]
-
-
-def error(value, truth) -> float:
-    return float((value - truth).norm() / truth.norm())
 
 
 def build(variant, condition, **kwargs):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from metrics import error
 from torch import Tensor
 
 from mmsoft.ops import softmax_free_attention
@@ -40,10 +41,6 @@ def run(function, tensors, autocast=None, **kwargs) -> list[Tensor]:
     weight = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)
     (out * weight).sum().backward()
     return [out.detach(), *(t.grad for t in tensors)]
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
