@@ -78,6 +78,15 @@ def test_every_parameter_learns(library, configs, results):
 
 
 @pytest.mark.parametrize(("library", "configs"), libraries().items())
+def test_every_config_asks_for_the_safe_loader_and_hook(library, configs):
+    pytest.importorskip(library)
+    for path in configs:
+        config = Config.fromfile(path, import_custom_modules=False)
+        assert "mmsoft.checkpoint.loader" in config.custom_imports["imports"], path
+        assert config.default_hooks.checkpoint.type == "mmsoft.CheckpointHook", path
+
+
+@pytest.mark.parametrize(("library", "configs"), libraries().items())
 def test_every_config_builds_with_its_recipes_weight_decay(library, configs, results):
     """Every parameter of every model. Norms are recognized by the name of their module."""
     for line in results(library, configs, "--build"):
