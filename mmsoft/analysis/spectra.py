@@ -8,7 +8,7 @@ from torch import Tensor
 from mmsoft.ops import gaussian_gram, newton_iterates, newton_raphson_pinv, step_size
 from mmsoft.ops.checks import SOLVERS
 from mmsoft.ops.inverse import RIDGE_SOFT, TIKHONOV
-from mmsoft.ops.island import compute_dtype
+from mmsoft.ops.island import compute_dtype, no_autocast
 
 STEP_RULES = ("mmsoft", "released")
 NORMS = ("2", "fro")
@@ -64,7 +64,7 @@ def newton_residuals(
         ValueError: an argument is invalid.
     """
     _check(landmarks, rule=(rule, STEP_RULES), norm=(norm, NORMS))
-    with torch.autocast(landmarks.device.type, enabled=False):
+    with no_autocast(landmarks):
         a = gaussian_gram(landmarks.to(compute_dtype(landmarks)))
         if rule == "released" and normalize:
             alpha, cubic = step_size(a.flatten(0, 1)[None], guarded=True)
@@ -76,7 +76,7 @@ def newton_residuals(
         exact = a.double()
         scale = _norm(exact, "2")
         iterates = islice(newton_iterates(a, alpha, cubic), steps + 1)
-        errors = torch.stack([_norm(exact @ v.double() @ exact - exact, norm) for v in iterates])
+        errors = torch.stack([_norm(exact @ x.double() @ exact - exact, norm) for x in iterates])
     return (errors / scale).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.ops.island import no_autocast
 from mmsoft.registry import MODELS
 
 
@@ -21,13 +22,13 @@ def _guarded_newton(a: Tensor, steps: int) -> Tensor:
     """The released inverse: one step size for the whole batch, halved while the start diverges."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     alpha = 2 / a.sum(-1).max() ** 2
-    v, halvings = alpha * a, 0
-    while halvings < 10 and (eye - a @ v).abs().sum(-2).max() > 1.01:
+    x, halvings = alpha * a, 0
+    while halvings < 10 and (eye - a @ x).abs().sum(-2).max() > 1.01:
         alpha, halvings = alpha / 2, halvings + 1
-        v = alpha * a
+        x = alpha * a
     for _ in range(steps):
-        v = 2 * v - v @ a @ v
-    return v
+        x = 2 * x - x @ a @ x
+    return x
 
 
 class ReleasedAttention(SoftmaxFreeAttention):
@@ -40,7 +41,7 @@ class ReleasedAttention(SoftmaxFreeAttention):
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention term, from scaled queries and values ``[B, H*W, C]``."""
         assert isinstance(self.landmark_conv, nn.Conv2d)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             q, v = (
                 t.float().unflatten(2, (self.num_heads, -1)).transpose(1, 2).contiguous()
                 for t in (q, v)

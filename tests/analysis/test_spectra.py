@@ -31,8 +31,8 @@ def test_residuals_are_those_of_the_iterates(landmarks, normalize, norm):
         a = a + RIDGE_SOFT * torch.eye(20, dtype=a.dtype)
     p = 2 if norm == "2" else "fro"
     for k in (0, 4, 9):
-        v = newton_raphson_pinv(a, alpha, cubic, k)
-        error = torch.linalg.matrix_norm(a @ v @ a - a, ord=p)
+        x = newton_raphson_pinv(a, alpha, cubic, k)
+        error = torch.linalg.matrix_norm(a @ x @ a - a, ord=p)
         expected = error / torch.linalg.matrix_norm(a, ord=2)
         torch.testing.assert_close(residuals[k], expected, rtol=1e-8, atol=1e-14)
     assert (residuals.diff(dim=0) <= 1e-12).all()  # every step makes it smaller
@@ -49,8 +49,8 @@ def test_released_rule_takes_its_maximum_over_the_batch(landmarks):
     torch.testing.assert_close(alone, ours)
     a = gaussian_gram(landmarks).flatten(0, 1)[None]
     alpha, extra = reference.step_size_softplusplus(a)
-    v = reference.newton_raphson(a, alpha * 2**extra, 20)
-    error = torch.linalg.matrix_norm(a @ v @ a - a, ord=2) / torch.linalg.matrix_norm(a, ord=2)
+    x = reference.newton_raphson(a, alpha * 2**extra, 20)
+    error = torch.linalg.matrix_norm(a @ x @ a - a, ord=2) / torch.linalg.matrix_norm(a, ord=2)
     torch.testing.assert_close(released[-1].flatten(), error[0], rtol=1e-6, atol=1e-12)
 
 
