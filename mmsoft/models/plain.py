@@ -17,7 +17,7 @@ def is_hooked(module: nn.Module) -> bool:
 def is_plain(module: nn.Module, *forwards: Callable) -> bool:
     """Whether a call of ``module`` is one of these functions and nothing else.
 
-    It is not with hooks, nor where an adapter or a quantized layer has taken its place.
+    False with hooks, or where an adapter or a quantized layer has taken its place.
     """
     replaced = "forward" in vars(module) or type(module).forward not in forwards
     return not replaced and not is_hooked(module)

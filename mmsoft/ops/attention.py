@@ -37,7 +37,7 @@ def softmax_free_attention(
         landmarks: ``[B, heads, m, d]``, dtype of ``q`` or float32.
         normalize: True for SOFT++; False for SOFT, which drops ``D`` and inverts ``A + 0.01 I``.
         solver: ``'newton'``, the paper's iteration, which released weights need; ``'direct'``, a
-            regularised solve that is faster and as stable, for training from scratch. See
+            regularized solve that is faster and as stable, for training from scratch. See
             :mod:`mmsoft.ops.inverse`.
         steps: Newton-Raphson steps, 20 in the release; ``'direct'`` has none.
         scale: the factor ``c``, which costs nothing here: it multiplies ``m`` rows, not ``N``.
@@ -52,7 +52,7 @@ def softmax_free_attention(
         under ``torch.func``, which store ``K``, any number of times.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or the dtypes do not go together.
+        TypeError: an argument is not a floating-point tensor, or the dtypes do not match.
         ValueError: ranks, batch, heads, tokens, head dimension or device disagree, or ``solver`` or
             ``steps`` is unknown.
     """

@@ -1,6 +1,6 @@
 """The float32 island: arithmetic that autocast does not reach, in either pass.
 
-A backward pass runs under the autocast of whoever calls ``backward()``, whatever the forward pass
+A backward pass runs under the autocast of the caller of ``backward()``, whatever the forward pass
 ran under. Only products of matrices are affected, hence :func:`matmul`.
 """
 

@@ -1,6 +1,6 @@
 """The definitions of SOFT and SOFT++ attention, naive and dtype-agnostic: the oracle of every test.
 
-Nothing here is fast and everything is materialised. Run it in float64 for the truth, or in a lower
+Nothing here is fast and everything is materialized. Run it in float64 for the truth, or in a lower
 precision to learn what plain PyTorch would lose there. Sources: SOFT (arXiv 2110.11945, section 3)
 and SOFT++ (arXiv 2207.03341, section 3), with the step rules of the authors' release.
 """
@@ -93,7 +93,7 @@ def softmax_free_attention(
     steps: int = 20,
     scale: float = 1.0,
 ) -> Tensor:
-    """:func:`mmsoft.ops.softmax_free_attention` by the book, ``[N, m]`` and all."""
+    """:func:`mmsoft.ops.softmax_free_attention` as defined, with ``[N, m]`` stored."""
     kernel = gaussian_kernel(q, landmarks)
     a = gaussian_kernel(landmarks, landmarks)
     if solver == "direct":

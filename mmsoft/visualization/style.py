@@ -40,7 +40,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     A PNG has ``DPI`` pixels per inch of the figure.
 
     Raises:
-        ValueError: the suffix is of no known format.
+        ValueError: the suffix is not that of a known format.
     """
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()

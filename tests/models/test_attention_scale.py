@@ -1,4 +1,4 @@
-"""At initialisation the attention is alive, and the same at every resolution."""
+"""At initialization the attention is alive, and the same at every resolution."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_without_normalization_nor_budget_the_attention_grows():
     assert all(b / a > 3 for (a, _), (b, _) in zip(*columns))
 
 
-def test_released_initialisation_is_nearly_silent_and_leaves_loaded_weights_alone():
+def test_released_initialization_is_nearly_silent_and_leaves_loaded_weights_alone():
     balanced, released = (SOFTPlusPlus(attn_init=init) for init in ("balanced", "released"))
     norm = released.stages[0].blocks[0].attn.landmark_norm
     assert (norm.weight == 1).all()

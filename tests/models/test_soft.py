@@ -1,4 +1,4 @@
-"""Both backbones: architectures, options, initialisation, forward, structure."""
+"""Both backbones: architectures, options, initialization, forward, structure."""
 
 import copy
 import math
@@ -128,7 +128,7 @@ def test_bad_options(mini, option, kind, message):
         mini(**option)
 
 
-# Initialisation
+# Initialization
 
 
 def test_initial_weights(variant):

@@ -165,7 +165,7 @@ class SOFT(BaseModule):
             )
         if len(self.stages) == STAGES:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
-        self._initialise()
+        self._initialize()
         self._freeze()
         self._register_state_dict_hook(_save_variant)
 
@@ -180,14 +180,14 @@ class SOFT(BaseModule):
         """
         return SoftmaxFreeAttention(**options)
 
-    def _initialise(self) -> None:
-        """Initialise for training from scratch; ``init_cfg`` may load weights over this later."""
+    def _initialize(self) -> None:
+        """Initialize for training from scratch; ``init_cfg`` may load weights over this later."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                # He initialisation by the fan-out of one group, unlike nn.init.kaiming_normal_.
+                # He initialization by the fan-out of one group, unlike nn.init.kaiming_normal_.
                 fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 if module.bias is not None:
@@ -239,7 +239,7 @@ class SOFT(BaseModule):
     ) -> None:
         """Refuse a checkpoint of another backbone, architecture or variant: MMEngine only logs it.
 
-        A state dict with but a few of our parameters is left to whoever made it.
+        A state dict with only a few of our parameters is left to its author.
         """
         own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         check_tensors(state_dict, prefix, own)

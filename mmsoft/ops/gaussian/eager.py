@@ -106,7 +106,7 @@ def product_backward(
     unit = _unless_one(unit)
     divisor = unit if divide else None
     with no_autocast(x):
-        # grad belongs to x's side and w to y's; the product grad w^T pairs them off.
+        # grad belongs to x's side and w to y's; the product grad w^T pairs the two.
         if x.shape[-2] >= y.shape[-2]:
             w = _in_units(w.to(dtype), divisor)
             _stream_backward(Stream(x, y, dtype), grad, w, dx, dy, None, dw)

@@ -29,7 +29,7 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def centre(y: Tensor) -> Tensor:
-    """The mean of the points but outliers, of which one would take all others' digits."""
+    """The mean of the points without outliers, one of which would cost all others their digits."""
     y = y.detach()
     squared = y.square().sum(-1, keepdim=True)
     near = (squared <= 16 * squared.amin(-2, keepdim=True)).to(y.dtype)

@@ -2,8 +2,8 @@
 
 Both are spectral filters of ``A``, which invert large eigenvalues and damp small ones.
 :func:`newton_raphson_pinv` is the paper's iteration, whose step rule and number of steps are part
-of a trained model; :func:`tikhonov_pinv_product` is a regularised solve by one Cholesky
-factorisation. ``docs/method.md`` derives them.
+of a trained model; :func:`tikhonov_pinv_product` is a regularized solve by one Cholesky
+factorization. ``docs/method.md`` derives them.
 """
 
 import torch
@@ -89,7 +89,7 @@ def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:
     """``(A^2 + mu^2 I)^-1 A b`` with ``mu`` = 0.01 times the largest row sum of ``A``.
 
     ``mu`` is taken as a constant in the backward pass, as Newton-Raphson takes its ``alpha``. What
-    is factorised has condition number 1e4 at most, whatever ``A`` is.
+    is factorized has condition number 1e4 at most, whatever ``A`` is.
 
     Args:
         a: ``[B, heads, m, m]``, symmetric, entries >= 0, not all 0; float32 or float64.
