@@ -21,17 +21,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cv2
 import matplotlib
+import mmcv
 import numpy as np
 import torch
 from mmengine import Config, load
+from mmengine.structures import InstanceData, PixelData
 from pycocotools.coco import COCO
 from pycocotools.mask import decode
 from tabulate import tabulate
@@ -40,13 +42,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-Panel = Callable[[Any], None]  # draws on the axes it is given
 DATA = "data/shapes"
 VARIANTS = ("softpp-mini", "softpp-mini-no-attention", "pvt-t")
 NEEDED_BYTES = 500e6  # data, checkpoints and pictures take less
 MAX_SEED = 9
 PAINTED = 12  # validation images drawn one by one
 OVERVIEW = 4  # of these, drawn in one picture too
+SCALE = 3  # of the pictures
 SCORE = 0.4  # detections below this score are not drawn
 LABELS = dict(box_ap="box AP", mask_ap="mask AP", miou="mIoU")
 PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
@@ -179,132 +181,80 @@ def paint_curves(all_tasks: list[Task], work_dir: Path) -> None:
     plt.close(figure)
 
 
-def paint(rows: list[list], titles: list[str], legend: list, path: Path) -> None:
-    """Save rows of panels; each panel is a function that draws on the axes it is given."""
-    columns = len(titles)
-    size = (3.6 * columns, 3.6 * len(rows) + 0.85)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=15)
-    for line, panels in zip(axes, rows, strict=True):
-        for axis, panel in zip(line, panels, strict=True):
-            panel(axis)
-            axis.set_axis_off()
-    inch = 1 / size[1]
-    figure.subplots_adjust(0.01, 0.45 * inch, 0.99, 1 - 0.4 * inch, wspace=0.02, hspace=0.02)
-    figure.legend(handles=legend, loc="lower center", ncol=len(legend), frameon=False, fontsize=14)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def enlarge(pixels: np.ndarray, interpolation: int = cv2.INTER_NEAREST) -> np.ndarray:
+    """`[H, W, ...]` in more pixels, so that the libraries' lines and letters do not cover it."""
+    return cv2.resize(pixels, None, fx=SCALE, fy=SCALE, interpolation=interpolation)
 
 
-def show_picture(axis: Any, picture: np.ndarray, grey: bool) -> None:
-    """Draw a picture, in colour or, where colours are to lie over it, in grey."""
-    pixels = picture.mean(-1) if grey else picture
-    axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+def instances(
+    image: dict, boxes: Any, labels: Any, masks: Iterable[np.ndarray], **more: Any
+) -> InstanceData:
+    """Objects of an enlarged image of COCO, maybe none; boxes are `x1, y1, x2, y2`."""
+    size = (SCALE * image["height"], SCALE * image["width"])
+    return InstanceData(
+        bboxes=torch.as_tensor(boxes).reshape(-1, 4) * SCALE,
+        labels=torch.as_tensor(labels),
+        masks=np.array([enlarge(mask) for mask in masks], bool).reshape(-1, *size),
+        **more,
+    )
 
 
-def show_objects(
-    picture: np.ndarray,
-    colours: np.ndarray,
-    boxes: Any,
-    labels: Any,
-    masks: Any,
-    scores: Any = None,
-) -> Panel:
-    """A panel: the picture in grey under masks, with boxes and, if given, their scores."""
+def detections(task: Task, work_dir: Path) -> Iterator[tuple[Path, Any]]:
+    """Image files with ground truth and prediction."""
+    from mmdet.structures import DetDataSample
 
-    def panel(axis: Any) -> None:
-        show_picture(axis, picture, grey=True)
-        for mask, label in zip(masks, labels, strict=True):
-            colour = np.broadcast_to(colours[label], (*mask.shape, 3))
-            axis.imshow(np.dstack([colour, 0.6 * mask]), interpolation="nearest")
-        for i, (x1, y1, x2, y2) in enumerate(boxes):
-            colour, corner = colours[labels[i]], (x1, y1)
-            axis.add_patch(plt.Rectangle(corner, x2 - x1, y2 - y1, fill=False, ec=colour, lw=2.2))
-            if scores is not None:
-                style = dict(fc=colour, ec="none", pad=0.8)
-                text = f"{scores[i]:.2f}"
-                # Above the box, or inside it where the picture ends.
-                place = dict(
-                    va="bottom" if y1 > 9 else "top",
-                    ha="left" if x1 < picture.shape[1] - 20 else "right",
-                )
-                axis.text(*corner, text, color="white", fontsize=10, bbox=style, **place)
-
-    return panel
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(ROOT / DATA / "coco/annotations/instances_val2017.json")
+    results = load(task.folder(work_dir) / task.out)
+    for result in sorted(results, key=lambda result: result["img_id"]):
+        image, own = truth.imgs[result["img_id"]], truth.imgToAnns[result["img_id"]]
+        found = result["pred_instances"]
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in own)]
+        labels, masks = [a["category_id"] - 1 for a in own], map(truth.annToMask, own)
+        sample = DetDataSample(gt_instances=instances(image, corners, labels, masks))
+        boxes, labels, masks = found["bboxes"], found["labels"], map(decode, found["masks"])
+        sample.pred_instances = instances(image, boxes, labels, masks, scores=found["scores"])
+        yield ROOT / DATA / "coco/val2017" / image["file_name"], sample
 
 
-def show_classes(picture: np.ndarray, index: np.ndarray, palette: np.ndarray) -> Panel:
-    """A panel: the picture in grey under the colours of an index map (0 is background)."""
+def segmentations(task: Task, work_dir: Path) -> Iterator[tuple[Path, Any]]:
+    """Image files with ground truth and prediction."""
+    from mmseg.structures import SegDataSample
 
-    def panel(axis: Any) -> None:
-        show_picture(axis, picture, grey=True)
-        coloured = np.dstack([palette[index], np.where(index > 0, 0.65, 0.0)])
-        axis.imshow(coloured, interpolation="nearest")
-
-    return panel
-
-
-def read_picture(path: Path, grey: bool = False) -> np.ndarray:
-    """An image file as RGB, or one of a single channel."""
-    picture = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
-    if picture is None:
-        raise DemoError(f"{path} is not an image that can be read")
-    return picture if grey else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    for path in sorted((ROOT / DATA / "ade/annotations/validation").iterdir()):
+        sample = SegDataSample()
+        for name, file in (("gt", path), ("pred", task.folder(work_dir) / task.out / path.name)):
+            # Both files count from 1: 0 is "unlabelled" in ADE20K.
+            index = enlarge(mmcv.imread(file, "grayscale")).astype(int) - 1
+            sample.set_data({f"{name}_sem_seg": PixelData(data=torch.from_numpy(index)[None])})
+        yield ROOT / DATA / "ade/images/validation" / f"{path.stem}.jpg", sample
 
 
 def paint_predictions(all_tasks: list[Task], work_dir: Path) -> None:
-    """Draw validation images, ground truth next to prediction, one by one and an overview."""
+    """Draw image, ground truth and prediction by the libraries' visualizers, and an overview."""
+    from mmdet.visualization import DetLocalVisualizer
+    from mmseg.visualization import SegLocalVisualizer
+
     folder = work_dir / "predictions"
     folder.mkdir()
     detection, segmentation = all_tasks
     meta = Config.fromfile(ROOT / segmentation.config).val_dataloader.dataset.metainfo
-    palette = np.array(meta.palette) / 255
-    colours = palette[1:]  # of the shapes
-    legend = [
-        plt.Rectangle((0, 0), 1, 1, color=colour, label=name)
-        for name, colour in zip(meta.classes[1:], colours, strict=True)
-    ]
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(ROOT / DATA / "coco/annotations/instances_val2017.json")
-    rows: dict[str, list[list[Panel]]] = {"detection": [], "segmentation": []}
-    results = load(detection.folder(work_dir) / detection.out)
-    for result in sorted(results, key=lambda result: result["img_id"])[:PAINTED]:
-        ident = result["img_id"]
-        picture = read_picture(ROOT / DATA / "coco/val2017" / truth.imgs[ident]["file_name"])
-        own = truth.imgToAnns[ident]
-        corners = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in own)]
-        found = result["pred_instances"]
-        keep = found["scores"].numpy() >= SCORE
-        boxes, labels, scores = (found[k].numpy()[keep] for k in ("bboxes", "labels", "scores"))
-        masks = [decode(mask) for mask, kept in zip(found["masks"], keep, strict=True) if kept]
-        truth_labels = [a["category_id"] - 1 for a in own]
-        truth_masks = [truth.annToMask(a) for a in own]
-        rows["detection"].append(
-            [
-                partial(show_picture, picture=picture, grey=False),
-                show_objects(picture, colours, corners, truth_labels, truth_masks),
-                show_objects(picture, colours, boxes, labels, masks, scores),
-            ]
-        )
-    for path in sorted((ROOT / DATA / "ade/annotations/validation").iterdir())[:PAINTED]:
-        picture = read_picture(ROOT / DATA / "ade/images/validation" / f"{path.stem}.jpg")
-        maps = (path, segmentation.folder(work_dir) / segmentation.out / path.name)
-        # Both files count from 1: 0 is "unlabelled" in ADE20K.
-        pair = [read_picture(file, grey=True) - 1 for file in maps]
-        rows["segmentation"].append(
-            [
-                partial(show_picture, picture=picture, grey=False),
-                *(show_classes(picture, m, palette) for m in pair),
-            ]
-        )
-
-    titles = ["image", "ground truth", "prediction"]
-    for name, panels in rows.items():
-        for number, row in enumerate(panels, 1):
-            paint([row], titles, legend, folder / f"{name}_{number:02d}.png")
-        paint(panels[:OVERVIEW], titles, legend, folder / f"{name}_overview.png")
+    palette = [tuple(colour) for colour in meta.palette]
+    for task, visualizer, first, samples, options in (
+        (detection, DetLocalVisualizer, 1, detections, dict(pred_score_thr=SCORE)),
+        (segmentation, SegLocalVisualizer, 0, segmentations, {}),
+    ):
+        artist = visualizer(alpha=0.6)
+        artist.dataset_meta = dict(classes=meta.classes[first:], palette=palette[first:])
+        rows = []
+        for number, (file, sample) in enumerate(islice(samples(task, work_dir), PAINTED), 1):
+            picture = enlarge(mmcv.imread(file), cv2.INTER_CUBIC)
+            grey = mmcv.gray2bgr(mmcv.bgr2gray(picture))  # for the colours to show
+            path = folder / f"{task.name}_{number:02d}.png"
+            artist.add_datasample(path.name, grey, sample, out_file=str(path), **options)
+            rows.append(np.hstack([picture, mmcv.imread(path)]))
+            mmcv.imwrite(rows[-1], str(path))
+        mmcv.imwrite(np.vstack(rows[:OVERVIEW]), str(folder / f"{task.name}_overview.png"))
 
 
 # ---------------------------------------------------------------------------------------------

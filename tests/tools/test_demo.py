@@ -76,7 +76,9 @@ def test_pictures_are_written(demo, workplace):
         scores=torch.tensor([0.9, 0.1]),
         masks=[encode(mask)] * 2,
     )
-    results = [dict(img_id=i, pred_instances=instances) for i in (1, 2, 3)]
+    nothing = {name: values[:0] for name, values in instances.items()}
+    found = {1: instances, 2: nothing, 3: instances}
+    results = [dict(img_id=i, pred_instances=found[i]) for i in (3, 1, 2)]
     mmengine.dump(results, detection.folder(work_dir) / detection.out)
     maps = segmentation.folder(work_dir) / segmentation.out
     maps.mkdir()
@@ -88,9 +90,16 @@ def test_pictures_are_written(demo, workplace):
     pictures = {p.name: cv2.imread(str(p)) for p in (work_dir / "predictions").iterdir()}
     pictures["curves"] = cv2.imread(str(work_dir / "loss_curves.png"))
     assert len(pictures) == 2 * (3 + 1) + 1
-    for picture in pictures.values():
-        assert min(picture.shape[:2]) >= 400
+    for name, picture in pictures.items():
         assert picture.std() > 10
+        if name != "curves":  # image, ground truth and prediction, of 64 x 64 pixels
+            assert picture.shape == (192 * (3 if "overview" in name else 1), 3 * 192, 3)
+    predicted = pictures["detection_01.png"][:, 384:].astype(int)
+    assert np.ptp(predicted[50:80, 20:55], -1).min() > 20  # the mask
+    assert np.ptp(predicted[40:170, 140:160], -1).max() == 0  # a box of low score is not drawn
+    assert np.ptp(pictures["detection_02.png"][:, 384:].astype(int), -1).max() == 0
+    blue, _, red = pictures["segmentation_01.png"][:, 384:].reshape(-1, 3).mean(0)
+    assert blue > red + 40  # the colour of bars
 
 
 def test_summary_has_the_metrics_of_the_tests(demo, workplace, monkeypatch):
