@@ -25,7 +25,7 @@ ORDER = (
 
 
 def imports(path, root):
-    """The absolute names of modules that a file imports, also inside functions."""
+    """The absolute names of modules that a file imports, also inside functions and by a call."""
     package = path.relative_to(root).with_suffix("").parts
     if package[-1] == "__init__":
         package = package[:-1]
@@ -40,6 +40,8 @@ def imports(path, root):
             module = ".".join(filter(None, (base, node.module)))
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +70,24 @@ def test_no_package_imports_a_later_one(graph):
     assert not upward
 
 
+NUMBERS = {"cv2", "mmengine", "numpy", "nystrom_attention", "performer_pytorch", "torch"}
+
+
 @pytest.mark.parametrize(
-    ("part", "allowed"), [("ops", {"torch"}), ("analysis", None), ("visualization", None)]
+    ("part", "allowed"),
+    [
+        ("ops", {"torch"}),
+        ("analysis", {*NUMBERS, "mmsoft.builder", "mmsoft.models", "mmsoft.ops"}),
+        ("visualization", {"matplotlib", "numpy", "mmsoft.fileio"}),
+    ],
 )
-def test_third_party_imports(graph, part, allowed):
-    others = {name.split(".")[0] for name in graph[part]} - {"mmsoft", *sys.stdlib_module_names}
-    if allowed is None:  # numbers need no pictures, and pictures no models
-        allowed = others - ({"matplotlib"} if part == "analysis" else {"torch", "mmengine"})
-    assert others <= allowed
+def test_operators_need_torch_alone_numbers_no_pictures_and_pictures_no_models(
+    graph, part, allowed
+):
+    found = {
+        ".".join(name.split(".")[: 2 if name.startswith("mmsoft.") else 1]) for name in graph[part]
+    }
+    assert found - {f"mmsoft.{part}", *sys.stdlib_module_names} <= allowed
 
 
 def test_mmsoft_itself_imports_no_model(root):
@@ -83,9 +95,12 @@ def test_mmsoft_itself_imports_no_model(root):
     assert not {n for n in names if n.startswith(("mmsoft.models", "mmsoft.engine", "torch"))}
 
 
-def test_relative_and_nested_imports_are_found(tmp_path):
+def test_relative_nested_and_called_imports_are_found(tmp_path):
     path = tmp_path / "mmsoft/ops/deep.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from ..models import SOFT\ndef f():\n    import mmsoft.engine as e\n")
+    path.write_text(
+        "from ..models import SOFT\ndef f():\n    import mmsoft.engine as e\n"
+        "importlib.import_module('mmsoft.flops')\n"
+    )
     found = set(imports(Path(path), tmp_path))
-    assert {"mmsoft.models", "mmsoft.models.SOFT", "mmsoft.engine"} <= found
+    assert {"mmsoft.models", "mmsoft.models.SOFT", "mmsoft.engine", "mmsoft.flops"} <= found
