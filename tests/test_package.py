@@ -233,6 +233,7 @@ def test_mim_and_mmengine_find_the_configs_of_the_wheel(fresh_python, run_outsid
 
 
 UNCHANGED = """
+import logging, os, warnings
 import torch
 from mmengine.analysis.complexity_analysis import _DEFAULT_SUPPORTED_FLOP_OPS as counters
 from mmengine.hooks import CheckpointHook
@@ -246,6 +247,10 @@ def state():
         hooks=dict(HOOKS.module_dict),
         models=dict(MODELS.module_dict),
         constructors=dict(OPTIM_WRAPPER_CONSTRUCTORS.module_dict),
+        warnings=list(warnings.filters),
+        logging=(logging.root.level, list(logging.root.handlers)),
+        environment=dict(os.environ),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         threads=torch.get_num_threads(),
         dtype=torch.get_default_dtype(),
         matmul=torch.get_float32_matmul_precision(),
