@@ -187,5 +187,8 @@ def test_taken_in_eager_programs_alone_and_the_result_is_the_same(name, conditio
 
 def test_every_shortcut_is_here(root):
     sources = (path for path in (root / "mmsoft").rglob("*.py") if path.name != "mode.py")
-    asking = [re.findall(r"\b(?:cpu_shortcut|traced)\(", path.read_text()) for path in sources]
+    texts = [path.read_text() for path in sources]
+    asking = [re.findall(r"\b(?:cpu_shortcut|traced)\(", text) for text in texts]
     assert sum(map(len, asking)) == len(SHORTCUTS)
+    # by another condition
+    assert not [text for text in texts if re.search(r"is_compiling|is_dynamo|\.is_cpu", text)]
