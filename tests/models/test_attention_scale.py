@@ -23,11 +23,11 @@ def check(variant, arch, max_landmarks, solver="direct", train=False, sizes=tool
 
 
 @pytest.mark.parametrize(("variant", "max_landmarks"), CASES)
-def test_tiny(variant, max_landmarks):
+def test_tiny_has_one_scale_at_every_resolution(variant, max_landmarks):
     check(variant, "tiny", max_landmarks)
 
 
-def test_newton_and_batch_statistics():
+def test_one_scale_with_newton_and_with_batch_statistics():
     check(SOFTPlusPlus, "tiny", 49, solver="newton")
     check(SOFTPlusPlus, "tiny", 49, train=True)
 
@@ -35,7 +35,7 @@ def test_newton_and_batch_statistics():
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["small", "medium", "large", "huge"])
 @pytest.mark.parametrize(("variant", "max_landmarks"), CASES)
-def test_every_arch(variant, max_landmarks, arch):
+def test_every_arch_has_one_scale_at_every_resolution(variant, max_landmarks, arch):
     check(variant, arch, max_landmarks)
 
 

@@ -42,7 +42,7 @@ def batch(size: int, g: torch.Generator):
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_lookup(attention):
+def test_a_block_answers_a_lookup_only_with_attention(attention):
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     model = Lookup(attention)

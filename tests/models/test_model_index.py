@@ -31,7 +31,7 @@ def model_index():
         del ModelHub._models_dict[name]
 
 
-def test_list_models():
+def test_every_classifier_is_listed_by_mmpretrain():
     from mmpretrain import list_models
 
     assert list_models("soft*") == sorted(NAMES)

@@ -46,7 +46,7 @@ variants = st.sampled_from(VARIANTS)
     st.integers(1, 70), st.integers(1, 20), variants, st.booleans(),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 99),
 )  # fmt: skip
-def test_operator(
+def test_operator_is_finite(
     kind, v_kind, l_kind, magnitude, usual, v_magnitude, n, m, variant, is_usual, dtype, seed
 ):
     """Queries, landmarks and values of any magnitude; no result here is out of float32's range."""
@@ -77,7 +77,7 @@ def test_operator(
     st.integers(1, 20), st.integers(1, 20), kinds, powers_of_ten(-6, 4), variants,
     st.sampled_from([None, 1, 4]), st.sampled_from([2, 4, 8]),
 )  # fmt: skip
-def test_layer(height, width, kind, magnitude, variant, budget, stride):
+def test_layer_is_finite(height, width, kind, magnitude, variant, budget, stride):
     """Grids smaller than the stride, and no multiples of it, too."""
     torch.manual_seed(0)
     normalize, solver = variant

@@ -101,7 +101,7 @@ def test_custom_operators_pass_opcheck(n, m, units):
 
 @pytest.mark.parametrize("divide", [True, False])
 @pytest.mark.parametrize(("n", "m"), [(30, 4), (4, 30)])
-def test_units(n, m, divide):
+def test_units_of_samples_and_the_gradients_that_they_multiply(n, m, divide):
     """A sample's own unit, and which of the gradients it multiplies."""
     tensors = [torch.randn(2, 2, k, 8).requires_grad_() for k in (n, m, m)]
     unit = torch.tensor([8.0, 0.25])[:, None, None, None]

@@ -28,7 +28,7 @@ def test_patches_are_a_strided_convolution(hw, stride):
 
 
 @pytest.mark.parametrize("budget", [1, 5, 48, 49, 1000])
-def test_budget(budget):
+def test_a_budget_keeps_distinct_patches_of_the_grid(budget):
     q = torch.randn(2, 56 * 56, 4)
     every = landmark_patches(q, (56, 56), 2, 8)
     some = landmark_patches(q, (56, 56), 2, 8, budget)
@@ -75,7 +75,7 @@ CASES = [((6, 9), 2, None), ((6, 9), 2, 5), ((17, 19), 4, 3), ((3, 5), 4, None)]
 
 
 @pytest.mark.parametrize(("hw", "stride", "budget"), CASES, ids=str)
-def test_gradients(hw, stride, budget):
+def test_gradients_are_those_of_the_transpose(hw, stride, budget):
     q = torch.randn(2, hw[0] * hw[1], 4, dtype=torch.float64, requires_grad=True)
 
     def patches(q):

@@ -56,7 +56,7 @@ def jvp_without_grad(function, primals, tangents) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("jvp", [jvp_of_func, jvp_of_duals, jvp_without_grad])
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
-def test_tangents(normalize, solver, jvp):
+def test_tangents_match_the_gradients_of_the_definition(normalize, solver, jvp):
     """``<J t, w> = <t, J^T w>``, the right-hand side from the float64 definition."""
     kwargs = dict(normalize=normalize, solver=solver, scale=0.7)
     primals, tangents = arguments(), arguments()
@@ -139,7 +139,7 @@ def test_reverse_mode_of_torch_func(normalize, solver):
 
 
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
-def test_vmap(normalize, solver):
+def test_vmap_over_each_argument_and_over_all(normalize, solver):
     """Over each argument and over all, and gradients sample by sample."""
     q, v, landmarks = arguments()
 
