@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("mmpretrain")
@@ -23,12 +24,18 @@ def model_index():
     from mmpretrain.apis import ModelHub
     from mmpretrain.utils import register_all_modules
 
-    register_all_modules()  # other tests leave the scopes of other libraries behind
+    register_all_modules(init_default_scope=False)
     ModelHub._register_mmpretrain_models()
     ModelHub.register_model_index(ROOT / "configs/soft/metafile.yml", config_prefix=ROOT)
     yield
     for name in NAMES:
         del ModelHub._models_dict[name]
+
+
+@pytest.fixture(autouse=True)
+def default_scope():
+    """Which every test leaves at MMEngine's."""
+    init_default_scope("mmpretrain")
 
 
 def test_every_classifier_is_listed_by_mmpretrain():
