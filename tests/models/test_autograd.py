@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from operators import JVPS
 from released import ARCH
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmsoft.models import SOFT, SOFTPlusPlus
@@ -42,22 +42,7 @@ def test_backward_inside_autocast(variant, solver):
         assert torch.equal(gradients[1][name], outside), name
 
 
-def jvp_of_func(model, image, tangent):
-    return torch.func.jvp(model, (image,), (tangent,))[1]
-
-
-def jvp_of_duals(model, image, tangent):
-    with forward_ad.dual_level():
-        outs = model(forward_ad.make_dual(image, tangent))
-        return [forward_ad.unpack_dual(out).tangent for out in outs]
-
-
-def jvp_without_grad(model, image, tangent):
-    with torch.no_grad():
-        return jvp_of_duals(model, image, tangent)
-
-
-@pytest.mark.parametrize("jvp", [jvp_of_func, jvp_of_duals, jvp_without_grad])
+@pytest.mark.parametrize("jvp", JVPS)
 @pytest.mark.parametrize(("variant", "solver"), CASES)
 def test_tangents_of_an_image(variant, solver, jvp, monkeypatch):
     """``<J t, w> = <t, J^T w>``; without gradients tokens are taken in turns."""
@@ -67,7 +52,7 @@ def test_tangents_of_an_image(variant, solver, jvp, monkeypatch):
     outs = model(image.requires_grad_())
     weights = [torch.randn_like(out) for out in outs]
     (gradient,) = torch.autograd.grad(outs, image, weights)
-    found = product(jvp(model, image.detach(), tangent), weights)
+    found = product(jvp(model, (image.detach(),), (tangent,))[1], weights)
     assert found == pytest.approx(product([gradient], [tangent]), rel=1e-9)
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from metrics import same
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from released import ARCH, images
@@ -37,10 +38,6 @@ def modules(model, kind):
 
 def image(height=64, width=96, batch=2, channels=3):
     return torch.randn(batch, channels, height, width)
-
-
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def statistics(model):

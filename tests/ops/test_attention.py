@@ -3,12 +3,12 @@
 import pytest
 import torch
 from metrics import error
+from operators import VARIANTS
 from torch import Tensor
 
 from mmsoft.ops import softmax_free_attention
 from mmsoft.ops.reference import softmax_free_attention as reference
 
-VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
 # batch, heads, tokens, landmarks, head dim
 SHAPES = [
     (2, 2, 63, 7, 16),

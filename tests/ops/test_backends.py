@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
+from metrics import same
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
@@ -55,10 +56,6 @@ def both_passes(function=softmax_free_attention, **kwargs) -> list[Tensor]:
     tensors = arguments()
     out = function(*tensors, **kwargs)
     return [out.detach(), *torch.autograd.grad(out.sum(), tensors)]
-
-
-def same(ours, expected) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_every_custom_operator_but_the_product_of_matrices_can_choose():

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operators import VARIANTS
 
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.ops import gaussian_kernel, gaussian_kernel_product, softmax_free_attention
 from mmsoft.ops.reference import softmax_free_attention as reference
 
 KINDS = ["normal", "constant", "zero", "duplicated", "one-hot", "two clusters"]
-VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
 
 
 def tokens(kind: str, shape: tuple[int, ...], magnitude: float, seed: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operators import VARIANTS
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -14,8 +15,6 @@ from mmsoft.ops import (
     step_size,
     tikhonov_pinv_product,
 )
-
-VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
 
 
 def autocast(enabled: bool):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.utils import digit_version
+from operators import JVPS, VARIANTS
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -18,7 +19,6 @@ from mmsoft.ops.inverse.operators import tikhonov_solve
 from mmsoft.ops.reference import gaussian_kernel as naive
 from mmsoft.ops.reference import softmax_free_attention as reference
 
-VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
 # vmap says so of every operation that it has no rule for.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -40,21 +40,7 @@ def close(ours, truth) -> None:
     torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-11 * float(truth.abs().max()))
 
 
-def jvp_of_func(function, primals, tangents) -> tuple[Tensor, Tensor]:
-    return torch.func.jvp(function, primals, tangents)
-
-
-def jvp_of_duals(function, primals, tangents) -> tuple[Tensor, Tensor]:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(function(*map(forward_ad.make_dual, primals, tangents)))
-
-
-def jvp_without_grad(function, primals, tangents) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return jvp_of_duals(function, primals, tangents)
-
-
-@pytest.mark.parametrize("jvp", [jvp_of_func, jvp_of_duals, jvp_without_grad])
+@pytest.mark.parametrize("jvp", JVPS)
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
 def test_tangents_match_the_gradients_of_the_definition(normalize, solver, jvp):
     """``<J t, w> = <t, J^T w>``, the right-hand side from the float64 definition."""

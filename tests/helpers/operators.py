@@ -1,0 +1,25 @@
+"""What tests of operators and of their derivatives share."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# normalize, solver
+VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
+
+
+def jvp_of_duals(function, primals, tangents):
+    """As ``torch.func.jvp``: value and tangent, of each result if there are several."""
+    with forward_ad.dual_level():
+        out = function(*map(forward_ad.make_dual, primals, tangents))
+        if isinstance(out, Tensor):
+            return forward_ad.unpack_dual(out)
+        return tuple(zip(*map(forward_ad.unpack_dual, out)))
+
+
+def jvp_without_grad(function, primals, tangents):
+    with torch.no_grad():
+        return jvp_of_duals(function, primals, tangents)
+
+
+JVPS = [torch.func.jvp, jvp_of_duals, jvp_without_grad]
