@@ -32,7 +32,7 @@ RESULTS = [
     for family in ("soft", "softpp")
     for n, size in enumerate(("tiny", "small", "large"), 1)
 ]
-ACCURACIES = {"soft-tiny": 79.3, "soft-small": 82.2, "softpp-tiny": 79.4}
+ACCURACIES = {"soft-tiny": 70.0, "soft-small": 80.0, "softpp-tiny": 75.0}  # invented
 
 
 def attention():
@@ -117,8 +117,8 @@ def test_memory_and_tradeoff_draw_what_was_measured():
     assert len(lines["softmax"]) == 3
     left, right = tradeoff().axes
     assert "published" in left.get_ylabel()
-    assert left.lines[0].get_xydata().tolist() == [[50, 82.2], [100, 79.3]]
-    assert right.lines[1].get_xydata().tolist() == [[13.0, 79.4]]
+    assert left.lines[0].get_xydata().tolist() == [[50, 80.0], [100, 70.0]]
+    assert right.lines[1].get_xydata().tolist() == [[13.0, 75.0]]
 
 
 def test_nothing_to_draw_is_an_error():
