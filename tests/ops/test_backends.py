@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from metrics import same
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vmap
 
 from mmsoft.ops import landmark_patches, softmax_free_attention, use_backend
 from mmsoft.ops.backends import EAGER, OPERATIONS, Implementation
@@ -189,6 +189,10 @@ def test_transforms_run_plain_torch_or_raise(fake):
         "tikhonov_solve": lambda: vmap(attend("direct"))(*tensors),
         "newton_raphson_pinv": lambda: vmap(attend())(*tensors),
         "landmark_patches": lambda: jvp(patches, (q,), (q,))[1],
+        "gaussian_kernel_product_backward": lambda: grad(
+            lambda q: softmax_free_attention(q, *tensors[1:]).sum()
+        )(tensors[0]),
+        "landmark_patches_backward": lambda: grad(lambda q: patches(q).sum())(q),
     }
     for name, call in calls.items():
         expected = call()

@@ -88,7 +88,7 @@ def product_in_units(
         unit: from :func:`unit_of`; ``None`` for 1.
         divide: which of the two.
     """
-    if not PRODUCT.gives_way(transformed()):
+    if not (PRODUCT.gives_way(transformed()) and BACKWARD.gives_way(True)):
         return torch.ops.mmsoft.gaussian_kernel_product(x, y, w, unit, divide)
     with no_autocast(x):
         dtype = compute_dtype(x, y, w)

@@ -74,5 +74,6 @@ def patches(
     q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
 ) -> Tensor:
     """:func:`mmsoft.ops.landmark_patches`, unchecked."""
-    gather = eager.gather if PATCHES.gives_way(transformed()) else torch.ops.mmsoft.landmark_patches
+    plain = PATCHES.gives_way(transformed()) and BACKWARD.gives_way(True)
+    gather = eager.gather if plain else torch.ops.mmsoft.landmark_patches
     return gather(q, height, width, heads, stride, max_landmarks)
