@@ -4,6 +4,7 @@ A backward pass runs under the autocast of the caller of ``backward()``, whateve
 ran under. Only products of matrices are affected, hence :func:`matmul`.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,13 +52,16 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
 _matmul.register_autograd(_matmul_backward, setup_context=_matmul_context)
 
 
-class _Matmul(torch.autograd.Function):
-    """For ``torch.func``."""
+def for_func(
+    forward: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    """The same operator for ``torch.func``, which a custom operator knows nothing of."""
+    parts = dict(forward=forward, setup_context=setup_context, backward=backward)
+    static = {name: staticmethod(part) for name, part in parts.items()}
+    return type(forward.__name__, (torch.autograd.Function,), static | {"generate_vmap_rule": True})
 
-    generate_vmap_rule = True
-    forward = staticmethod(_multiply)
-    setup_context = staticmethod(_matmul_context)
-    backward = staticmethod(_matmul_backward)
+
+_Matmul = for_func(_multiply, _matmul_context, _matmul_backward)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

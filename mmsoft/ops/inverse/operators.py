@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
-from ..island import matmul, no_autocast
+from ..island import for_func, matmul, no_autocast
 from ..mode import forward_mode, transformed
 from . import eager
 
@@ -34,15 +34,7 @@ def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 _newton.register_autograd(_newton_backward, setup_context=_newton_context)
-
-
-class _Newton(torch.autograd.Function):
-    """For ``torch.func``."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(eager.newton)
-    setup_context = staticmethod(_newton_context)
-    backward = staticmethod(_newton_backward)
+_Newton = for_func(eager.newton, _newton_context, _newton_backward)
 
 
 def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
@@ -80,15 +72,7 @@ def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
 
 
 _solve.register_autograd(_solve_backward, setup_context=_solve_context)
-
-
-class _Solve(torch.autograd.Function):
-    """For ``torch.func``."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(eager.solve)
-    setup_context = staticmethod(_solve_context)
-    backward = staticmethod(_solve_backward)
+_Solve = for_func(eager.solve, _solve_context, _solve_backward)
 
 
 def tikhonov_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
