@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,23 @@ def test_no_package_imports_a_later_one(graph):
         if name.startswith("mmsoft.") and rank.get(name.split(".")[1], -1) > rank[part]
     }
     assert not upward
+
+
+def test_no_circle_of_modules(root):
+    """Not even inside a room, or by an import inside a function."""
+    files = (path.relative_to(root) for path in (root / "mmsoft").rglob("*.py"))
+    names = {".".join(f.with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+    graph = {
+        name: {
+            found
+            for found in imports(root / file, root)
+            # A module has its packages already.
+            if found in names and not f"{name}.".startswith(f"{found}.")
+        }
+        for name, file in names.items()
+        if ".mim" not in file.parts
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 NUMBERS = {"cv2", "mmengine", "numpy", "nystrom_attention", "performer_pytorch", "torch"}

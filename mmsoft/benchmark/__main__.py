@@ -318,7 +318,8 @@ def main() -> None:
         if "json" in args:
             draw(args.json, args.out_dir)
         elif args.write_docs:
-            from mmsoft.benchmark.report import read_json, write_docs
+            from mmsoft.benchmark.page import write_docs
+            from mmsoft.benchmark.report import read_json
 
             write_docs([read_json(path) for path in args.write_docs], args.out or Path("docs"))
     except (ImportError, OSError, ValueError) as error:

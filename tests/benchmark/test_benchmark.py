@@ -10,7 +10,7 @@ import torch
 from metrics import error
 from released import ARCH, images, outputs, state_dict
 
-from mmsoft.benchmark import cases, report
+from mmsoft.benchmark import cases, page, report
 from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models.attention import SoftmaxFreeAttention
@@ -243,7 +243,7 @@ def test_shares_of_the_ceilings():
 
 
 def test_targets(data):
-    found = {target.claim: target for target in report.targets(data)}
+    found = {target.claim: target for target in page.targets(data)}
     answers = {claim: (round(t.measured, 3), t.met) for claim, t in found.items() if t.measured}
     assert answers == {
         "800x1344: Tiny's speed over the released algorithm's": (29.0, False),
@@ -266,7 +266,7 @@ def test_targets(data):
 
 
 def test_targets_in_the_docs(data, tmp_path):
-    report.write_docs([data], tmp_path)
+    page.write_docs([data], tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     text = re.sub(" +", " ", text)
     assert "| 800x1344: SOFT++ Tiny's speed over PVT-Tiny's | 2.19 | ≥ 2.2 | **no** |" in text
@@ -304,10 +304,10 @@ def test_a_group_measured_again_replaces_the_old_one(data):
 
 def test_the_page_and_its_plots_are_current(root, tmp_path):
     runs = sorted((root / "docs/benchmarks").glob("*.json"))
-    report.write_docs([report.read_json(path) for path in runs], tmp_path)
-    page = (tmp_path / "benchmarks.md").read_text()
+    page.write_docs([report.read_json(path) for path in runs], tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
     again = "run python -m mmsoft.benchmark --write-docs docs/benchmarks/*.json"
-    assert page == (root / "docs/benchmarks.md").read_text(), again
+    assert text == (root / "docs/benchmarks.md").read_text(), again
     drawn, kept = (
         {path.name: cv2.imread(str(path)).shape for path in (folder / "benchmarks").glob("*.png")}
         for folder in (tmp_path, root / "docs")
