@@ -1,11 +1,18 @@
 """What tests of operators and of their derivatives share."""
 
+import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.autograd import forward_ad
 
 # normalize, solver
 VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
+
+
+needs_torch_2_9 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="needs torch >= 2.9"
+)
 
 
 def jvp_of_duals(function, primals, tangents):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from mmengine.utils import digit_version
+from operators import needs_torch_2_9
 from torch.export import Dim, export
 
 from mmsoft.models import SOFTPlusPlus
@@ -11,18 +11,17 @@ from mmsoft.ops import softmax_free_attention
 
 ARCH = dict(depths=[1, 1, 1, 1], embed_dims=[32, 64, 96, 128], num_heads=[1, 2, 3, 4])
 SIZES = [(224, 192), (160, 256), (333, 221), (250, 251), (401, 97), (98, 512), (70, 90)]
-# torch 2.6 tells sizes below the budget from those above; 2.9 does not.
-BUDGET = pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version("2.9"), reason="needs torch >= 2.9"
-)
 OPTIONS = [
-    pytest.param(dict(solver="direct", max_landmarks=16), id="direct, budget", marks=BUDGET),
+    # torch 2.6 tells sizes below the budget from those above; 2.9 does not.
+    pytest.param(
+        dict(solver="direct", max_landmarks=16), id="direct, budget", marks=needs_torch_2_9
+    ),
     pytest.param(dict(solver="direct"), id="direct", marks=pytest.mark.long),
     pytest.param(dict(solver="newton"), id="newton", marks=pytest.mark.long),
     pytest.param(
         dict(solver="newton", max_landmarks=16),
         id="newton, budget",
-        marks=[pytest.mark.long, BUDGET],
+        marks=[pytest.mark.long, needs_torch_2_9],
     ),
 ]
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from mmengine.utils import digit_version
-from operators import JVPS, VARIANTS
+from operators import JVPS, VARIANTS, needs_torch_2_9
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -178,13 +177,8 @@ def test_second_derivatives_in_every_mode(normalize, solver):
 
 
 # The compiler of torch 2.6 refuses the backward pass of an autograd.Function under grad.
-COMPILED_GRAD = pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version("2.9"), reason="needs torch >= 2.9"
-)
-
-
 @pytest.mark.parametrize(
-    "transform", ["jvp", "vmap", "hvp", pytest.param("grad", marks=COMPILED_GRAD)]
+    "transform", ["jvp", "vmap", "hvp", pytest.param("grad", marks=needs_torch_2_9)]
 )
 def test_compiled_transforms(transform):
     """A compiler traces what eager mode does under a transform, without a break."""
