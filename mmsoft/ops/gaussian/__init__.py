@@ -32,7 +32,7 @@ def gaussian_kernel_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     Returns:
         ``[B, heads, n, d_w]`` in float32 (float64 if any argument is), whatever autocast says. Its
         memory runs ``[B, n, heads, d_w]``. Differentiable once in all three arguments, in forward
-        mode and by ``torch.func`` as often as you like.
+        mode and by ``torch.func`` any number of times.
     """
     return product_in_units(x, y, w, None, divide=False)
 

@@ -51,8 +51,7 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
     if not guarded:
         alpha = 1.8 / rows.amax(-1)[..., None, None].square()
         return alpha, torch.zeros_like(alpha)
-    # A >= 0, so column j of |I - alpha A^2| sums to |1 - alpha d_j| + alpha (s_j - d_j), with d the
-    # diagonal of A^2 and s its column sums: all candidates cost O(m), and no product of matrices.
+    # Column sums of |I - alpha A^2| from the diagonal of A^2 and its column sums: docs/method.md.
     diagonal = a.square().sum(-1)
     with no_autocast(a):
         columns = (a @ rows[..., None]).squeeze(-1)
