@@ -17,7 +17,7 @@ for library in ("mmdet", "mmseg"):
     pytest.importorskip(library)
 
 GUARD = [dict(type="mmsoft.FiniteGradientHook")]
-VICTIM = "00000002.jpg"  # in the first batch of every data set, second in it
+OFFENDING = "00000002.jpg"  # in the first batch of every data set, second in it
 
 
 @TRANSFORMS.register_module()
@@ -25,7 +25,7 @@ class CollapseBox:
     """Give the first box of the second image no area, as a crop or a rotation may."""
 
     def __call__(self, results):
-        if results["img_path"].endswith(VICTIM):
+        if results["img_path"].endswith(OFFENDING):
             boxes = results["gt_bboxes"].tensor
             boxes[0, 2:] = boxes[0, :2]
         return results
@@ -45,16 +45,16 @@ def insert(config, transform):
     pipeline.insert(len(pipeline) - 1, dict(type=transform))
 
 
-def victims(folder):
+def offending_files(folder):
     return [
-        *folder.glob(f"data/shapes/coco/train2017/*{VICTIM}"),
-        *folder.glob(f"data/shapes/ade/images/training/*{VICTIM}"),
+        *folder.glob(f"data/shapes/coco/train2017/*{OFFENDING}"),
+        *folder.glob(f"data/shapes/ade/images/training/*{OFFENDING}"),
     ]
 
 
 def save_all(folder, image, suffix):
     data = cv2.imencode(suffix, image)[1].tobytes()  # readers look at the content, not the name
-    for path in victims(folder):
+    for path in offending_files(folder):
         path.write_bytes(data)
 
 
@@ -114,7 +114,7 @@ def test_training_continues_or_names_the_sample(fault, model, message, root, fol
         assert np.isfinite(losses).all()
     else:
         runner = Runner.from_cfg(cfg)
-        with pytest.raises(FloatingPointError, match=rf"iteration 1 .*{message} .*{VICTIM}"):
+        with pytest.raises(FloatingPointError, match=rf"iteration 1 .*{message} .*{OFFENDING}"):
             runner.train()
     assert weights_are_finite(runner)
     assert all(buffer.isfinite().all() for buffer in runner.model.buffers())
@@ -136,7 +136,7 @@ def test_accumulated_gradients_name_every_sample(root, folder):
     weight = runner.model.backbone.stages[1].pos_embed
     once = weight.register_hook(lambda gradient: (once.remove(), gradient / 0)[1])
     what = r"iteration 2 the gradient is not finite in \d+ parameters, among them backbone\S*"
-    with pytest.raises(FloatingPointError, match=rf"{what}; .*00000001.jpg, .*{VICTIM}"):
+    with pytest.raises(FloatingPointError, match=rf"{what}; .*00000001.jpg, .*{OFFENDING}"):
         runner.train()
     assert weights_are_finite(runner)
 
@@ -151,5 +151,5 @@ def test_a_nan_loss_with_finite_gradients_stops_the_run(root, folder):
         **train_step(*args, **kwargs),
         "loss_cls": torch.tensor(float("nan")),
     }
-    with pytest.raises(FloatingPointError, match=rf"loss_cls is nan; the samples .*{VICTIM}"):
+    with pytest.raises(FloatingPointError, match=rf"loss_cls is nan; the samples .*{OFFENDING}"):
         runner.train()

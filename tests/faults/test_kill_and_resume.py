@@ -402,17 +402,17 @@ def test_the_best_checkpoint_replaces_the_former(run, tmp_path):
 def test_nothing_outside_the_folder_is_removed(kind, run, tmp_path):
     """The path of the previous best checkpoint is read from the file that is resumed from."""
     run(2, **BEST)
-    path, victim = tmp_path / "work/epoch_2.pth", tmp_path / "victim"
+    path, outside = tmp_path / "work/epoch_2.pth", tmp_path / "outside"
     if kind == "file":
-        victim.touch()
+        outside.touch()
     else:
-        (victim / "full").mkdir(parents=True)
+        (outside / "full").mkdir(parents=True)
     content = torch.load(path)
-    content["message_hub"]["runtime_info"]["best_ckpt"] = str(victim)
+    content["message_hub"]["runtime_info"]["best_ckpt"] = str(outside)
     torch.save(content, path)
     run(4, resume=True, **BEST)
     assert (tmp_path / "work/best_acc_epoch_3.pth").exists()
-    assert victim.exists()
+    assert outside.exists()
 
 
 # -------------------------------------------------------------------------- kills while it saves
