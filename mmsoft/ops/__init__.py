@@ -4,9 +4,16 @@ from .attention import softmax_free_attention
 from .backends import use_backend
 from .gaussian import gaussian_gram, gaussian_kernel, gaussian_kernel_product
 from .inverse import newton_iterates, newton_raphson_pinv, step_size, tikhonov_pinv_product
-from .landmarks import landmark_centres, landmark_grid, landmark_patches
+from .landmarks import (
+    choose_landmarks,
+    landmark_centres,
+    landmark_grid,
+    landmark_patches,
+    salient_mean,
+)
 
 __all__ = [
+    "choose_landmarks",
     "gaussian_gram",
     "gaussian_kernel",
     "gaussian_kernel_product",
@@ -15,6 +22,7 @@ __all__ = [
     "landmark_patches",
     "newton_iterates",
     "newton_raphson_pinv",
+    "salient_mean",
     "softmax_free_attention",
     "step_size",
     "tikhonov_pinv_product",

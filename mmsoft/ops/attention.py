@@ -15,8 +15,9 @@ def softmax_free_attention(
     q: Tensor,
     v: Tensor,
     landmarks: Tensor,
+    counts: Tensor | None = None,
     *,
-    normalize: bool = True,
+    normalize: bool | str = True,
     solver: str = "newton",
     steps: int = 20,
     scale: float = 1.0,
@@ -27,6 +28,9 @@ def softmax_free_attention(
         c\, K\, D^{-1/2} A^\dagger D^{-1/2} K^\top v, \quad
         K = e^{-\|q_i - l_j\|^2 / 2},\ A = e^{-\|l_i - l_j\|^2 / 2},\ D = \mathrm{diag}(A 1)
 
+    or, with ``normalize='mean'``, ``c K N^-1 A^+ K^T v``: each landmark carries the mean of the
+    values that it stands for, ``N`` the diagonal matrix of the counts (``docs/method.md``).
+
     Keys equal queries. Linear in ``N``: no ``[N, m]`` matrix is ever stored, but for one of at most
     2 MiB where there is no backward pass. The arithmetic runs in float32 (float64 for float64
     arguments) whatever autocast says.
@@ -35,7 +39,11 @@ def softmax_free_attention(
         q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.
         v: values ``[B, heads, N, d_v]``, dtype of ``q``.
         landmarks: ``[B, heads, m, d]``, dtype of ``q`` or float32.
-        normalize: True for SOFT++; False for SOFT, which drops ``D`` and inverts ``A + 0.01 I``.
+        counts: ``[B, heads, m]``, how many candidates each landmark stands for, from
+            :func:`choose_landmarks`. They take the place of ``D``'s diagonal; a landmark of count 0
+            is left out. A constant in the backward pass. ``None``: all landmarks, with ``D``.
+        normalize: True for SOFT++; False for SOFT, which drops ``D`` and inverts ``A + 0.01 I``;
+            ``'mean'`` divides once, by the counts.
         solver: ``'newton'``, the paper's iteration, which released weights need; ``'direct'``, a
             regularized solve that is faster and as stable, for training from scratch. See
             :mod:`mmsoft.ops.inverse`.
@@ -56,27 +64,44 @@ def softmax_free_attention(
         ValueError: ranks, batch, heads, tokens, head dimension or device disagree, or ``solver`` or
             ``steps`` is unknown.
     """
-    check_attention(q, v, landmarks, solver, steps)
+    check_attention(q, v, landmarks, counts, normalize, solver, steps)
     with no_autocast(q):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
         unit = unit_of(v, landmarks.dtype)
         if landmarks.requires_grad and not transformed():  # their gradient, see product_in_units
             landmarks = landmarks.detach() + unit * (landmarks - landmarks.detach())
-        a = gaussian_gram(landmarks)
+        a = gaussian_gram(landmarks, counts)
         kernel = PAIR(q, landmarks, unit)
         s = kernel.gather(v)  # K^T v: [B, heads, m, d_v]
-        root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
-        if root is not None:
-            s = root * s
+        left, right = _factors(a, counts, normalize)
+        if right is not None:
+            s = right * s
         if solver == "direct":
             s = tikhonov_pinv_product(a, s)
         else:
-            alpha, cubic = step_size(a, guarded=normalize)
+            alpha, cubic = step_size(a, guarded=bool(normalize))
             if not normalize:
                 a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
             s = matmul(newton_raphson_pinv(a, alpha, cubic, steps), s)
-        s = scale * s if root is None else scale * root * s
+        s = scale * s if left is None else scale * left * s
         out = kernel.spread(s)
     if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
         out = out.clamp(-65504, 65504)
     return out.to(v.dtype)
+
+
+def _factors(
+    a: Tensor, counts: Tensor | None, normalize: bool | str
+) -> tuple[Tensor | None, Tensor | None]:
+    """What multiplies the landmarks' rows after and before the inverse."""
+    if counts is None:
+        root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
+        return root, root
+    counts = counts.detach().to(a.dtype)[..., None]
+    present = (counts > 0).to(a.dtype)
+    if not normalize:
+        return present, present
+    inverse = present / counts.clamp(min=1)
+    if normalize == "mean":
+        return inverse, present
+    return inverse.sqrt(), inverse.sqrt()

@@ -6,7 +6,15 @@ from torch import Tensor
 SOLVERS = ("newton", "direct")
 
 
-def check_attention(q: Tensor, v: Tensor, landmarks: Tensor, solver: str, steps: int) -> None:
+def check_attention(
+    q: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    counts: Tensor | None,
+    normalize: bool | str,
+    solver: str,
+    steps: int,
+) -> None:
     """Of :func:`mmsoft.ops.softmax_free_attention`."""
     for name, tensor in (("q", q), ("v", v), ("landmarks", landmarks)):
         if not isinstance(tensor, Tensor):
@@ -42,14 +50,47 @@ def check_attention(q: Tensor, v: Tensor, landmarks: Tensor, solver: str, steps:
                 f"{name} must have at least one token, head and channel, "
                 f"got shape {tuple(tensor.shape)}"
             )
+    if normalize not in (True, False, "mean"):
+        raise ValueError(f"normalize must be True, False or 'mean', got {normalize!r}")
+    if normalize == "mean" and counts is None:
+        raise ValueError("normalize='mean' needs counts")
+    if counts is not None and (
+        counts.shape != landmarks.shape[:3] or not counts.is_floating_point()
+    ):
+        raise ValueError(
+            f"counts must be floating-point of shape {tuple(landmarks.shape[:3])}, as landmarks, "
+            f"got {counts.dtype} of shape {tuple(counts.shape)}"
+        )
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
+def check_choice(candidates: Tensor, budget: int, tolerance: float, sharpness: float) -> None:
+    """Of :func:`mmsoft.ops.choose_landmarks`."""
+    if not isinstance(candidates, Tensor) or not candidates.is_floating_point():
+        raise TypeError("candidates must be a floating-point tensor")
+    if candidates.dim() != 4 or 0 in candidates.shape[1:]:
+        raise ValueError(
+            f"candidates must be [B, heads, M, d], none of the last three 0, "
+            f"got shape {tuple(candidates.shape)}"
+        )
+    if not isinstance(budget, (int, torch.SymInt)) or isinstance(budget, bool) or budget < 1:
+        raise ValueError(f"budget must be a positive integer, got {budget!r}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be in [0, 1), got {tolerance!r}")
+    if not sharpness > 0:
+        raise ValueError(f"sharpness must be positive, got {sharpness!r}")
+
+
 def check_patches(
-    q: Tensor, hw_shape: tuple[int, int], num_heads: int, stride: int, max_landmarks: int | None
+    q: Tensor,
+    hw_shape: tuple[int, int],
+    num_heads: int,
+    stride: int,
+    max_landmarks: int | None,
+    index: Tensor | None,
 ) -> None:
     """Of :func:`mmsoft.ops.landmark_patches`."""
     if not isinstance(q, Tensor):
@@ -72,3 +113,12 @@ def check_patches(
         )
     if q.shape[2] % num_heads:
         raise ValueError(f"q must have channels for {num_heads} heads, got {q.shape[2]}")
+    if index is not None and (index.dtype != torch.int64 or index.dim() != 3):
+        raise ValueError(
+            f"index must be [B, heads, m] of int64, got shape {tuple(index.shape)} of {index.dtype}"
+        )
+    if index is not None and index.shape[:2] != (q.shape[0], num_heads):
+        raise ValueError(
+            f"index must have the batch and heads of q, {(q.shape[0], num_heads)}, "
+            f"got {tuple(index.shape[:2])}"
+        )

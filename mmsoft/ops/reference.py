@@ -83,19 +83,58 @@ def tikhonov_filter(a: Tensor) -> Tensor:
     return (vectors * g[..., None, :]) @ vectors.mT
 
 
+def choose_landmarks(
+    candidates: Tensor, budget: int, *, tolerance: float = 0.03, sharpness: float = 4.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`mmsoft.ops.choose_landmarks`, each residual from the whole Gram matrix."""
+    batch, heads, total, _ = candidates.shape
+    kept = min(total, budget)
+    index = torch.zeros(batch, heads, kept, dtype=torch.long)
+    counts = candidates.new_zeros(batch, heads, kept)
+    for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
+        points = candidates[b, h]
+        gram = gaussian_kernel(points, points)
+        score = -(points - points.mean(0)).square().sum(-1)
+        chosen: list[int] = []
+        residual = gram.diagonal()
+        while len(chosen) < kept and residual.max() > tolerance:
+            score[chosen] = -torch.inf
+            chosen.append(int(score.argmax()))
+            explained = torch.linalg.solve(gram[chosen][:, chosen], gram[chosen])
+            score = residual = 1 - (gram[chosen] * explained).sum(0)
+        index[b, h, : len(chosen)] = torch.tensor(chosen)
+        counts[b, h, : len(chosen)] = gram[chosen].pow(sharpness).sum(-1)
+    return index, counts
+
+
+def salient_mean(patches: Tensor, centre: Tensor) -> Tensor:
+    """:func:`mmsoft.ops.salient_mean`, token by token."""
+    weights = (patches - centre[:, None, :, None]).detach().square().sum(-1, keepdim=True) + 1e-12
+    return (weights * patches).sum(-2) / weights.sum(-2)
+
+
 def softmax_free_attention(
     q: Tensor,
     v: Tensor,
     landmarks: Tensor,
+    counts: Tensor | None = None,
     *,
-    normalize: bool = True,
+    normalize: bool | str = True,
     solver: str = "newton",
     steps: int = 20,
     scale: float = 1.0,
 ) -> Tensor:
-    """:func:`mmsoft.ops.softmax_free_attention` as defined, with ``[N, m]`` stored."""
+    """:func:`mmsoft.ops.softmax_free_attention` as defined, with ``[N, m]`` stored.
+
+    A landmark of count 0 is absent: infinitely far from all tokens and landmarks.
+    """
     kernel = gaussian_kernel(q, landmarks)
     a = gaussian_kernel(landmarks, landmarks)
+    if counts is not None:
+        present = counts.detach()[..., None] > 0
+        counts = counts.detach().clamp(min=1)
+        kernel = kernel * present.mT
+        a = torch.where(present & present.mT, a, torch.eye(a.shape[-1], dtype=a.dtype))
     if solver == "direct":
         mu = TIKHONOV * a.detach().sum(-1).amax(-1)[..., None, None]
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -107,8 +146,11 @@ def softmax_free_attention(
         alpha = step_size_soft(a.detach())
         ridged = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         pinv = with_theoretical_gradient(ridged, newton_raphson(ridged.detach(), alpha, steps))
-    if normalize:
-        root = a.sum(-1).rsqrt()
+    if normalize == "mean":
+        assert counts is not None
+        pinv = pinv / counts[..., None]
+    elif normalize:
+        root = (a.sum(-1) if counts is None else counts).rsqrt()
         pinv = root[..., :, None] * pinv * root[..., None, :]
     return scale * kernel @ (pinv @ (kernel.mT @ v))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
-from mmsoft.ops import landmark_patches, softmax_free_attention, use_backend
+from mmsoft.ops import choose_landmarks, landmark_patches, softmax_free_attention, use_backend
 from mmsoft.ops.backends import EAGER, OPERATIONS, Implementation
 from mmsoft.ops.gaussian.eager import BLOCK_ELEMENTS
 
@@ -70,7 +70,9 @@ def test_the_first_runs_in_both_passes(fake):
     for solver in ("newton", "direct"):
         both_passes(solver=solver)
     q = torch.randn(1, 24, 4, requires_grad=True)
-    landmark_patches(q, (4, 6), 2, 2, 5).sum().backward()
+    patches = landmark_patches(q, (4, 6), 2, 2, 5)
+    patches.sum().backward()
+    choose_landmarks(patches.transpose(1, 2).flatten(3), 3)
     assert set(fake.ran) == set(OPERATORS)
 
 

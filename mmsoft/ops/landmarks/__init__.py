@@ -3,11 +3,19 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_patches
+from ..checks import check_choice, check_patches
+from ..gaussian.kernel import COORDINATE_MAX
+from ..island import compute_dtype
 from .grid import landmark_centres, landmark_grid
-from .operators import patches
+from .operators import choose, patches
 
-__all__ = ["landmark_centres", "landmark_grid", "landmark_patches"]
+__all__ = [
+    "choose_landmarks",
+    "landmark_centres",
+    "landmark_grid",
+    "landmark_patches",
+    "salient_mean",
+]
 
 
 def landmark_patches(
@@ -16,6 +24,7 @@ def landmark_patches(
     num_heads: int,
     stride: int,
     max_landmarks: int | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """The patches of tokens that landmarks are made from, head by head.
 
@@ -29,9 +38,12 @@ def landmark_patches(
         num_heads: heads ``h``; d = C / h channels each.
         stride: side ``r`` of a patch.
         max_landmarks: at most this many patches; ``None`` for all.
+        index: ``[B, h, m]``, int64, the patches of each head to take in place of those, numbered
+            row by row; one may be taken more than once.
 
     Returns:
-        ``[B, m, h, r*r, d]``, where ``m`` is the product of :func:`landmark_grid`.
+        ``[B, m, h, r*r, d]``, where ``m`` is that of ``index`` or the product of
+        :func:`landmark_grid`.
 
     Raises:
         TypeError, ValueError: ``q`` does not have ``H*W`` tokens of ``h`` heads, or a number is not
@@ -39,5 +51,56 @@ def landmark_patches(
     """
     if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
         hw_shape = (int(hw_shape[0]), int(hw_shape[1]))
-    check_patches(q, hw_shape, num_heads, stride, max_landmarks)
-    return patches(q, *hw_shape, num_heads, stride, max_landmarks)
+    check_patches(q, hw_shape, num_heads, stride, max_landmarks, index)
+    return patches(q, *hw_shape, num_heads, stride, max_landmarks, index)
+
+
+def choose_landmarks(
+    candidates: Tensor, budget: int, *, tolerance: float = 0.03, sharpness: float = 4.0
+) -> tuple[Tensor, Tensor]:
+    """Choose the landmarks that explain the candidates best, head by head.
+
+    A pivoted Cholesky factorization of the candidates' Gram matrix: the first landmark is the one
+    nearest their centre, each next one that which those before explain worst (Fine and Scheinberg
+    2001; Harbrecht, Peters and Schneider 2012). ``O(M k^2)``: linear in the image, ``[M, M]`` is
+    never stored. Samples and heads do not depend on each other, ties go to the first.
+
+    Args:
+        candidates: ``[B, h, M, d]``.
+        budget: at most this many landmarks.
+        tolerance: a candidate is not taken once so little of its kernel value of 1 is left
+            unexplained; in [0, 1).
+        sharpness: exponent ``p`` of the counts.
+
+    Returns:
+        ``index``, ``[B, h, k]`` in the order of the choice, int64, ``k = min(M, budget)``; and
+        ``counts``, ``sum_c K(l_j, c)^p`` over all candidates, at least 1, float32 (float64 for
+        float64). Both are 0 where fewer landmarks suffice. No gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid.
+    """
+    check_choice(candidates, budget, tolerance, sharpness)
+    return choose(candidates, budget, float(tolerance), float(sharpness))
+
+
+def salient_mean(patches: Tensor, centre: Tensor) -> Tensor:
+    """The mean of each patch, its tokens weighted by their squared distances from ``centre``.
+
+    A patch of equal tokens has the plain mean; of a patch with one token unlike the rest of the
+    image, it is that token. The weights are constants in the backward pass.
+
+    Args:
+        patches: ``[B, m, h, n, d]``.
+        centre: ``[B, h, d]``, the mean query of each head.
+
+    Returns:
+        ``[B, m, h, d]``, float32 (float64 for float64 arguments).
+    """
+    patches = patches.to(compute_dtype(patches))
+    with torch.no_grad():
+        bounded = patches.clamp(-COORDINATE_MAX, COORDINATE_MAX)
+        origin = centre.to(patches.dtype).clamp(-COORDINATE_MAX, COORDINATE_MAX)
+        weights = (bounded - origin[:, None, :, None]).square().sum(-1, keepdim=True) + 1e-12
+        weights = weights / weights.sum(-2, keepdim=True)
+    return (weights * patches).sum(-2)

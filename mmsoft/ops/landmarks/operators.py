@@ -6,43 +6,71 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
+from ..island import compute_dtype
 from ..mode import forward_mode, transformed
-from . import eager
+from . import choice, eager
 from .grid import landmark_grid
 
 PATCHES = Operation("landmark_patches", Implementation(EAGER, eager.gather))
 BACKWARD = Operation("landmark_patches_backward", Implementation(EAGER, eager.scatter))
+CHOICE = Operation("landmark_choice", Implementation(EAGER, choice.choose))
 
 
 @torch.library.custom_op("mmsoft::landmark_patches", mutates_args=())
 def _patches(
-    q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
+    q: Tensor,
+    height: int,
+    width: int,
+    heads: int,
+    stride: int,
+    max_landmarks: int | None,
+    index: Tensor | None = None,
 ) -> Tensor:
-    return PATCHES(q, height, width, heads, stride, max_landmarks)
+    return PATCHES(q, height, width, heads, stride, max_landmarks, index)
 
 
 @_patches.register_fake
 def _(
-    q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
+    q: Tensor,
+    height: int,
+    width: int,
+    heads: int,
+    stride: int,
+    max_landmarks: int | None,
+    index: Tensor | None = None,
 ) -> Tensor:
     rows, cols = landmark_grid(height, width, stride, max_landmarks)
-    return q.new_empty(q.shape[0], rows * cols, heads, stride * stride, q.shape[2] // heads)
+    count = rows * cols if index is None else index.shape[2]
+    return q.new_empty(q.shape[0], count, heads, stride * stride, q.shape[2] // heads)
 
 
 @torch.library.custom_op("mmsoft::landmark_patches_backward", mutates_args=())
 def _patches_backward(
-    grad: Tensor, height: int, width: int, stride: int, max_landmarks: int | None
+    grad: Tensor,
+    height: int,
+    width: int,
+    stride: int,
+    max_landmarks: int | None,
+    index: Tensor | None = None,
 ) -> Tensor:
-    return BACKWARD(grad, height, width, stride, max_landmarks)
+    return BACKWARD(grad, height, width, stride, max_landmarks, index)
 
 
 @_patches_backward.register_fake
-def _(grad: Tensor, height: int, width: int, stride: int, max_landmarks: int | None) -> Tensor:
+def _(
+    grad: Tensor,
+    height: int,
+    width: int,
+    stride: int,
+    max_landmarks: int | None,
+    index: Tensor | None = None,
+) -> Tensor:
     return grad.new_empty(grad.shape[0], height * width, grad.shape[2] * grad.shape[4])
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = inputs[1:]
+    *ctx.arguments, index = inputs[1:]
+    ctx.save_for_backward(index)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -52,18 +80,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if BACKWARD.gives_way(forward_mode())
         else torch.ops.mmsoft.landmark_patches_backward
     )
-    return scatter(grad, height, width, stride, max_landmarks), None, None, None, None, None
+    tokens = scatter(grad, height, width, stride, max_landmarks, *ctx.saved_tensors)
+    return tokens, None, None, None, None, None, None
 
 
 def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = (*inputs[1:3], inputs[0].shape[2], *inputs[3:])
+    ctx.arguments = (*inputs[1:3], inputs[0].shape[2], *inputs[3:5])
+    ctx.save_for_backward(inputs[5])
 
 
 def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     gather = (
         eager.gather if PATCHES.gives_way(forward_mode()) else torch.ops.mmsoft.landmark_patches
     )
-    return gather(grad, *ctx.arguments), None, None, None, None
+    patches = gather(grad, *ctx.arguments, *ctx.saved_tensors)
+    return patches, None, None, None, None, None
 
 
 _patches.register_autograd(_backward, setup_context=_context)
@@ -71,9 +102,37 @@ _patches_backward.register_autograd(_backward_backward, setup_context=_backward_
 
 
 def patches(
-    q: Tensor, height: int, width: int, heads: int, stride: int, max_landmarks: int | None
+    q: Tensor,
+    height: int,
+    width: int,
+    heads: int,
+    stride: int,
+    max_landmarks: int | None,
+    index: Tensor | None,
 ) -> Tensor:
     """:func:`mmsoft.ops.landmark_patches`, unchecked."""
     plain = PATCHES.gives_way(transformed()) and BACKWARD.gives_way(True)
     gather = eager.gather if plain else torch.ops.mmsoft.landmark_patches
-    return gather(q, height, width, heads, stride, max_landmarks)
+    return gather(q, height, width, heads, stride, max_landmarks, index)
+
+
+@torch.library.custom_op("mmsoft::landmark_choice", mutates_args=())
+def _choice(
+    candidates: Tensor, budget: int, tolerance: float, sharpness: float
+) -> tuple[Tensor, Tensor]:
+    return CHOICE(candidates, budget, tolerance, sharpness)
+
+
+@_choice.register_fake
+def _(candidates: Tensor, budget: int, tolerance: float, sharpness: float) -> tuple[Tensor, Tensor]:
+    shape = (*candidates.shape[:2], torch.sym_min(candidates.shape[2], budget))
+    index = candidates.new_empty(shape, dtype=torch.long)
+    return index, candidates.new_empty(shape, dtype=compute_dtype(candidates))
+
+
+def choose(
+    candidates: Tensor, budget: int, tolerance: float, sharpness: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`mmsoft.ops.choose_landmarks`, unchecked."""
+    way = choice.choose if CHOICE.gives_way(transformed()) else torch.ops.mmsoft.landmark_choice
+    return way(candidates.detach(), budget, tolerance, sharpness)
