@@ -30,6 +30,7 @@ class BlockState:
     q: Tensor
     v: Tensor
     landmarks: Tensor
+    counts: Tensor | None = None  # of landmarks by content, [B, heads, m]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -40,13 +41,10 @@ class BlockState:
     def attention_rows(self, queries: Sequence[int]) -> Tensor:
         """Rows of the matrix by which the layer multiplies its values: ``[B, heads, n, N]``.
 
-        Those of :func:`mmsoft.analysis.attention_rows`, times the share of landmarks left by a
-        budget.
+        Those of :func:`mmsoft.analysis.attention_rows`, times the layer's factor.
         """
-        rows = attention_rows(self.q, self.landmarks, queries, **self.options)
-        if self.layer.max_landmarks is None:
-            return rows
-        return rows * self.layer.landmark_share(self.landmarks, self.hw_shape)
+        rows = attention_rows(self.q, self.landmarks, queries, self.counts, **self.options)
+        return rows * self.layer.attention_scale(self.landmarks, self.hw_shape)
 
 
 def attention_blocks(model: nn.Module) -> dict[BlockId, SoftmaxFreeAttention]:
@@ -119,7 +117,7 @@ def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[Bloc
                 hw_shape,
                 q.unflatten(2, split).transpose(1, 2),
                 v.unflatten(2, split).transpose(1, 2),
-                layer.sample_landmarks(q, hw_shape),
+                *layer.sample_landmarks(q, hw_shape),
             )
 
     handles = [

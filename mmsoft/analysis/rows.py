@@ -31,22 +31,24 @@ def attention_rows(
     q: Tensor,
     landmarks: Tensor,
     queries: Sequence[int],
+    counts: Tensor | None = None,
     *,
-    normalize: bool = True,
+    normalize: bool | str = True,
     solver: str = "newton",
     steps: int = 20,
 ) -> Tensor:
     """Rows of ``K1 D^-1/2 A^+ D^-1/2 K1^T`` (SOFT++; SOFT leaves out ``D``), in float64.
 
-    The matrix is symmetric, so its row ``i`` is the operator applied to the ``i``-th unit vector:
-    ``[N, m]`` is streamed and nothing of size ``[N, N]`` appears. Entries may be negative and rows
-    do not sum to 1.
+    The operator is linear in the values, so row ``i`` is the gradient of its ``i``-th output with
+    respect to them: ``[N, m]`` is streamed and nothing of size ``[N, N]`` appears. Entries may be
+    negative and rows do not sum to 1.
 
     Args:
         q: ``[B, heads, N, d]``.
         landmarks: ``[B, heads, m, d]``.
         queries: token numbers, row by row of the grid.
-        normalize: see :func:`mmsoft.ops.softmax_free_attention`.
+        counts: see :func:`mmsoft.ops.softmax_free_attention`.
+        normalize: likewise; see :func:`mmsoft.ops.softmax_free_attention`.
         solver: as for ``normalize``.
         steps: as for ``normalize``.
 
@@ -56,15 +58,19 @@ def attention_rows(
     queries = _check_queries(q, queries)
     unit = torch.zeros(q.shape[2], len(queries), dtype=torch.float64, device=q.device)
     unit[queries, range(len(queries))] = 1
-    columns = softmax_free_attention(
-        q.double(),
-        unit.expand(*q.shape[:2], -1, -1),
-        landmarks.double(),
-        normalize=normalize,
-        solver=solver,
-        steps=steps,
-    )
-    return columns.mT
+    unit = unit.expand(*q.shape[:2], -1, -1)
+    with torch.enable_grad():
+        values = torch.zeros_like(unit, requires_grad=True)
+        out = softmax_free_attention(
+            q.double(),
+            values,
+            landmarks.double(),
+            counts,
+            normalize=normalize,
+            solver=solver,
+            steps=steps,
+        )
+    return torch.autograd.grad(out, values, unit)[0].mT
 
 
 @torch.no_grad()

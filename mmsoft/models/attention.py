@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmsoft.ops import landmark_grid, landmark_patches, softmax_free_attention
+from mmsoft.ops import (
+    choose_landmarks,
+    landmark_grid,
+    landmark_patches,
+    salient_mean,
+    softmax_free_attention,
+)
 from mmsoft.ops.mode import cpu_shortcut, forward_mode, traced
 
 from .plain import is_plain
@@ -65,6 +71,7 @@ class SoftmaxFreeAttention(nn.Module):
         normalize: the symmetric normalization of SOFT++.
         max_landmarks: keep at most this many landmarks, evenly spread over the grid that the stride
             gives; ``None`` for all of them.
+        landmarks: ``'released'`` or ``'content'``, see :meth:`sample_landmarks`.
         landmark_sampling: ``'conv'``, or ``'avg'`` as in the paper's ablation.
         attn_init: ``'balanced'`` or ``'released'``, see :meth:`init_landmark_norm`.
         solver: see :func:`mmsoft.ops.softmax_free_attention`.
@@ -81,6 +88,7 @@ class SoftmaxFreeAttention(nn.Module):
         *,
         normalize: bool,
         max_landmarks: int | None = None,
+        landmarks: str = "released",
         landmark_sampling: str = "conv",
         attn_init: str = "balanced",
         solver: str = "newton",
@@ -91,7 +99,7 @@ class SoftmaxFreeAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
         self.landmark_stride = landmark_stride
-        self.normalize = normalize
+        self.normalize: bool | str = normalize
         self.max_landmarks = max_landmarks
         self.solver = solver
         self.newton_steps = newton_steps
@@ -103,6 +111,10 @@ class SoftmaxFreeAttention(nn.Module):
             self.landmark_conv = LandmarkConv2d(self.head_dims, landmark_stride)
         self.landmark_norm = nn.LayerNorm(self.head_dims)
         self.init_landmark_norm(attn_init)
+        self.use_landmarks(landmarks)
+        if self.by_content:
+            nn.init.zeros_(self.landmark_norm.weight)
+            nn.init.zeros_(self.landmark_norm.bias)
         self.value_conv = ValueConv2d(num_heads, value_kernel)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
@@ -134,6 +146,39 @@ class SoftmaxFreeAttention(nn.Module):
                 self.landmark_norm.bias, _inverse_gelu(distance / math.sqrt(self.head_dims))
             )
 
+    @property
+    def by_content(self) -> bool:
+        """Whether landmarks are made and chosen by content, see :meth:`sample_landmarks`."""
+        return self.normalize == "mean"
+
+    def use_landmarks(self, landmarks: str) -> None:
+        """Become the layer for which weights were trained: ``'released'`` or ``'content'``.
+
+        Raises:
+            ValueError: by content, without normalization.
+        """
+        if landmarks == "released" and self.by_content:
+            self.normalize = True
+            del self.content_landmarks
+        elif landmarks == "content" and not self.by_content:
+            if not self.normalize:
+                raise ValueError("landmarks='content' are normalized: use SOFT++, not SOFT")
+            self.normalize = "mean"
+            # In the state dict, so that weights tell for which landmarks they were trained.
+            flag = torch.ones((), dtype=torch.uint8, device=self.landmark_norm.weight.device)
+            self.register_buffer("content_landmarks", flag)
+
+    def init_queries(self) -> None:
+        """Let queries of unlike tokens start about one bandwidth of the kernel apart.
+
+        The weight's standard deviation makes the squared distance of two independent tokens of unit
+        variance 8 on average. Released landmarks have a place of their own, to which this does not
+        apply.
+        """
+        if self.by_content:
+            std = math.sqrt(4 / (math.sqrt(self.head_dims) * self.query.in_features))
+            nn.init.trunc_normal_(self.query.weight, std=std)
+
     def queries_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled queries, which are the keys too, and values of ``x``; all ``[B, H*W, C]``."""
         scale = self.head_dims**-0.25
@@ -144,13 +189,36 @@ class SoftmaxFreeAttention(nn.Module):
         q = torch.addmm(bias, x.flatten(0, 1), weight.mT, beta=scale, alpha=scale)
         return q.unflatten(0, x.shape[:2]), self.value(x)
 
-    def sample_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Landmarks of the queries ``[B, H*W, C]``: ``[B, heads, m, d]``."""
-        patches = landmark_patches(
-            q, hw_shape, self.num_heads, self.landmark_stride, self.max_landmarks
-        )
+    def sample_landmarks(
+        self, q: Tensor, hw_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Landmarks of the queries ``[B, H*W, C]``.
+
+        ``'released'``: GELU of LayerNorm of a strided convolution; a budget keeps patches at even
+        distances. ``'content'``: the :func:`~mmsoft.ops.salient_mean` of a patch, plus the released
+        landmark as a residual that starts at 0; :func:`~mmsoft.ops.choose_landmarks` keeps those
+        patches that explain the others.
+
+        Returns:
+            ``[B, heads, m, d]`` and, by content, the counts ``[B, heads, m]``.
+        """
+        grid = (hw_shape, self.num_heads, self.landmark_stride)
+        if not self.by_content:
+            return self._landmarks(landmark_patches(q, *grid, self.max_landmarks)), None
+        with torch.no_grad():
+            centre = q.float().mean(1).unflatten(1, (self.num_heads, self.head_dims))
+            every = self._landmarks(landmark_patches(q, *grid), centre)
+            budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
+            index, counts = choose_landmarks(every, budget)
+        return self._landmarks(landmark_patches(q, *grid, index=index), centre), counts
+
+    def _landmarks(self, patches: Tensor, centre: Tensor | None = None) -> Tensor:
+        """``[B, m, heads, r*r, d] -> [B, heads, m, d]``."""
         landmarks = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
-        return F.gelu(self.landmark_norm(landmarks)).transpose(1, 2)
+        landmarks = F.gelu(self.landmark_norm(landmarks))
+        if centre is not None:
+            landmarks = salient_mean(patches, centre) + landmarks
+        return landmarks.transpose(1, 2)
 
     def convolve_values(self, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The depthwise convolution of ``v [B, H*W, C]``, one filter for all channels of a head."""
@@ -180,12 +248,17 @@ class SoftmaxFreeAttention(nn.Module):
         out = out.add_(convolved) if cpu_shortcut(out) else out + convolved
         return self.drop(self.proj(out))
 
-    def landmark_share(self, landmarks: Tensor, hw_shape: tuple[int, int]) -> float:
-        """The share of the possible landmarks that a budget left, by which attention is scaled.
+    def attention_scale(self, landmarks: Tensor, hw_shape: tuple[int, int]) -> float:
+        """The factor of the attention term, which keeps its size whatever the image's.
 
-        The term goes like N / m, constant at a fixed stride: a budget must not change that. Exactly
-        1 where the budget is not reached.
+        Released: the share of the possible landmarks that a budget left, because the term goes like
+        N / m; exactly 1 where the budget is not reached. By content: one over the tokens of a
+        patch, because the counts are of patches.
         """
+        if self.by_content:
+            return self.landmark_stride**-2
+        if self.max_landmarks is None:
+            return 1.0
         if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
             hw_shape = (int(hw_shape[0]), int(hw_shape[1]))
         rows, cols = landmark_grid(*hw_shape, self.landmark_stride)
@@ -194,15 +267,16 @@ class SoftmaxFreeAttention(nn.Module):
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
         split = (self.num_heads, self.head_dims)
-        landmarks = self.sample_landmarks(q, hw_shape)
+        landmarks, counts = self.sample_landmarks(q, hw_shape)
         out = softmax_free_attention(
             q.unflatten(2, split).transpose(1, 2),
             v.unflatten(2, split).transpose(1, 2),
             landmarks,
+            counts,
             normalize=self.normalize,
             solver=self.solver,
             steps=self.newton_steps,
-            scale=self.landmark_share(landmarks, hw_shape) if self.max_landmarks else 1.0,
+            scale=self.attention_scale(landmarks, hw_shape),
         )
         return out.transpose(1, 2).flatten(2)
 

@@ -60,6 +60,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[int, dict[str, np.ndarray]],
             for rule in STEP_RULES:
                 residuals = newton_residuals(
                     state.landmarks,
+                    state.counts,
                     normalize=state.layer.normalize,
                     steps=state.layer.newton_steps,
                     rule=rule,

@@ -56,6 +56,8 @@ def draw(args: argparse.Namespace) -> list[Path]:
         raise ValueError(
             f"stage {block[0]} has {layer.num_heads} head(s), from 0; got head {args.head}"
         )
+    if layer.by_content:
+        raise ValueError("landmarks='content' have no fixed places, which this picture shows")
     where = f"stage {block[0]}, block {block[1]}"
 
     regions, strength = landmark_regions(state.q, state.landmarks)

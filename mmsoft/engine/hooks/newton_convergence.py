@@ -81,6 +81,7 @@ class NewtonConvergenceHook(Hook):
             if state.layer.solver == "newton":
                 residual = newton_residuals(
                     state.landmarks,
+                    state.counts,
                     normalize=state.layer.normalize,
                     steps=state.layer.newton_steps,
                 )[-1]

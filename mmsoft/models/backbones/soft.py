@@ -51,6 +51,10 @@ class SOFT(BaseModule):
             ``None`` for no limit, as released.
         solver: ``'newton'`` or ``'direct'``, see :func:`mmsoft.ops.softmax_free_attention`.
         newton_steps: Newton-Raphson steps, part of the model; 20 in the release.
+        landmarks: ``'released'``; or ``'content'``, landmarks among the queries, of which those are
+            kept that explain the others: experimental, SOFT++ only, for training from scratch. See
+            :meth:`~mmsoft.models.attention.SoftmaxFreeAttention.sample_landmarks`. Weights switch a
+            backbone to the landmarks that they were trained with, and the log says so.
         landmark_sampling: ``'conv'`` or ``'avg'``.
         attn_init: initial scale of the attention when training from scratch: ``'balanced'``, of the
             order of the values' convolution at every resolution, or ``'released'``, nearly silent
@@ -84,6 +88,7 @@ class SOFT(BaseModule):
         max_keys: int | None = None,
         solver: str = "newton",
         newton_steps: int = 20,
+        landmarks: str = "released",
         landmark_sampling: str = "conv",
         attn_init: str = "balanced",
         drop_rate: float = 0.0,
@@ -105,6 +110,7 @@ class SOFT(BaseModule):
         self.norm_eval = norm_eval
         self._statistics_checked = False
         check_choice("solver", solver, SOLVERS)
+        check_choice("landmarks", landmarks, ("released", "content"))
         check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
         check_choice("attn_init", attn_init, ("balanced", "released"))
         check_int("in_channels", in_channels, 1)
@@ -147,6 +153,7 @@ class SOFT(BaseModule):
                     value_kernel=self.arch_settings["value_kernels"][i],
                     normalize=self.normalize,
                     max_landmarks=max_landmarks,
+                    landmarks=landmarks,
                     landmark_sampling=landmark_sampling,
                     attn_init=attn_init,
                     solver=solver,
@@ -196,6 +203,9 @@ class SOFT(BaseModule):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
                 if module.cls_token is not None:
                     nn.init.trunc_normal_(module.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, SoftmaxFreeAttention):
+                module.init_queries()
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``; ``Pretrained`` goes through :func:`mmsoft.checkpoint.load_backbone`.
@@ -253,7 +263,29 @@ class SOFT(BaseModule):
                 f"the checkpoint is of {variant} but the config has {self.variant}; change the "
                 "type of the config's backbone, or name another checkpoint"
             )
+        self._match_landmarks(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _match_landmarks(self, state_dict: dict, prefix: str) -> None:
+        """Weights decide for which landmarks they were trained."""
+        layers = {
+            f"{prefix}{name}.": module
+            for name, module in self.named_modules()
+            if isinstance(module, SoftmaxFreeAttention)
+        }
+        switched = set()
+        for name, layer in layers.items():
+            if f"{name}landmark_norm.weight" in state_dict:
+                by_content = f"{name}content_landmarks" in state_dict
+                if by_content != layer.by_content:
+                    switched.add("content" if by_content else "released")
+                    layer.use_landmarks(*switched)
+        if switched:
+            print_log(
+                f"{type(self).__name__}: the weights were trained with landmarks="
+                f"{switched.pop()!r}, which are used from now on",
+                logger="current",
+            )
 
     def _frozen_modules(self) -> list[nn.Module]:
         frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])
