@@ -12,6 +12,7 @@ ORDER = (
     "version",
     "registry",
     "fileio",
+    "conversion",
     "builder",
     "ops",
     "flops",

@@ -1,0 +1,65 @@
+"""What converters of data sets share: COCO files, and a list of what could not be used."""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmsoft.fileio import write_whole
+
+
+class Problems:
+    """Files that could not be used, and why: named at once, and counted at the end."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, path: Path | str, reason: str) -> None:
+        """Note and print one."""
+        self.found.append(f"{path}: {reason}")
+        print(f"\nleft out: {self.found[-1]}")
+
+    def summary(self) -> str:
+        """One line, or the first ten of them again."""
+        if not self.found:
+            return "nothing had to be left out"
+        shown = "\n  ".join(self.found[:10])
+        more = f"\n  and {len(self.found) - 10} more, named above" if len(self.found) > 10 else ""
+        return f"left out {len(self.found)}:\n  {shown}{more}"
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file, unless it is there already with the same size."""
+    if not target.is_file() or target.stat().st_size != source.stat().st_size:
+        with write_whole(target) as partial:
+            shutil.copyfile(source, partial)
+
+
+def write_coco(
+    path: Path, images: Iterable[tuple[dict[str, Any], list[dict]]], classes: Sequence[str]
+) -> tuple[int, int]:
+    """Write a COCO annotation file, whole or not at all.
+
+    Args:
+        path: the file.
+        images: of each image ``file_name``, ``width`` and ``height``, and its annotations
+            without their numbers, ``category_id`` from 1.
+        classes: names of the categories.
+
+    Returns:
+        Numbers of images and of annotations.
+    """
+    kept: list[dict] = []
+    annotations: list[dict] = []
+    for number, (image, found) in enumerate(images, 1):
+        kept.append({"id": number, **image})
+        for each in found:
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **each}
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
+    content = {"images": kept, "annotations": annotations, "categories": categories}
+    with write_whole(path) as partial:
+        partial.write_text(json.dumps(content))
+    return len(kept), len(annotations)

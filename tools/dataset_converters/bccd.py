@@ -1,0 +1,119 @@
+"""Convert the blood cells of BCCD from VOC's XML to COCO.
+
+    git clone https://github.com/Shenggan/BCCD_Dataset SOURCE
+    python tools/dataset_converters/bccd.py SOURCE data/bccd
+
+SOURCE has `BCCD/{Annotations,ImageSets/Main,JPEGImages}`. MMDetection reads
+
+    OUT/images/{train,val,test}/*.jpg    OUT/annotations/instances_{train,val,test}.json
+
+The splits are the repository's. (MMDetection's own `pascal_voc.py` knows VOC's twenty classes and
+years only.) Boxes are cut at the border of the image. What is broken is named and left out: an
+image that is missing or cannot be read, or whose XML is missing or malformed, a class that is not
+one of the three, a box without area.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+from mmengine.utils import ProgressBar
+
+from mmsoft.conversion import Problems, copy_whole, write_coco
+
+CLASSES = ("RBC", "WBC", "Platelets")
+SPLITS = ("train", "val", "test")
+
+
+def boxes(path: Path, width: int, height: int, problems: Problems) -> list[dict[str, Any]] | None:
+    """The objects of one image, in COCO's terms: pixels from 0; None if the file is broken."""
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+    except (OSError, ElementTree.ParseError) as error:
+        problems.add(path, f"cannot be read: {error}")
+        return None
+    found = []
+    for number, each in enumerate(objects, 1):
+        name = each.findtext("name", "").strip()
+        if name not in CLASSES:
+            problems.add(path, f"object {number} has the unknown class {name!r}")
+            continue
+        corners = [each.findtext(f"bndbox/{key}", "") for key in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            left, top, right, bottom = map(float, corners)
+        except ValueError:
+            problems.add(path, f"object {number} has no box: {corners}")
+            continue
+        # VOC counts pixels from 1, and both corners belong to the box.
+        left, right = max(left - 1, 0), min(right, width)
+        top, bottom = max(top - 1, 0), min(bottom, height)
+        if not (right - left > 1 and bottom - top > 1):
+            problems.add(path, f"object {number} has a box without area: {corners}")
+            continue
+        size = [right - left, bottom - top]
+        box = {"bbox": [left, top, *size], "area": size[0] * size[1]}
+        found.append({"category_id": CLASSES.index(name) + 1, **box})
+    return found
+
+
+def convert(root: Path, name: str, target: Path, problems: Problems) -> tuple[dict, list] | None:
+    """Copy one image; what COCO has to know, or None if it is left out."""
+    source = root / "JPEGImages" / f"{name}.jpg"
+    try:
+        data = np.frombuffer(source.read_bytes(), np.uint8)
+    except OSError as error:
+        problems.add(source, error.strerror or str(error))
+        return None
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    if image is None:
+        problems.add(source, "not an image that can be decoded")
+        return None
+    height, width = image.shape[:2]
+    found = boxes(root / "Annotations" / f"{name}.xml", width, height, problems)
+    if found is None:
+        return None
+    copy_whole(source, target / source.name)
+    return {"file_name": source.name, "width": width, "height": height}, found
+
+
+def main() -> None:
+    """Read the command line and convert."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="the cloned repository")
+    parser.add_argument("out", type=Path, help="folder to write")
+    args = parser.parse_args()
+    root = args.source / "BCCD"
+    lists = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in SPLITS}
+    for path in lists.values():
+        if not path.is_file():
+            sys.exit(
+                f"error: {path} is missing; SOURCE must be a clone of the repository named above"
+            )
+    problems = Problems()
+    summary = []
+    for split, path in lists.items():
+        names = path.read_text().split()
+        print(f"{split}: {len(names)} images")
+        bar = ProgressBar(len(names))
+        step = 1 if sys.stdout.isatty() else 50
+        results = []
+        for number, name in enumerate(names, 1):
+            if result := convert(root, name, args.out / "images" / split, problems):
+                results.append(result)
+            if number % step == 0 or number == len(names):
+                bar.update(number - bar.completed)
+        print()
+        target = args.out / "annotations" / f"instances_{split}.json"
+        images, annotations = write_coco(target, results, CLASSES)
+        summary.append(f"{target}: {images} images, {annotations} cells")
+    print(*summary, problems.summary(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
