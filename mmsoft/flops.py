@@ -47,6 +47,19 @@ def tikhonov_solve_macs(a: list[int], b: list[int]) -> int:
     return prod(a[:-2]) * (m**3 + m**3 // 6 + m**2 * b[-1])
 
 
+def landmark_choice_macs(candidates: list[int], budget: int) -> int:
+    """Of every step, a row of the Gram matrix and its product with the rows before it.
+
+    As if the budget were used up; on a CPU the choice ends when its tolerance is reached.
+
+    Args:
+        candidates: shape ``[B, heads, M, d]``.
+        budget: the largest number of landmarks.
+    """
+    kept = min(candidates[2], budget)
+    return prod(candidates) * kept + prod(candidates[:3]) * kept * (kept - 1) // 2
+
+
 def scaled_dot_product_attention_macs(q: list[int], k: list[int], v: list[int]) -> int:
     """``q k^T``, then its product with ``v``: the attention of stage 4."""
     return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
@@ -66,6 +79,7 @@ HANDLES = {
     f"mmsoft::{name}": _handle(name, macs, shapes, constants)
     for name, macs, shapes, constants in (
         ("gaussian_kernel_product", gaussian_kernel_product_macs, 3, ()),
+        ("landmark_choice", landmark_choice_macs, 1, (1,)),
         ("newton_raphson_pinv", newton_raphson_pinv_macs, 1, (3,)),
         ("tikhonov_solve", lambda a, mu, b: tikhonov_solve_macs(a, b), 3, ()),
     )

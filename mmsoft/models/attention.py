@@ -172,11 +172,11 @@ class SoftmaxFreeAttention(nn.Module):
         """Let queries of unlike tokens start about one bandwidth of the kernel apart.
 
         The weight's standard deviation makes the squared distance of two independent tokens of unit
-        variance 8 on average. Released landmarks have a place of their own, to which this does not
+        variance 6 on average. Released landmarks have a place of their own, to which this does not
         apply.
         """
         if self.by_content:
-            std = math.sqrt(4 / (math.sqrt(self.head_dims) * self.query.in_features))
+            std = math.sqrt(3 / (math.sqrt(self.head_dims) * self.query.in_features))
             nn.init.trunc_normal_(self.query.weight, std=std)
 
     def queries_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:

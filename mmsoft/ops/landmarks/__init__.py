@@ -80,6 +80,8 @@ def choose_landmarks(
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
+    if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
+        budget = int(budget)
     check_choice(candidates, budget, tolerance, sharpness)
     return choose(candidates, budget, float(tolerance), float(sharpness))
 

@@ -1,0 +1,194 @@
+"""`landmarks='content'`: what the layer and the backbone make of it, and what it is good for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from released import ARCH
+from torch import nn
+
+from mmsoft.analysis import capture
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.models.layers import SOFTBlock
+from mmsoft.ops import reference
+
+OPTIONS = dict(landmarks="content", solver="direct", max_landmarks=16)
+
+
+def layer(dims=64, heads=2, stride=4, landmarks="content", budget=16):
+    torch.manual_seed(0)
+    options = dict(normalize=True, max_landmarks=budget, landmarks=landmarks, solver="direct")
+    attn = SoftmaxFreeAttention(dims, heads, stride, 3, **options)
+    nn.init.trunc_normal_(attn.query.weight, std=0.02)
+    attn.init_queries()
+    return attn
+
+
+def backbone(**options):
+    torch.manual_seed(0)
+    return SOFTPlusPlus(ARCH, **{**OPTIONS, **options})
+
+
+def test_every_parameter_learns():
+    model = backbone().train()
+    sum(out.square().sum() for out in model(torch.randn(2, 3, 96, 128))).backward()
+    # The convolution's residual starts at 0, by the norm behind it.
+    still = {n for n, p in model.named_parameters() if not p.grad.any()}
+    assert {name.rpartition(".attn.")[2] for name in still} <= {"landmark_conv.weight"}
+
+
+def test_landmarks_are_the_definition_of_the_chosen_patches():
+    attn = layer()
+    attn.landmark_norm.weight.data.normal_(std=0.1)
+    q = torch.randn(2, 24 * 32, 64)
+    landmarks, counts = attn.sample_landmarks(q, (24, 32))
+    tokens = q.double().view(2, 6, 4, 8, 4, 2, 32).permute(0, 1, 3, 5, 2, 4, 6)
+    patches = tokens.reshape(2, 48, 2, 16, 32)
+    centre = q.double().mean(1).view(2, 2, 32)
+    released = F.gelu(attn.landmark_norm(attn.landmark_conv(patches.float())))
+    candidates = (reference.salient_mean(patches, centre) + released).transpose(1, 2)
+    index, truth = reference.choose_landmarks(candidates, 16)
+    torch.testing.assert_close(counts.double(), truth, rtol=1e-4, atol=1e-4)
+    chosen = candidates.gather(2, index[..., None].expand(-1, -1, -1, 32))
+    torch.testing.assert_close(landmarks.double(), chosen, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("times", [2, 4])
+def test_the_term_keeps_its_size_in_a_larger_image(times):
+    """The same content several times over: every token gets what it got from one image."""
+    attn = layer().eval()
+    image = torch.randn(1, 64, 16, 16)
+    outs = []
+    for each in (image, image.repeat(1, 1, times, times)):
+        q, v = attn.queries_and_values(each.flatten(2).mT)
+        out = attn.attend(q, v, each.shape[2:])
+        outs.append(out.view(1, *each.shape[2:], 64)[:, :16, :16])
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates():
+    model, x = backbone().eval(), torch.randn(3, 3, 96, 128)
+    with torch.no_grad():
+        for each, alone in zip(model(x), model(x[1:2])):
+            torch.testing.assert_close(each[1:2], alone)
+
+
+@pytest.mark.parametrize(("built", "stored"), [("content", "released"), ("released", "content")])
+def test_weights_decide(built, stored):
+    source, model = backbone(landmarks=stored).eval(), backbone(landmarks=built).eval()
+    x = torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        assert not torch.equal(source(x)[2], model(x)[2])
+        model.load_state_dict(source.state_dict())
+        assert all(map(torch.equal, source(x), model(x)))
+    assert model.state_dict().keys() == source.state_dict().keys()
+
+
+def test_a_plain_state_dict_decides_too():
+    """Without the metadata that torch keeps beside the tensors."""
+    model = backbone(landmarks="released")
+    model.load_state_dict(dict(backbone().state_dict()))
+    assert model.stages[0].blocks[0].attn.by_content
+
+
+def test_without_normalization_is_refused():
+    with pytest.raises(ValueError, match="landmarks='content' are normalized: use SOFT"):
+        SOFT(ARCH, landmarks="content")
+
+
+@pytest.mark.parametrize("solver", ["direct", "newton"])
+def test_exported_program_of_any_size(solver):
+    model, x = backbone(solver=solver).eval(), torch.randn(1, 3, 96, 128)
+    auto = torch.export.Dim.AUTO
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({2: auto, 3: auto},)).module()
+        for size in ((96, 128), (160, 96)):
+            x = torch.randn(1, 3, *size)
+            for ours, expected in zip(program(x), model(x)):
+                torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.long
+def test_compiled_program():
+    """Of fixed sizes: with dynamic ones torch 2.13's inductor fails by itself."""
+    model, x = backbone().eval(), torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        for ours, expected in zip(torch.compile(model, dynamic=False)(x), model(x)):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_the_attention_are_what_the_layer_multiplies_by():
+    model = backbone().eval()
+    with capture(model) as states:
+        model(torch.randn(1, 3, 96, 128))
+    for state in states.values():
+        rows = state.attention_rows([0, 5])
+        q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
+        out = state.layer.attend(q, v, state.hw_shape)[:, [0, 5]].unflatten(
+            2, (state.v.shape[1], -1)
+        )
+        torch.testing.assert_close((rows @ state.v.double()).transpose(1, 2).float(), out)
+
+
+KEYS, VALUES, DIMS, PAIRS = 16, 8, 64, 4
+
+
+class Recall(nn.Module):
+    """Tokens of keys with values, of keys without, and empty ones; one block, classifier."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+        self.key = nn.Linear(KEYS, DIMS)
+        self.value = nn.Embedding(VALUES, DIMS)
+        self.kind = nn.Embedding(3, DIMS)
+        self.norm = nn.LayerNorm(DIMS)
+        attn = layer(stride=side // 4, budget=49)
+        nn.init.zeros_(attn.value_conv.weight).requires_grad_(False)
+        self.block = SOFTBlock(DIMS, attn, 0.0, 0.0)
+        self.head = nn.Linear(DIMS, VALUES)
+
+    def forward(self, keys, values, kinds):
+        x = self.kind(kinds) + (kinds > 0)[..., None] * self.key(keys)
+        x = self.norm(x + (kinds == 1)[..., None] * self.value(values))
+        return self.head(self.block(x, (self.side, self.side)))
+
+
+def pairs_and_queries(size: int, side: int, g: torch.Generator):
+    """Keys drawn anew for every sample; where the queries are, and what they should answer."""
+    queries = side
+    shown = 4 * F.normalize(torch.randn(size, PAIRS, KEYS, generator=g), dim=-1)
+    answers = torch.randint(VALUES, (size, PAIRS), generator=g)
+    asked = torch.randint(PAIRS, (size, queries), generator=g)
+    places = torch.rand(size, side * side, generator=g).argsort(1)[:, : PAIRS + queries]
+    sample = torch.arange(size)[:, None]
+    keys = torch.zeros(size, side * side, KEYS)
+    values = torch.zeros(size, side * side, dtype=torch.long)
+    kinds = torch.zeros(size, side * side, dtype=torch.long)
+    keys[sample, places] = torch.cat((shown, shown[sample, asked]), 1)
+    values[sample, places[:, :PAIRS]] = answers
+    kinds[sample, places[:, :PAIRS]] = 1
+    kinds[sample, places[:, PAIRS:]] = 2
+    return (keys, values, kinds), places[:, PAIRS:], answers[sample, asked]
+
+
+def test_associative_recall():
+    """Four pairs of key and value at random places among 64 tokens, and eight queries elsewhere."""
+    side, steps = 8, 400
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    model = Recall(side)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 - 2 * step / steps)
+        inputs, places, answers = pairs_and_queries(32, side, g)
+        out = model(*inputs).gather(1, places[..., None].expand(-1, -1, VALUES))
+        loss = F.cross_entropy(out.flatten(0, 1), answers.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        inputs, places, answers = pairs_and_queries(256, side, g)
+        out = model(*inputs).gather(1, places[..., None].expand(-1, -1, VALUES))
+    right = (out.argmax(-1) == answers).float().mean()
+    assert right >= 0.6  # chance is 0.125; how far it comes depends on the seed and the steps
