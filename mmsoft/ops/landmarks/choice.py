@@ -34,17 +34,13 @@ def choose(
         own = half.gather(1, pivot)
         with no_autocast(points):
             row = (point.mT @ points).squeeze(1)
-            row = row.sub_(half).sub_(own).clamp_(max=0).exp_().masked_fill_(_at(pivot, half), 1)
+            row = row.sub_(half).sub_(own).clamp_(max=0).exp_().scatter(1, pivot, 1.0)
             index[:, j : j + 1] = torch.where(new, pivot, 0)
-            counts[:, j] = row.pow(sharpness).sum(1) * new.squeeze(1)
+            power = row.square().square() if sharpness == 4 else row.pow(sharpness)
+            counts[:, j] = power.sum(1) * new.squeeze(1)
             past = factor[:, :j].gather(2, pivot[:, None].expand(-1, j, 1))
             row = row - (past.mT @ factor[:, :j]).squeeze(1)
         row = torch.where(new, row * left.clamp(min=1e-12).rsqrt(), 0)
         factor[:, j] = row
-        residual = (residual - row.square()).masked_fill(_at(pivot, half), -1)
+        residual = torch.addcmul(residual, row, row, value=-1).scatter(1, pivot, -1.0)
     return index.unflatten(0, (batch, heads)), counts.unflatten(0, (batch, heads))
-
-
-def _at(pivot: Tensor, like: Tensor) -> Tensor:
-    """Where the pivot is, as a mask of all candidates."""
-    return torch.arange(like.shape[1], device=like.device) == pivot
