@@ -2,11 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+from mmengine.utils import ProgressBar
 
 from mmsoft.fileio import write_whole
+
+T = TypeVar("T")
 
 
 class Problems:
@@ -27,6 +34,30 @@ class Problems:
         shown = "\n  ".join(self.found[:10])
         more = f"\n  and {len(self.found) - 10} more, named above" if len(self.found) > 10 else ""
         return f"left out {len(self.found)}:\n  {shown}{more}"
+
+
+def track(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield the items under a progress bar, which writes few lines to a log file."""
+    bar = ProgressBar(count)
+    step = 1 if sys.stdout.isatty() else max(1, count // 10)
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % step == 0 or number == count:
+            bar.update(number - bar.completed)
+    print()
+
+
+def read_image(path: Path, flag: int, problems: Problems) -> np.ndarray | None:
+    """Decode to ``[H, W, 3]`` (BGR) or ``[H, W]``, by OpenCV's flag; None if it cannot be."""
+    try:
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        problems.add(path, error.strerror or str(error))
+        return None
+    image = cv2.imdecode(data, flag) if len(data) else None
+    if image is None:
+        problems.add(path, "not an image that can be decoded")
+    return image
 
 
 def copy_whole(source: Path, target: Path) -> None:

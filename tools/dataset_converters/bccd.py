@@ -20,10 +20,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import cv2
-import numpy as np
-from mmengine.utils import ProgressBar
 
-from mmsoft.conversion import Problems, copy_whole, write_coco
+from mmsoft.conversion import Problems, copy_whole, read_image, track, write_coco
 
 CLASSES = ("RBC", "WBC", "Platelets")
 SPLITS = ("train", "val", "test")
@@ -63,14 +61,8 @@ def boxes(path: Path, width: int, height: int, problems: Problems) -> list[dict[
 def convert(root: Path, name: str, target: Path, problems: Problems) -> tuple[dict, list] | None:
     """Copy one image; what COCO has to know, or None if it is left out."""
     source = root / "JPEGImages" / f"{name}.jpg"
-    try:
-        data = np.frombuffer(source.read_bytes(), np.uint8)
-    except OSError as error:
-        problems.add(source, error.strerror or str(error))
-        return None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    image = read_image(source, cv2.IMREAD_COLOR, problems)
     if image is None:
-        problems.add(source, "not an image that can be decoded")
         return None
     height, width = image.shape[:2]
     found = boxes(root / "Annotations" / f"{name}.xml", width, height, problems)
@@ -100,15 +92,10 @@ def main() -> None:
     for split, path in lists.items():
         names = path.read_text().split()
         print(f"{split}: {len(names)} images")
-        bar = ProgressBar(len(names))
-        step = 1 if sys.stdout.isatty() else 50
         results = []
-        for number, name in enumerate(names, 1):
+        for name in track(names, len(names)):
             if result := convert(root, name, args.out / "images" / split, problems):
                 results.append(result)
-            if number % step == 0 or number == len(names):
-                bar.update(number - bar.completed)
-        print()
         target = args.out / "annotations" / f"instances_{split}.json"
         images, annotations = write_coco(target, results, CLASSES)
         summary.append(f"{target}: {images} images, {annotations} cells")

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from mmengine.utils import ProgressBar
 
+from mmsoft.conversion import track
 from mmsoft.fileio import write_whole
 
 VERSION = 2  # raise it when the same parameters no longer give the same pictures
@@ -323,12 +323,10 @@ def write_split(
     images: list[dict] = []
     annotations: list[dict] = []
     print(f"{split}: drawing {count} scenes")
-    bar = ProgressBar(count)
-    step = 1 if sys.stdout.isatty() else 100  # few lines in a log file
     # One random generator per scene: a scene depends on neither the others nor the order.
     seeds = [[seed, len(split), number] for number in range(1, count + 1)]
     scenes = pool.map(draw_scene, seeds, [size] * count, chunksize=4)
-    for number, (picture, index, shapes, quality) in enumerate(scenes, 1):
+    for number, (picture, index, shapes, quality) in enumerate(track(scenes, count), 1):
         jpeg = root / "coco" / coco / f"{number:012d}.jpg"
         name = f"ADE_{split}_{number:08d}"
         save(jpeg, picture, (cv2.IMWRITE_JPEG_QUALITY, quality))
@@ -338,9 +336,6 @@ def write_split(
         for shape in shapes:
             ident = len(annotations) + 1
             annotations.append({"id": ident, "image_id": number, **shape})
-        if number % step == 0 or number == count:
-            bar.update(number - bar.completed)
-    print()
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
     (root / f"coco/annotations/instances_{coco}.json").write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})

@@ -26,27 +26,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmengine.utils import ProgressBar
 from pycocotools import mask as coco_mask
 
-from mmsoft.conversion import Problems, copy_whole, write_coco
+from mmsoft.conversion import Problems, copy_whole, read_image, track, write_coco
 from mmsoft.fileio import write_whole
 
 CLASSES = ("nucleus",)
 VALIDATION = Path(__file__).with_name("nuclei_val.txt")
-
-
-def read(path: Path, flag: int, problems: Problems) -> np.ndarray | None:
-    """Decode an image, or note that it cannot be."""
-    try:
-        data = np.frombuffer(path.read_bytes(), np.uint8)
-    except OSError as error:
-        problems.add(path, error.strerror or str(error))
-        return None
-    image = cv2.imdecode(data, flag) if len(data) else None
-    if image is None:
-        problems.add(path, "not an image that can be decoded")
-    return image
 
 
 def instances(folder: Path, shape: tuple[int, int], problems: Problems) -> Iterator[np.ndarray]:
@@ -55,7 +41,7 @@ def instances(folder: Path, shape: tuple[int, int], problems: Problems) -> Itera
     if not paths:
         problems.add(folder / "masks", "no masks")
     for path in paths:
-        mask = read(path, cv2.IMREAD_GRAYSCALE, problems)
+        mask = read_image(path, cv2.IMREAD_GRAYSCALE, problems)
         if mask is None:
             continue
         if mask.shape != shape:
@@ -85,7 +71,7 @@ def convert(folder: Path, out: Path, split: str, problems: Problems) -> dict[str
         return json.loads(done.read_text())
     source = folder / "images" / name
     before = len(problems.found)
-    image = read(source, cv2.IMREAD_COLOR, problems)
+    image = read_image(source, cv2.IMREAD_COLOR, problems)
     if image is None:
         return None
     height, width = image.shape[:2]
@@ -125,15 +111,10 @@ def main() -> None:
     if missing := sorted(validation - {folder.name for folder in folders}):
         problems.add(root / missing[0], f"missing, as {len(missing)} images of the validation set")
     found: dict[str, list[dict]] = {"train": [], "val": []}
-    bar = ProgressBar(len(folders))
-    step = 1 if sys.stdout.isatty() else 50
-    for number, folder in enumerate(folders, 1):
+    for folder in track(folders, len(folders)):
         split = "val" if folder.name in validation else "train"
         if result := convert(folder, args.out, split, problems):
             found[split].append(result)
-        if number % step == 0 or number == len(folders):
-            bar.update(number - bar.completed)
-    print()
     for split, results in found.items():
         path = args.out / "annotations" / f"instances_{split}.json"
         pairs = [(each["image"], each["annotations"]) for each in results]
