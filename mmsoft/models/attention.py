@@ -13,6 +13,7 @@ from mmsoft.ops import (
     salient_mean,
     softmax_free_attention,
 )
+from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.mode import cpu_shortcut, forward_mode, traced
 
 from .plain import is_plain
@@ -206,7 +207,7 @@ class SoftmaxFreeAttention(nn.Module):
         if not self.by_content:
             return self._landmarks(landmark_patches(q, *grid, self.max_landmarks)), None
         with torch.no_grad():
-            centre = q.float().mean(1).unflatten(1, (self.num_heads, self.head_dims))
+            centre = q.to(compute_dtype(q)).mean(1).unflatten(1, (self.num_heads, self.head_dims))
             every = self._landmarks(landmark_patches(q, *grid), centre)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
             index, counts = choose_landmarks(every, budget)

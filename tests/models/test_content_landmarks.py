@@ -1,15 +1,17 @@
 """`landmarks='content'`: what the layer and the backbone make of it, and what it is good for."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from loading import load_tool
 from released import ARCH
 from torch import nn
 
 from mmsoft.analysis import capture
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
-from mmsoft.models.layers import SOFTBlock
 from mmsoft.ops import reference
 
 OPTIONS = dict(landmarks="content", solver="direct", max_landmarks=16)
@@ -130,65 +132,12 @@ def test_rows_of_the_attention_are_what_the_layer_multiplies_by():
         torch.testing.assert_close((rows @ state.v.double()).transpose(1, 2).float(), out)
 
 
-KEYS, VALUES, DIMS, PAIRS = 16, 8, 64, 4
-
-
-class Recall(nn.Module):
-    """Tokens of keys with values, of keys without, and empty ones; one block, classifier."""
-
-    def __init__(self, side: int):
-        super().__init__()
-        self.side = side
-        self.key = nn.Linear(KEYS, DIMS)
-        self.value = nn.Embedding(VALUES, DIMS)
-        self.kind = nn.Embedding(3, DIMS)
-        self.norm = nn.LayerNorm(DIMS)
-        attn = layer(stride=side // 4, budget=49)
-        nn.init.zeros_(attn.value_conv.weight).requires_grad_(False)
-        self.block = SOFTBlock(DIMS, attn, 0.0, 0.0)
-        self.head = nn.Linear(DIMS, VALUES)
-
-    def forward(self, keys, values, kinds):
-        x = self.kind(kinds) + (kinds > 0)[..., None] * self.key(keys)
-        x = self.norm(x + (kinds == 1)[..., None] * self.value(values))
-        return self.head(self.block(x, (self.side, self.side)))
-
-
-def pairs_and_queries(size: int, side: int, g: torch.Generator):
-    """Keys drawn anew for every sample; where the queries are, and what they should answer."""
-    queries = side
-    shown = 4 * F.normalize(torch.randn(size, PAIRS, KEYS, generator=g), dim=-1)
-    answers = torch.randint(VALUES, (size, PAIRS), generator=g)
-    asked = torch.randint(PAIRS, (size, queries), generator=g)
-    places = torch.rand(size, side * side, generator=g).argsort(1)[:, : PAIRS + queries]
-    sample = torch.arange(size)[:, None]
-    keys = torch.zeros(size, side * side, KEYS)
-    values = torch.zeros(size, side * side, dtype=torch.long)
-    kinds = torch.zeros(size, side * side, dtype=torch.long)
-    keys[sample, places] = torch.cat((shown, shown[sample, asked]), 1)
-    values[sample, places[:, :PAIRS]] = answers
-    kinds[sample, places[:, :PAIRS]] = 1
-    kinds[sample, places[:, PAIRS:]] = 2
-    return (keys, values, kinds), places[:, PAIRS:], answers[sample, asked]
-
-
 def test_associative_recall():
     """Four pairs of key and value at random places among 64 tokens, and eight queries elsewhere."""
-    side, steps = 8, 400
+    tasks = load_tool("analysis_tools/attention_tasks.py")
+    draw = partial(tasks.recall, queries=8, side=8)
     torch.manual_seed(0)
-    g = torch.Generator().manual_seed(0)
-    model = Recall(side)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 - 2 * step / steps)
-        inputs, places, answers = pairs_and_queries(32, side, g)
-        out = model(*inputs).gather(1, places[..., None].expand(-1, -1, VALUES))
-        loss = F.cross_entropy(out.flatten(0, 1), answers.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        inputs, places, answers = pairs_and_queries(256, side, g)
-        out = model(*inputs).gather(1, places[..., None].expand(-1, -1, VALUES))
-    right = (out.argmax(-1) == answers).float().mean()
-    assert right >= 0.6  # chance is 0.125; how far it comes depends on the seed and the steps
+    model = tasks.Recall(tasks.build_attention("content", 8), 8)
+    tasks.train(model, draw, steps=400, seed=0, lr=2e-3)
+    # Chance is 0.125; how far it comes depends on the seed and the steps.
+    assert tasks.accuracy(model, draw) >= 0.6

@@ -29,7 +29,7 @@ from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import SOFTBlock, resize_pos_embed
 
 DIMS, HEADS, CLASSES, KEYS = 64, 2, 8, 16
-SIDE, STRIDE = 16, 4
+SIDE = 16
 BUDGETS, SIDES = (16, 49), (16, 28, 32, 64, 128)
 Batch = tuple[tuple[Tensor, ...], Tensor, Tensor]  # inputs, tokens [B, n], their classes [B, n]
 
@@ -54,14 +54,14 @@ class OfTokens(nn.Module):
         return self.layer(x)
 
 
-def build_attention(name: str) -> nn.Module:
-    """Our layer with landmarks `released` or `content`, `none`, or a peer's."""
+def build_attention(name: str, side: int = SIDE) -> nn.Module:
+    """Our layer with 16 landmarks, `released` or `content`, or `none`, or a peer's."""
     if name not in ("released", "content", "none"):
-        return OfTokens(OPERATORS[name][1](SIDE * SIDE))
+        return OfTokens(OPERATORS[name][1](side * side))
     kind = NoAttention if name == "none" else SoftmaxFreeAttention
     landmarks = "content" if name == "content" else "released"
     options: dict[str, Any] = dict(normalize=True, max_landmarks=49, solver="direct")
-    layer = kind(DIMS, HEADS, STRIDE, 3, landmarks=landmarks, **options)
+    layer = kind(DIMS, HEADS, side // 4, 3, landmarks=landmarks, **options)
     for part in (layer.query, layer.value, layer.proj):
         nn.init.trunc_normal_(part.weight, std=0.02)
         nn.init.zeros_(part.bias)
@@ -99,8 +99,9 @@ def lookup(size: int, g: torch.Generator, side: int = SIDE) -> Batch:
 class Recall(nn.Module):
     """Tokens of keys with values, of keys alone, and empty ones; one block, classifier."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, side: int = SIDE):
         super().__init__()
+        self.side = side
         self.key = nn.Linear(KEYS, DIMS)
         self.value = nn.Embedding(CLASSES, DIMS)
         self.kind = nn.Embedding(3, DIMS)
@@ -112,19 +113,21 @@ class Recall(nn.Module):
         """Logits of all tokens."""
         x = self.kind(kinds) + (kinds > 0)[..., None] * self.key(keys)
         x = self.norm(x + (kinds == 1)[..., None] * self.value(values))
-        return self.head(self.block(x, (SIDE, SIDE)))
+        return self.head(self.block(x, (self.side, self.side)))
 
 
-def recall(size: int, g: torch.Generator, pairs: int = 4, queries: int = 16) -> Batch:
+def recall(
+    size: int, g: torch.Generator, pairs: int = 4, queries: int = 16, side: int = SIDE
+) -> Batch:
     """Pairs and queries at random places; the queries answer."""
     shown = 4 * F.normalize(torch.randn(size, pairs, KEYS, generator=g), dim=-1)
     answers = torch.randint(CLASSES, (size, pairs), generator=g)
     asked = torch.randint(pairs, (size, queries), generator=g)
-    places = torch.rand(size, SIDE * SIDE, generator=g).argsort(1)[:, : pairs + queries]
+    places = torch.rand(size, side * side, generator=g).argsort(1)[:, : pairs + queries]
     sample = torch.arange(size)[:, None]
-    keys = torch.zeros(size, SIDE * SIDE, KEYS)
-    values = torch.zeros(size, SIDE * SIDE, dtype=torch.long)
-    kinds = torch.zeros(size, SIDE * SIDE, dtype=torch.long)
+    keys = torch.zeros(size, side * side, KEYS)
+    values = torch.zeros(size, side * side, dtype=torch.long)
+    kinds = torch.zeros(size, side * side, dtype=torch.long)
     keys[sample, places] = torch.cat((shown, shown[sample, asked]), 1)
     values[sample, places[:, :pairs]] = answers
     kinds[sample, places[:, :pairs]] = 1
