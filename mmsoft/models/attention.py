@@ -208,17 +208,25 @@ class SoftmaxFreeAttention(nn.Module):
             return self._landmarks(landmark_patches(q, *grid, self.max_landmarks)), None
         with torch.no_grad():
             centre = q.to(compute_dtype(q)).mean(1).unflatten(1, (self.num_heads, self.head_dims))
-            every = self._landmarks(landmark_patches(q, *grid), centre)
+            valid = self._inside(hw_shape, q.device)
+            every = self._landmarks(landmark_patches(q, *grid), centre, valid)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
             index, counts = choose_landmarks(every, budget)
-        return self._landmarks(landmark_patches(q, *grid, index=index), centre), counts
+        return self._landmarks(landmark_patches(q, *grid, index=index), centre, valid), counts
 
-    def _landmarks(self, patches: Tensor, centre: Tensor | None = None) -> Tensor:
+    def _inside(self, hw_shape: tuple[int, int], device: torch.device) -> Tensor:
+        """Which tokens of a patch are not padding, ``[r*r]``: all, unless the image is smaller."""
+        side = torch.arange(self.landmark_stride, device=device)
+        return ((side < hw_shape[0])[:, None] & (side < hw_shape[1])).flatten()
+
+    def _landmarks(
+        self, patches: Tensor, centre: Tensor | None = None, valid: Tensor | None = None
+    ) -> Tensor:
         """``[B, m, heads, r*r, d] -> [B, heads, m, d]``."""
         landmarks = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
         landmarks = F.gelu(self.landmark_norm(landmarks))
         if centre is not None:
-            landmarks = salient_mean(patches, centre) + landmarks
+            landmarks = salient_mean(patches, centre, valid) + landmarks
         return landmarks.transpose(1, 2)
 
     def convolve_values(self, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:

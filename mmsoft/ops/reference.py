@@ -107,8 +107,10 @@ def choose_landmarks(
     return index, counts
 
 
-def salient_mean(patches: Tensor, centre: Tensor) -> Tensor:
+def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -> Tensor:
     """:func:`mmsoft.ops.salient_mean`, token by token."""
+    if valid is not None:
+        patches = patches[..., valid, :]
     weights = (patches - centre[:, None, :, None]).detach().square().sum(-1, keepdim=True) + 1e-12
     return (weights * patches).sum(-2) / weights.sum(-2)
 

@@ -55,6 +55,15 @@ def test_landmarks_are_the_definition_of_the_chosen_patches():
     torch.testing.assert_close(landmarks.double(), chosen, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("hw", [(3, 5), (3, 11), (9, 2)], ids=str)
+def test_padding_of_an_image_smaller_than_a_patch_is_no_landmark(hw):
+    """Landmarks of tokens far from 0 are among them."""
+    q = torch.randn(1, hw[0] * hw[1], 64) + 3
+    landmarks, counts = layer(stride=8).sample_landmarks(q, hw)
+    assert counts[..., 0].all()
+    assert (landmarks[counts > 0].mean(-1) > 2).all()
+
+
 @pytest.mark.parametrize("times", [2, 4])
 def test_the_term_keeps_its_size_in_a_larger_image(times):
     """The same content several times over: every token gets what it got from one image."""

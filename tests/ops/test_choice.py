@@ -179,6 +179,14 @@ def test_salient_mean():
     torch.testing.assert_close(*(torch.autograd.grad(out, patches, weight)[0] for out in outs))
 
 
+def test_salient_mean_leaves_padding_out():
+    patches, valid = normal(2, 5, 3, 16, 8), torch.arange(16) % 3 == 0
+    centre = patches.mean((1, 3))
+    expected = reference.salient_mean(patches[..., valid, :], centre)
+    torch.testing.assert_close(salient_mean(patches, centre, valid), expected)
+    torch.testing.assert_close(reference.salient_mean(patches, centre, valid), expected)
+
+
 def test_salient_mean_is_the_token_unlike_the_image():
     patches = torch.zeros(1, 4, 1, 16, 8)
     patches[0, 2, 0, 5] = 1

@@ -86,7 +86,7 @@ def choose_landmarks(
     return choose(candidates, budget, float(tolerance), float(sharpness))
 
 
-def salient_mean(patches: Tensor, centre: Tensor) -> Tensor:
+def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -> Tensor:
     """The mean of each patch, its tokens weighted by their squared distances from ``centre``.
 
     A patch of equal tokens has the plain mean; of a patch with one token unlike the rest of the
@@ -95,6 +95,7 @@ def salient_mean(patches: Tensor, centre: Tensor) -> Tensor:
     Args:
         patches: ``[B, m, h, n, d]``.
         centre: ``[B, h, d]``, the mean query of each head.
+        valid: ``[n]``, bool: the tokens that are not padding, at least one; ``None`` for all.
 
     Returns:
         ``[B, m, h, d]``, float32 (float64 for float64 arguments).
@@ -104,5 +105,7 @@ def salient_mean(patches: Tensor, centre: Tensor) -> Tensor:
         bounded = patches.clamp(-COORDINATE_MAX, COORDINATE_MAX)
         origin = centre.to(patches.dtype).clamp(-COORDINATE_MAX, COORDINATE_MAX)
         weights = (bounded - origin[:, None, :, None]).square().sum(-1, keepdim=True) + 1e-12
+        if valid is not None:
+            weights = weights * valid[:, None]
         weights = weights / weights.sum(-2, keepdim=True)
     return (weights * patches).sum(-2)
