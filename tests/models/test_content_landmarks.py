@@ -102,6 +102,17 @@ def test_a_plain_state_dict_decides_too():
     assert model.stages[0].blocks[0].attn.by_content
 
 
+def test_each_layer_follows_its_own_weights():
+    source = backbone(landmarks="released").eval()
+    source.stages[2].blocks[1].attn.use_landmarks("content")
+    model = backbone(landmarks="content").eval()
+    model.stages[2].blocks[1].attn.use_landmarks("released")
+    model.load_state_dict(source.state_dict())
+    x = torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        assert all(map(torch.equal, source(x), model(x)))
+
+
 def test_without_normalization_is_refused():
     with pytest.raises(ValueError, match="landmarks='content' are normalized: use SOFT"):
         SOFT(ARCH, landmarks="content")

@@ -268,22 +268,22 @@ class SOFT(BaseModule):
 
     def _match_landmarks(self, state_dict: dict, prefix: str) -> None:
         """Weights decide for which landmarks they were trained."""
-        layers = {
-            f"{prefix}{name}.": module
-            for name, module in self.named_modules()
-            if isinstance(module, SoftmaxFreeAttention)
-        }
         switched = set()
-        for name, layer in layers.items():
-            if f"{name}landmark_norm.weight" in state_dict:
-                by_content = f"{name}content_landmarks" in state_dict
+        for name, layer in self.named_modules():
+            key = f"{prefix}{name}."
+            if (
+                isinstance(layer, SoftmaxFreeAttention)
+                and f"{key}landmark_norm.weight" in state_dict
+            ):
+                by_content = f"{key}content_landmarks" in state_dict
                 if by_content != layer.by_content:
-                    switched.add("content" if by_content else "released")
-                    layer.use_landmarks(*switched)
+                    trained = "content" if by_content else "released"
+                    layer.use_landmarks(trained)
+                    switched.add(trained)
         if switched:
             print_log(
                 f"{type(self).__name__}: the weights were trained with landmarks="
-                f"{switched.pop()!r}, which are used from now on",
+                f"{' and '.join(map(repr, sorted(switched)))}, as they are used from now on",
                 logger="current",
             )
 
