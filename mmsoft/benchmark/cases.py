@@ -44,9 +44,7 @@ class Case:
         return replace(self, size=(64, 64) if self.section != "operator" else (8, 8), batch=1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Backbones
-# ---------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- backbones
 
 OURS = {
     arch: f"mmsoft::retinanet/retinanet_softpp-{arch[0]}_fpn_1x_coco.py"
@@ -142,9 +140,7 @@ def make_backbone(name: str) -> Any:
     return builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
 
 
-# ---------------------------------------------------------------------------------------------
-# Attention layers alone
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- attention layers alone
 
 DIMS, HEADS = 64, 2  # of stage 1
 
@@ -200,9 +196,7 @@ OPERATORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# Whole detectors and segmentors
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------- whole detectors and segmentors
 
 
 @dataclass(frozen=True)
@@ -271,9 +265,7 @@ def _usual_candidates(model: Any, data: dict) -> None:
     model.bbox_head.retina_cls.bias += math.log(threshold / (1 - threshold)) - kept
 
 
-# ---------------------------------------------------------------------------------------------
-# One step of anything
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- one step of anything
 
 
 def make_model(case: Case) -> Any:

@@ -26,9 +26,7 @@ def command(root, run_outside):
     return partial(run_outside, "-m", "mmsoft.benchmark", PYTHONPATH=str(root))
 
 
-# ---------------------------------------------------------------------------------------------
-# The released algorithm
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- the released algorithm
 
 
 def test_released_attention_equals_the_reference():
@@ -71,9 +69,7 @@ def test_released_tiny_has_the_weights_of_ours_and_its_own_attention():
         assert [type(layer) for layer in layers] == [kind] * 6
 
 
-# ---------------------------------------------------------------------------------------------
-# What is measured
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- what is measured
 
 
 def test_our_backbones_have_the_dense_settings():
@@ -110,9 +106,7 @@ def test_peers_are_those_of_the_libraries(name):
     assert counted == pytest.approx(parameters, rel=0.05)
 
 
-# ---------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.long
@@ -178,9 +172,7 @@ def test_bad_input_is_one_line(command, tmp_path, arguments, words):
     assert not (tmp_path / "work_dirs").exists()
 
 
-# ---------------------------------------------------------------------------------------------
-# Ratios and targets
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- ratios and targets
 
 
 def measured(backbone, median, peak, size=(800, 1344), batch=1, mode="forward", **more):
