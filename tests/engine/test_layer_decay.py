@@ -92,6 +92,7 @@ def test_weight_decay(model):
 
 
 def test_layer_decay(model):
+    assert model.backbone.get_layer_depth("stages.1.pos_embed") == (2, 9)
     found = settings(model, OURS, layer_decay_rate=RATE)
     for name, (lr, decay) in found.items():
         depth, decays = EXPECTED.get(name, (8, not name.endswith("bias")))

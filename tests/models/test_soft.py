@@ -509,39 +509,6 @@ def test_position_embeddings_of_a_grid_that_is_not_square(mini):
 # Structure
 
 
-def test_get_layer_depth(variant):
-    backbone = variant(ARCH)
-    depths = {n: backbone.get_layer_depth(n) for n, _ in backbone.named_parameters()}
-    assert {total for _, total in depths.values()} == {9}  # stem, 7 blocks, norm
-    assert {depth for depth, _ in depths.values()} == set(range(9))
-    for name, depth in {
-        "stages.0.patch_embed.1.conv.weight": 0,
-        "stages.0.pos_embed": 0,
-        "stages.0.blocks.0.mlp.0.weight": 1,
-        "stages.1.patch_embed.0.norm.bias": 2,
-        "stages.1.pos_embed": 2,
-        "stages.1.blocks.1.norm2.weight": 3,
-        "stages.2.blocks.1.attn.landmark_norm.weight": 5,
-        "stages.3.cls_token": 6,
-        "stages.3.blocks.1.attn.proj.bias": 7,
-        "norm.weight": 8,
-    }.items():
-        assert depths[name][0] == depth, name
-        assert backbone.get_layer_depth(f"backbone.{name}", "backbone.") == (depth, 9)
-    assert backbone.get_layer_depth("head.fc.weight", "backbone.") == (8, 9)
-
-
-def test_no_weight_decay(mini):
-    backbone = mini()
-    exempt = backbone.no_weight_decay()
-    for name, module in backbone.named_modules():
-        for parameter, _ in module.named_parameters(recurse=False):
-            full = f"{name}.{parameter}".lstrip(".")
-            decays = parameter == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
-            assert (full not in exempt) == decays, full
-    assert {"stages.3.cls_token", "stages.0.pos_embed"} <= exempt
-
-
 def test_copies_and_modes(mini):
     """As EMA hooks do: a copy is independent, and keeps what goes beside the state dict."""
     backbone = mini(img_size=(64, 128), frozen_stages=1).train()
@@ -587,22 +554,6 @@ def test_layer_refuses_a_wrong_number_of_tokens():
     layer = SoftmaxFreeAttention(32, 1, landmark_stride=2, value_kernel=3, normalize=True)
     with pytest.raises(ValueError, match=r"x must have H\*W = 4\*5 tokens, got 21"):
         layer(torch.zeros(1, 21, 32), (4, 5))
-
-
-@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (0, 2), (3,)], ids=str)
-def test_trains_under_ddp_without_looking_for_unused_parameters(out_indices, tmp_path):
-    """DDP refuses the second iteration if a parameter had no gradient in the first."""
-    from torch import distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = SOFTPlusPlus(ARCH, out_indices=out_indices, with_cp=True, max_landmarks=4).train()
-        model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
-        for _ in range(3):
-            sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 96))).backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-    finally:
-        dist.destroy_process_group()
 
 
 def test_tanh_gelu():
