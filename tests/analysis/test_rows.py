@@ -64,7 +64,7 @@ def test_performer_rows(q):
     assert not torch.allclose(rows, performer_rows(q, QUERIES, seed=4))
 
 
-@pytest.mark.parametrize("num_landmarks", [5, 7])
+@pytest.mark.parametrize("num_landmarks", [5, 7, 35])
 def test_nystromformer_rows(q, num_landmarks):
     """By definition: three softmax matrices, with means over consecutive tokens as landmarks."""
     package = pytest.importorskip("nystrom_attention", reason="needs mmsoft[peers]")
@@ -94,15 +94,6 @@ def test_nystromformer_rows_where_tokens_are_padded(q, monkeypatch):
     # them is lost, because their values are 0, and is not a part of these rows.
     assert (seen[0][..., :5] != 0).any()
     torch.testing.assert_close(rows, seen[0][:, :, 5:, 5:][:, :, QUERIES])
-
-
-def test_nystromformer_with_every_token_as_landmark_is_softmax(q):
-    pytest.importorskip("nystrom_attention", reason="needs mmsoft[peers]")
-    # Attention this sharp has a well-conditioned matrix, which 6 steps invert.
-    q = q * 5
-    torch.testing.assert_close(
-        nystromformer_rows(q, QUERIES, 35), softmax_rows(q, QUERIES), rtol=0.05, atol=0.01
-    )
 
 
 @pytest.mark.parametrize(
