@@ -1,7 +1,6 @@
 """The generator of the demo's data set."""
 
 import contextlib
-import json
 import resource
 import subprocess
 import sys
@@ -167,47 +166,6 @@ def test_colour_does_not_depend_on_the_class():
         assert (abs(np.mean(own, 0) - overall.mean(0)) < 3.5 * error).all()
 
 
-def test_loads_in_mmdet(data):
-    pytest.importorskip("mmdet")
-    from mmdet.datasets import CocoDataset
-
-    dataset = CocoDataset(
-        data_root=str(data / "coco"),
-        ann_file="annotations/instances_train2017.json",
-        data_prefix=dict(img="train2017/"),
-        metainfo=dict(classes=make_shapes.CLASSES),
-        pipeline=[],
-    )
-    assert len(dataset) == SMALL["train"]
-    truth = json.loads((data / "coco/annotations/instances_train2017.json").read_text())
-    assert sum(len(dataset.get_data_info(i)["instances"]) for i in range(len(dataset))) == len(
-        truth["annotations"]
-    )
-
-
-def test_loads_in_mmseg_with_reduce_zero_label(data):
-    pytest.importorskip("mmseg")
-    from mmseg.datasets import BaseSegDataset
-    from mmseg.datasets.transforms import LoadAnnotations
-
-    dataset = BaseSegDataset(
-        data_root=str(data / "ade"),
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        img_suffix=".jpg",
-        seg_map_suffix=".png",
-        metainfo=dict(classes=("background", *make_shapes.CLASSES)),
-        reduce_zero_label=True,
-        pipeline=[],
-    )
-    assert len(dataset) == SMALL["val"]
-    values = set()
-    for i in range(len(dataset)):
-        info = LoadAnnotations()(dataset.get_data_info(i))
-        values |= set(np.unique(info["gt_seg_map"]).tolist())
-    assert values <= set(range(6))
-    assert 0 in values
-
-
 def test_second_call_keeps_a_complete_set_and_refuses_another(tmp_path):
     arguments = (tmp_path / "s", "--train", 1, "--val", 1, "--size", 64)
     assert call(*arguments).returncode == 0
@@ -237,14 +195,6 @@ def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert call(*arguments).returncode == 0
     assert (tmp_path / "s/parameters.json").is_file()
-
-
-def test_remains_of_a_killed_call_are_removed(tmp_path):
-    (tmp_path / ".partial-s/coco").mkdir(parents=True)
-    (tmp_path / ".partial-s/coco/stale").touch()
-    make_shapes.make_dataset(tmp_path / "s", 1, 1, 64, 0)
-    assert [p.name for p in tmp_path.iterdir()] == ["s"]
-    assert not list(tmp_path.rglob("stale"))
 
 
 @pytest.mark.parametrize(
