@@ -1,14 +1,12 @@
 """Multiply-adds: of our operators, of the backbones, and through the tools of every library."""
 
-import json
 import os
 import re
 import sys
 from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
+import fault_runs
 import pytest
 import torch
 from mini_models import LIBRARIES, import_library
@@ -48,6 +46,12 @@ def macs(function, *shapes):
     return dict(analysis.by_operator())
 
 
+def macs_of_layer(layer, tokens, grid):
+    forward = layer.forward
+    layer.forward = lambda x: forward(x, grid)
+    return dict(FlopAnalyzer(layer, torch.rand(tokens)).by_operator())
+
+
 def test_gaussian_kernel_product():
     """2 samples, 3 heads: 5x4 exponents of 6 channels, times 7 columns; either side the longer."""
     long = macs(ops.gaussian_kernel_product, (2, 3, 5, 6), (2, 3, 4, 6), (2, 3, 4, 7))
@@ -72,13 +76,8 @@ def test_direct_solve():
 
 
 def test_softmax_attention():
-    layer = SoftmaxAttention(64, 2)
-    layer_forward = layer.forward
-    layer.forward = lambda x: layer_forward(x, (3, 3))
-    analysis = FlopAnalyzer(layer, torch.rand(3, 10, 64))
-    assert analysis.by_operator() == dict(
-        linear=3 * 10 * 64 * (64 + 128 + 64),
-        matmul=3 * 2 * 10 * 10 * (32 + 32),
+    assert macs_of_layer(SoftmaxAttention(64, 2), (3, 10, 64), (3, 3)) == dict(
+        linear=3 * 10 * 64 * (64 + 128 + 64), matmul=3 * 2 * 10 * 10 * (32 + 32)
     )
 
 
@@ -88,10 +87,7 @@ def test_attention_layer(solver, budget, m):
     """Every product of the layer: 16x24 tokens, 64 channels in 2 heads, 4x6 landmarks."""
     layer = SoftmaxFreeAttention(64, 2, 4, 5, normalize=True, max_landmarks=budget, solver=solver)
     n, heads, d = 16 * 24, 2, 32
-    analysis = FlopAnalyzer(layer, (torch.rand(1, n, 64), torch.tensor([16, 24])))
-    layer_forward = layer.forward
-    layer.forward = lambda x, hw: layer_forward(x, (16, 24))
-    found = dict(analysis.by_operator())
+    found = macs_of_layer(layer, (1, n, 64), (16, 24))
     assert found.pop("linear") == 3 * n * 64 * 64 + heads * m * (4 * 4 * d) * d
     assert found.pop("conv") == n * 64 * 5 * 5
     assert found.pop("gaussian_kernel_product") == 2 * heads * n * m * (d + d)
@@ -113,10 +109,7 @@ def test_layer_with_landmarks_by_content(budget):
     layer = SoftmaxFreeAttention(64, 2, 4, 5, **options)
     n, heads, d, candidates = 16 * 24, 2, 32, 24
     m = budget or candidates
-    analysis = FlopAnalyzer(layer, (torch.rand(1, n, 64), torch.tensor([16, 24])))
-    layer_forward = layer.forward
-    layer.forward = lambda x, hw: layer_forward(x, (16, 24))
-    found = analysis.by_operator()
+    found = macs_of_layer(layer, (1, n, 64), (16, 24))
     chosen = heads * candidates * m * d + heads * candidates * m * (m - 1) // 2
     assert found["landmark_choice"] == chosen
     assert found["linear"] == 3 * n * 64 * 64 + heads * (candidates + m) * (4 * 4 * d) * d
@@ -153,47 +146,19 @@ def test_get_flops_tool(library, run_tool, tmp_path):
     assert "--shape takes one or two positive numbers, got [1, 2, 3]" in tool(1, 2, 3)[2]
 
 
-def detection_data(folder: Path) -> dict:
-    """A validation loader of one image, 96 high and 128 wide."""
-    cv2.imwrite(str(folder / "0.png"), np.zeros((96, 128, 3), np.uint8))
-    image = dict(id=0, file_name="0.png", height=96, width=128)
-    box = dict(id=0, image_id=0, category_id=1, bbox=[8, 8, 32, 32], area=1024, iscrowd=0)
-    names = ("a", "b")
-    categories = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
-    content = dict(images=[image], annotations=[box], categories=categories)
-    (folder / "coco.json").write_text(json.dumps(content))
-    return dict(
-        batch_size=1,
-        num_workers=0,
-        sampler=dict(type="DefaultSampler", shuffle=False),
-        dataset=dict(
-            type="CocoDataset",
-            data_root=str(folder),
-            ann_file="coco.json",
-            data_prefix=dict(img=""),
-            metainfo=dict(classes=names),
-            test_mode=True,
-            pipeline=[
-                dict(type="LoadImageFromFile"),
-                dict(type="LoadAnnotations", with_bbox=True),
-                dict(type="PackDetInputs", meta_keys=("img_id", "img_shape", "ori_shape")),
-            ],
-        ),
-    )
-
-
 @pytest.mark.parametrize("library", ["mmdet", "mmpretrain"])
-def test_get_flops_of_the_libraries(library, tmp_path, root, run_outside):
+def test_get_flops_of_the_libraries(library, tmp_path, root, shapes, run_outside):
     """`mim run LIBRARY get_flops CONFIG` counts what we count."""
     import_library(library)
-    mim = Path(sys.executable).with_name("mim")
-    config = dict(default_scope=library, model=LIBRARIES[library]())
-    if library == "mmdet":
-        config.update(val_dataloader=detection_data(tmp_path))
-        arguments, shape = (), (96, 128)
+    mim, shape = Path(sys.executable).with_name("mim"), (96, 128)
+    if library == "mmdet":  # which takes the images of the data set
+        resized = {"val_dataloader.dataset.pipeline.1.scale": shape[::-1]}
+        config = fault_runs.config(root, shapes, "retinanet", tmp_path, changes=resized)
+        arguments = ()
     else:
-        arguments, shape = ("--shape", 96, 128), (96, 128)
-    Config(config).dump(tmp_path / "config.py")
+        config = Config(dict(default_scope=library, model=LIBRARIES[library]()))
+        arguments = ("--shape", *shape)
+    config.dump(tmp_path / "config.py")
     done = run_outside(
         mim,
         *("run", library, "get_flops", tmp_path / "config.py", *arguments),
@@ -202,7 +167,7 @@ def test_get_flops_of_the_libraries(library, tmp_path, root, run_outside):
     )
     assert done.returncode == 0, done.stderr
     (counted, unit) = re.search(r"Flops: ([\d.]+)([GM])", done.stdout + done.stderr).groups()
-    model = flops.tensor_model(Config(config), shape)
+    model = flops.tensor_model(config, shape)
     analysis = flops.analyse(model, torch.rand(1, 3, *shape))
     ours = analysis.total() if library == "mmdet" else analysis.total("backbone")
     ours /= dict(G=1e9, M=1e6)[unit]
