@@ -1,12 +1,9 @@
 """SIGKILL at any point of a training run, then `--resume`, through the real runner."""
 
-import builtins
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from crafted_pickles import Call
+from killer import end_at
 from metrics import same
 from mmengine.dataset import DefaultSampler
 from mmengine.fileio import LocalBackend
@@ -419,46 +417,11 @@ def test_nothing_outside_the_folder_is_removed(kind, run, tmp_path):
 
 
 class Killed(BaseException):
-    pass
+    """Caught by nobody, so that nothing is written after it."""
 
 
-def kill_at(point, patch, number):
-    """Raise an uncaught exception at a point of save `number`, after which nothing is written.
-
-    MMEngine's steps of a save and ours, in this order: write, rename, name in `last_checkpoint`,
-    remove the oldest.
-    """
-    calls = dict.fromkeys(("write", "rename", "pointer", "remove"), 0)
-
-    def killing(owner, attribute, step, when, half=None):
-        original = getattr(owner, attribute)
-
-        def replacement(*args, **kwargs):
-            if not when(*args):
-                return original(*args, **kwargs)
-            calls[step] += 1
-            if point == f"before {step}" and calls[step] == number:
-                raise Killed
-            if point == f"in {step}" and calls[step] == number:
-                half(*args)
-                raise Killed
-            result = original(*args, **kwargs)
-            if point == f"after {step}" and calls[step] == number:
-                raise Killed
-            return result
-
-        patch.setattr(owner, attribute, replacement)
-
-    def half(backend, data, path):
-        Path(path).write_bytes(data[: len(data) // 2])
-
-    def is_pointer(path, mode="r", *args):
-        return str(path).endswith("last_checkpoint") and mode == "w"
-
-    killing(LocalBackend, "put", "write", lambda *args: True, half)
-    killing(os, "replace", "rename", lambda source, target: ".pth" in str(target))
-    killing(builtins, "open", "pointer", is_pointer, lambda path, mode: Path(path).write_text(""))
-    killing(LocalBackend, "remove", "remove", lambda *args: True)
+def kill():
+    raise Killed
 
 
 @pytest.mark.parametrize(
@@ -478,8 +441,9 @@ def kill_at(point, patch, number):
 )
 def test_a_kill_at_every_point_of_a_save(point, start, left, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
+        when, step = point.split()
         # The first is replaced, and so removed, when the second is there.
-        kill_at(point, patch, 2 if point.endswith("remove") else 3)
+        end_at(step, 1 if step == "remove" else 2, when, kill, replace=patch.setattr)
         with pytest.raises(Killed):
             run(workers=0)
     names = sorted(path.name for path in (tmp_path / "work").glob("[!.]*.pth"))
@@ -561,7 +525,7 @@ def expected_start(folder):
 
 @pytest.mark.long
 @pytest.mark.parametrize("package", CONFIGS)
-def test_ten_kills(package, root, tmp_path):
+def test_ten_kills(package, root, tmp_path, run_outside):
     pytest.importorskip(package)
     base, options, last = CONFIGS[package]
     make_demo_data(tmp_path)
@@ -569,24 +533,11 @@ def test_ten_kills(package, root, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("\n".join(line.removeprefix(" " * 8) for line in text.splitlines()))
     train = Path(find_spec(package).origin).parent / ".mim/tools/train.py"  # as mim does
-    path = os.pathsep.join(
-        [str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH", "")]
-    )
+    path = os.pathsep.join([str(root / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
 
     def run(work_dir, kill, *flags):
-        command = [sys.executable, str(train), str(config), "--work-dir", str(tmp_path / work_dir)]
-        done = subprocess.run(
-            [*command, *flags],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "OMP_NUM_THREADS": "1",
-                "MMSOFT_TEST_KILL": kill,
-            },
-            capture_output=True,
-            text=True,
-        )
+        environment = dict(PYTHONPATH=path, OMP_NUM_THREADS="1", MMSOFT_TEST_KILL=kill)
+        done = run_outside(train, config, "--work-dir", work_dir, *flags, **environment)
         expected = 0 if kill == "never" else -signal.SIGKILL
         assert done.returncode == expected, f"{kill}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout + done.stderr

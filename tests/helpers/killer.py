@@ -1,19 +1,38 @@
-"""A hook that kills its own process, as `kill -9` would, at a chosen point of a training run.
+"""The end of a training run at a chosen point, and a hook that ends its own process like `kill -9`.
 
-Imported by the configs of test_kill_and_resume.py. The environment variable MMSOFT_TEST_KILL names
+The configs of test_kill_and_resume.py import it. The environment variable MMSOFT_TEST_KILL names
 the point: `iteration N SECONDS`, `write N FRACTION`, `rename N`, `pointer N`, `remove N`,
 `evaluation N`; N counts from the start of the process.
 """
 
 import builtins
+import itertools
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+
+
+def is_weights(*args):
+    return ".pth" in str(args[-1])
+
+
+def is_pointer(path, mode="r", *args, **kwargs):
+    return str(path).endswith("last_checkpoint") and mode == "w"
+
+
+# MMEngine's steps of a save and ours, in this order.
+STEPS = dict(
+    write=(LocalBackend, "put", is_weights),
+    rename=(os, "replace", is_weights),
+    pointer=(builtins, "open", is_pointer),
+    remove=(LocalBackend, "remove", is_weights),
+)
 
 
 def die():
@@ -21,17 +40,22 @@ def die():
     time.sleep(60)  # never reached
 
 
-def on_call(owner, name, number, when, action):
-    """Replace a function: at call `number` of those that `when` accepts, do `action` instead."""
-    original, calls = getattr(owner, name), iter(range(10**6))
+def end_at(step, number, when, end=die, share=0.5, replace=setattr):
+    """Call `end` before, in (a `share` is written) or after call `number` (from 0) of a step."""
+    owner, attribute, is_meant = STEPS[step]
+    original, calls = getattr(owner, attribute), itertools.count()
 
     def replacement(*args, **kwargs):
-        if when(*args, **kwargs) and next(calls) == number:
-            action(original, *args, **kwargs)
-            die()
-        return original(*args, **kwargs)
+        if not is_meant(*args, **kwargs) or next(calls) != number:
+            return original(*args, **kwargs)
+        if when == "after":
+            original(*args, **kwargs)
+        elif when == "in":
+            data, path = args[1:] if step == "write" else (b"", args[0])
+            Path(path).write_bytes(data[: int(len(data) * share)])
+        return end()
 
-    setattr(owner, name, replacement)
+    replace(owner, attribute, replacement)
 
 
 @HOOKS.register_module()
@@ -39,29 +63,9 @@ class Killer(Hook):
     def __init__(self):
         where, *numbers = os.environ.get("MMSOFT_TEST_KILL", "never").split()
         self.where, self.numbers = where, [float(number) for number in numbers]
-        number = int(self.numbers[0]) if numbers else 0
-
-        def is_weights(*args):
-            return ".pth" in str(args[-1])
-
-        def is_pointer(*args, **kwargs):
-            return "last_checkpoint" in str(args[:1]) and "w" in str(args[1:2])
-
-        def half(original, backend, data, path):
-            with builtins.open(path, "wb") as file:
-                file.write(data[: int(len(data) * self.numbers[1])])
-
-        def truncate(original, path, mode="r", *args, **kwargs):
-            original(path, mode)  # emptied, nothing written yet
-
-        if where == "write":
-            on_call(LocalBackend, "put", number, lambda *args: is_weights(*args), half)
-        elif where == "rename":
-            on_call(os, "replace", number, is_weights, lambda original, *args: original(*args))
-        elif where == "remove":
-            on_call(LocalBackend, "remove", number, is_weights, lambda *args: None)
-        elif where == "pointer":
-            on_call(builtins, "open", number, is_pointer, truncate)
+        if where in STEPS:
+            when = dict(write="in", rename="after", pointer="in", remove="before")[where]
+            end_at(where, int(self.numbers[0]), when, share=self.numbers[-1])
 
     def _reached(self, where):
         if self.where == where:
