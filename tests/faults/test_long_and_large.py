@@ -46,12 +46,9 @@ print(json.dumps(memory))
 
 
 @pytest.mark.long
-def test_memory_is_flat_over_500_iterations_of_changing_sizes(root, shapes, tmp_path):
+def test_memory_is_flat_over_500_iterations_of_changing_sizes(root, shapes, tmp_path, run_outside):
     pytest.importorskip("mmdet")
-    folders = [str(root / "tests/helpers"), str(root), str(shapes), str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *folders], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = run_outside("-c", TRAIN, root / "tests/helpers", root, shapes, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     memory = json.loads(done.stdout.splitlines()[-1])  # MiB
     assert len(memory) == 500

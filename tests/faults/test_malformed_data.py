@@ -8,11 +8,9 @@ import pytest
 for library in ("mmdet", "mmseg"):
     pytest.importorskip(library)
 
-JOBS = [(name, model) for name, (models, _) in malformed_data.CASES.items() for model in models]
-
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "model"), JOBS)
+@pytest.mark.parametrize(("name", "model"), malformed_data.JOBS)
 def test_outcome_is_that_of_swin_or_better_and_documented(name, model, shapes):
     results = {
         label: malformed_data.outcome(shapes, name, model, backbone)

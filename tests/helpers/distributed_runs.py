@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, MMFullyShardedDataParallel
+from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner, Runner
 from released import ARCH
 from torch import nn
@@ -91,29 +91,16 @@ def sync_batch_norm_steps(rank, world_size, file, device):
     torch.save(gradients(module), f"{file}-{rank}")
 
 
-def wrap_policy():
-    return partial(transformer_auto_wrap_policy, transformer_layer_cls={SOFTBlock, SoftmaxBlock})
-
-
-def sharded_steps(rank, world_size, file, kind):
+def sharded_steps(rank, world_size, file):
     """Two steps with the parameters of every block, and of the rest, sharded."""
-    module = model(seed=0)
-    if kind == "fully_shard":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (world_size,))
-        for stage in module.stages:
-            for block in stage.blocks:
-                fully_shard(block, mesh=mesh)
-        fully_shard(module, mesh=mesh)
-    else:
-        module = MMFullyShardedDataParallel(
-            module,
-            auto_wrap_policy=wrap_policy(),
-            device_id=torch.device("cpu"),
-            use_orig_params=True,
-        )
+    module, mesh = model(seed=0), init_device_mesh("cpu", (world_size,))
+    for stage in module.stages:
+        for block in stage.blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     share = images().chunk(world_size)[rank]
     losses = []
@@ -160,6 +147,7 @@ class Losses(Hook):
 def flexible_runner_steps(rank, world_size, file):
     """The same through MMEngine's FlexibleRunner and its strategy for FSDP."""
     losses = Losses()
+    wrap = partial(transformer_auto_wrap_policy, transformer_layer_cls={SOFTBlock, SoftmaxBlock})
     runner = FlexibleRunner(
         Trained(),
         work_dir=f"{file}-work",
@@ -167,7 +155,7 @@ def flexible_runner_steps(rank, world_size, file):
             type="FSDPStrategy",
             model_wrapper=dict(
                 type="MMFullyShardedDataParallel",
-                auto_wrap_policy=wrap_policy(),
+                auto_wrap_policy=wrap,
                 device_id=torch.device("cpu"),
                 use_orig_params=True,
             ),

@@ -36,12 +36,8 @@ def image_paths(folder):
         yield folder / f"data/shapes/ade/images/{ade}/ADE_{split}_{NUMBER:08d}.jpg", folder / mask
 
 
-def annotation_files(folder):
-    return sorted((folder / "data/shapes/coco/annotations").glob("*.json"))
-
-
 def edit_json(folder, change):
-    for path in annotation_files(folder):
+    for path in (folder / "data/shapes/coco/annotations").glob("*.json"):
         content = json.loads(path.read_text())
         change(content)
         path.write_text(json.dumps(content))
@@ -74,29 +70,18 @@ def replace_image(encode, size=None):
     return apply
 
 
-def jpeg(picture):
-    return cv2.imencode(".jpg", picture)[1].tobytes()
+def encoded(suffix, change=lambda picture: picture):
+    return lambda picture: cv2.imencode(suffix, change(picture))[1].tobytes()
 
 
-def png(picture):
-    return cv2.imencode(".png", picture)[1].tobytes()
-
-
-def grey(picture):
-    return jpeg(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY))
-
-
-def sixteen_bit(picture):
-    return png(picture.astype(np.uint16) * 257)
-
-
-def rgba(picture):
-    return png(cv2.cvtColor(picture, cv2.COLOR_BGR2BGRA))
+jpeg = encoded(".jpg")
+grey = encoded(".jpg", lambda picture: cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY))
+sixteen_bit = encoded(".png", lambda picture: picture.astype(np.uint16) * 257)
+rgba = encoded(".png", lambda picture: cv2.cvtColor(picture, cv2.COLOR_BGR2BGRA))
 
 
 def truncated(picture):
-    data = jpeg(picture)
-    return data[: len(data) // 2]
+    return jpeg(picture)[: len(jpeg(picture)) // 2]
 
 
 def rotated(picture):
@@ -129,10 +114,6 @@ def without_fields(content):
             annotation.pop(name)
 
 
-def without_annotations(content):
-    del content["annotations"]
-
-
 def set_mask(value):
     def apply(folder):
         for _, mask in image_paths(folder):
@@ -162,11 +143,12 @@ CASES = {
     "COCO: only crowds": (DETECTION, json_case(crowd)),
     "COCO: image without annotations": (DETECTION, json_case(empty)),
     "COCO: no segmentation, area, iscrowd": (DETECTION, json_case(without_fields)),
-    "COCO: no list of annotations": (DETECTION, json_case(without_annotations)),
+    "COCO: no list of annotations": (DETECTION, json_case(lambda data: data.pop("annotations"))),
     "ADE: label 200 of 6": (SEGMENTATION, set_mask(200)),
     "ADE: label 0 (unlabelled)": (SEGMENTATION, set_mask(0)),
     "ADE: no mask": (SEGMENTATION, set_mask(None)),
 }
+JOBS = [(name, model) for name, (models, _) in CASES.items() for model in models]
 
 
 def stock_pipelines(cfg, model):
@@ -214,28 +196,14 @@ def outcome(shapes, name, model, backbone):
         return ", ".join(done)
 
 
-def outcomes(shapes, report=lambda *_: None):
-    """The whole table: (case, model) -> {backbone: outcome}."""
-    jobs = [(name, model) for name, (models, _) in CASES.items() for model in models]
-    table = {}
-    for number, (name, model) in enumerate(jobs, 1):
-        table[name, model] = {
-            label: outcome(shapes, name, model, backbone) for label, backbone in MODELS.items()
-        }
-        report(f"{number}/{len(jobs)} {name}, {model}: {table[name, model]}")
-    return table
-
-
-def page(table):
-    """The table in Markdown."""
-    rows = [[*case, *results.values()] for case, results in table.items()]
-    return tabulate(rows, ["data", "model", *MODELS], "pipe")
-
-
 def main():
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_demo_data(Path(folder))
-        table = page(outcomes(Path(folder), lambda line: print(line, file=sys.stderr, flush=True)))
+        for job in JOBS:
+            rows.append([*job, *(outcome(Path(folder), *job, each) for each in MODELS.values())])
+            print(rows[-1], file=sys.stderr, flush=True)
+    table = tabulate(rows, ["data", "model", *MODELS], "pipe")
     text = PAGE.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     with write_whole(PAGE) as partial:
