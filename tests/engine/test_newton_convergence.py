@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from released import ARCH
 
@@ -18,18 +17,16 @@ from mmsoft.engine.hooks import newton_convergence
 from mmsoft.models import SOFTPlusPlus
 
 
-@MODELS.register_module()
 class TinyTrained(BaseModel):
     def __init__(self, backbone):
         super().__init__()
-        self.backbone = MODELS.build(backbone)
+        self.backbone = backbone
 
     def forward(self, inputs, mode="tensor"):
         loss = sum(out.square().mean() for out in self.backbone(inputs))
         return dict(loss=loss)
 
 
-@DATASETS.register_module()
 class Noise(torch.utils.data.Dataset):
     def __len__(self):
         return 8
@@ -39,29 +36,19 @@ class Noise(torch.utils.data.Dataset):
 
 
 def runner_of(tmp_path, **backbone):
-    return Runner.from_cfg(
-        Config(
-            dict(
-                model=dict(
-                    type="TinyTrained",
-                    backbone=dict(
-                        backbone, type="mmsoft.SOFTPlusPlus", arch=ARCH, out_indices=(0, 2)
-                    ),
-                ),
-                work_dir=str(tmp_path),
-                train_dataloader=dict(
-                    batch_size=2,
-                    collate_fn=dict(type="default_collate"),
-                    dataset=dict(type="Noise"),
-                    sampler=dict(type="DefaultSampler", shuffle=False),
-                ),
-                train_cfg=dict(by_epoch=False, max_iters=4),
-                optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.0)),
-                custom_hooks=[dict(type="mmsoft.NewtonConvergenceHook", interval=2)],
-                experiment_name=tmp_path.name,
-                default_scope="mmengine",
-            )
-        )
+    return Runner(
+        TinyTrained(SOFTPlusPlus(ARCH, out_indices=(0, 2), **backbone)),
+        work_dir=str(tmp_path),
+        train_dataloader=dict(
+            batch_size=2,
+            collate_fn=dict(type="default_collate"),
+            dataset=Noise(),
+            sampler=dict(type="DefaultSampler", shuffle=False),
+        ),
+        train_cfg=dict(by_epoch=False, max_iters=4),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.0)),
+        custom_hooks=[dict(type="mmsoft.NewtonConvergenceHook", interval=2)],
+        experiment_name=tmp_path.name,
     )
 
 
@@ -118,6 +105,10 @@ class Steps:
             self.hook.after_train_iter(self, 0)
             self.iter += 1
 
+    def steps(self, count, **options):
+        for _ in range(count):
+            self.step(**options)
+
 
 def hooks(model):
     return [hook for module in model.modules() for hook in module._forward_pre_hooks]
@@ -125,8 +116,7 @@ def hooks(model):
 
 def test_one_warning_with_advice():
     steps = Steps(newton_steps=2)
-    for _ in range(4):
-        steps.step()
+    steps.steps(4)
     (warning,) = steps.warnings
     assert warning.startswith("WARNING: NewtonConvergenceHook: ")
     assert "after 2 Newton-Raphson steps" in warning
@@ -136,8 +126,7 @@ def test_one_warning_with_advice():
 
 def test_no_warning_while_it_converges():
     steps = Steps(newton_steps=30)
-    for _ in range(2):
-        steps.step()
+    steps.steps(2)
     assert not steps.warnings
     assert steps.scalars
 
@@ -164,8 +153,7 @@ def test_nan_weights_are_warned_of():
 def test_only_the_main_process_computes(monkeypatch):
     monkeypatch.setattr(newton_convergence, "is_main_process", lambda: False)
     steps = Steps()
-    for _ in range(2):
-        steps.step()
+    steps.steps(2)
     assert not steps.scalars
     assert not steps.warnings
 
@@ -189,8 +177,7 @@ def test_layers_without_iteration_are_skipped():
     for block in steps.model.stages[0].blocks:
         block.attn.solver = "direct"
     steps.hook.before_train(steps)
-    for _ in range(2):
-        steps.step()
+    steps.steps(2)
     ((_, scalars),) = steps.scalars
     assert scalars.keys() == {"newton_residual/stage1", "newton_residual/stage1_max"}
 
@@ -199,16 +186,14 @@ def test_a_wrapped_model():
     steps = Steps()
     steps.model = torch.nn.DataParallel(steps.model)
     steps.hook.before_train(steps)
-    for _ in range(2):
-        steps.step()
+    steps.steps(2)
     ((_, scalars),) = steps.scalars
     assert len(scalars) == 4
 
 
 def test_layers_that_do_not_run_are_warned_of_once():
     steps = Steps()
-    for _ in range(4):
-        steps.step(forward=False)
+    steps.steps(4, forward=False)
     (warning,) = steps.warnings
     assert "saw no attention layer run: the model is compiled, or skips them" in warning
     assert not steps.scalars
