@@ -43,6 +43,13 @@ def pretrained(path, **kwargs):
     return dict(type="Pretrained", checkpoint=str(path), **kwargs)
 
 
+def loaded(path, variant=SOFTPlusPlus, arch=ARCH, prefix=None, **options):
+    """A backbone that has loaded a checkpoint."""
+    backbone = variant(arch, init_cfg=pretrained(path, prefix=prefix), **options)
+    backbone.init_weights()
+    return backbone
+
+
 @pytest.fixture
 def released(tmp_path):
     return released_file(tmp_path / "SOFT_Tiny_norm.pth")
@@ -116,9 +123,7 @@ def test_classifier_reproduces_the_recorded_logits(variant, where, tmp_path):
 def test_backbone_of_a_model_from_a_released_file(library, released):
     model = build(library, init_cfg=pretrained(released))
     model.init_weights()
-    expected = SOFTPlusPlus(ARCH, init_cfg=pretrained(released))
-    expected.init_weights()
-    assert same(model.backbone.state_dict(), expected.state_dict())
+    assert same(model.backbone.state_dict(), loaded(released).state_dict())
     assert torch.equal(model.backbone.stages[0].pos_embed, state_dict()["pos_embed1"])
 
 
@@ -131,17 +136,15 @@ def test_own_checkpoints(library, tmp_path):
     again = build(library, img_size=(64, 128))
     load_checkpoint(again, file, strict=True)
     assert same(again.state_dict(), model.state_dict())
-    for prefix in ({}, dict(prefix="backbone"), dict(prefix="backbone.")):
-        backbone = SOFTPlusPlus(ARCH, img_size=(64, 128), init_cfg=pretrained(file, **prefix))
-        backbone.init_weights()
+    for prefix in (None, "backbone", "backbone."):
+        backbone = loaded(file, prefix=prefix, img_size=(64, 128))
         assert same(backbone.state_dict(), model.backbone.state_dict())
 
 
 @pytest.mark.parametrize("wrapper", ["", "module."])
 def test_bare_released_state_dict(wrapper, tmp_path):
     torch.save({f"{wrapper}{k}": v for k, v in state_dict().items()}, tmp_path / "bare.pth")
-    backbone = SOFT(ARCH, init_cfg=pretrained(tmp_path / "bare.pth"))
-    backbone.init_weights()
+    backbone = loaded(tmp_path / "bare.pth", SOFT)
     assert torch.equal(backbone.stages[3].cls_token, state_dict()["cls_token"])
 
 
@@ -157,8 +160,7 @@ def test_ema_weights_are_preferred(released, tmp_path):
 
 
 def test_weights_of_stages_not_built_are_counted_in_one_line(released, log):
-    backbone = SOFTPlusPlus(ARCH, out_indices=(0, 1), init_cfg=pretrained(released))
-    backbone.init_weights()
+    backbone = loaded(released, out_indices=(0, 1))
     assert torch.equal(backbone.stages[1].pos_embed, state_dict()["pos_embed2"])
     (line,) = [line for line in lines(log) if "tensors of the backbone" in line]
     dropped = [
@@ -212,9 +214,8 @@ def test_mmengine_logs_where_each_parameter_came_from(library, others, tmp_path)
     ],
 )  # fmt: skip
 def test_another_architecture_is_refused(arch, message, released):
-    backbone = SOFTPlusPlus(arch, init_cfg=pretrained(released))
     with pytest.raises(ValueError, match=message) as caught:
-        backbone.init_weights()
+        loaded(released, arch=arch)
     assert "SOFT_Tiny_norm.pth" in str(caught.value)
 
 
@@ -244,15 +245,12 @@ def test_another_backbone_is_refused_by_load_from(tmp_path):
 
 
 def test_another_variant_is_refused(released, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"checkpoint is of SOFT\+\+ but the config has SOFT; change the type"
-    ):
-        SOFT(ARCH, init_cfg=pretrained(released)).init_weights()
+    with pytest.raises(ValueError, match=r"of SOFT\+\+ but the config has SOFT; change the type"):
+        loaded(released, SOFT)
     torch.save(SOFT(ARCH).state_dict(), tmp_path / "own.pth")
     with pytest.raises(ValueError, match=r"checkpoint is of SOFT but the config has SOFT\+\+"):
-        SOFTPlusPlus(ARCH, init_cfg=pretrained(tmp_path / "own.pth")).init_weights()
-    unnamed = released_file(tmp_path / "unnamed.pth", arch="", args=None)
-    SOFT(ARCH, init_cfg=pretrained(unnamed)).init_weights()
+        loaded(tmp_path / "own.pth")
+    loaded(released_file(tmp_path / "unnamed.pth", arch="", args=None), SOFT)
 
 
 def test_missing_and_unexpected_parameters_are_named(tmp_path):
@@ -260,35 +258,30 @@ def test_missing_and_unexpected_parameters_are_named(tmp_path):
     del weights["block2.1.att.norm1.bias"], weights["patch_embed1.proj.1.running_var"]
     weights["block3.0.att.mha.attn.extra.weight"] = torch.zeros(1)
     file = released_file(tmp_path / "changed.pth", weights=weights)
-    backbone = SOFTPlusPlus(ARCH, init_cfg=pretrained(file))
-    with pytest.raises(
-        RuntimeError, match=r"changed.pth does not fit.*2 missing.*1 unexpected"
-    ) as e:
-        backbone.init_weights()
+    message = r"changed.pth does not fit.*2 missing.*1 unexpected"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        loaded(file)
     for name in ("bias", "running_var", "extra"):
-        assert name in str(e.value)
-    file = released_file(
-        tmp_path / "other.pth", weights={**state_dict(), "fc.weight": torch.zeros(1)}
-    )
+        assert name in str(caught.value)
+    weights = {**state_dict(), "fc.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"unknown keys: fc.weight"):
-        SOFTPlusPlus(ARCH, init_cfg=pretrained(file)).init_weights()
+        loaded(released_file(tmp_path / "other.pth", weights=weights))
 
 
 def test_another_shape_is_named(released):
     with pytest.raises(RuntimeError, match=r"SOFT_Tiny_norm.pth.*\n.*patch_embed.0.conv.weight"):
-        SOFTPlusPlus(ARCH, in_channels=4, init_cfg=pretrained(released)).init_weights()
+        loaded(released, in_channels=4)
 
 
 def test_average_landmarks_refuse_convolved_ones(released):
-    backbone = SOFTPlusPlus(ARCH, landmark_sampling="avg", init_cfg=pretrained(released))
     with pytest.raises(RuntimeError, match=r"5 unexpected: .*landmark_conv.weight"):
-        backbone.init_weights()
+        loaded(released, landmark_sampling="avg")
 
 
 def test_files_without_the_backbone(tmp_path):
     torch.save(dict(state_dict={"layer1.weight": torch.zeros(1)}), tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"resnet.pth holds no SOFT backbone; its keys are layer1"):
-        SOFT(ARCH, init_cfg=pretrained(tmp_path / "resnet.pth")).init_weights()
+        loaded(tmp_path / "resnet.pth", SOFT)
     two = {
         f"{who}.backbone.{k}": v
         for who in ("student", "teacher")
@@ -296,10 +289,10 @@ def test_files_without_the_backbone(tmp_path):
     }
     torch.save(dict(state_dict=two), tmp_path / "two.pth")
     with pytest.raises(ValueError, match=r"student.backbone.*teacher.backbone"):
-        SOFT(ARCH, init_cfg=pretrained(tmp_path / "two.pth")).init_weights()
-    SOFT(ARCH, init_cfg=pretrained(tmp_path / "two.pth", prefix="teacher.backbone")).init_weights()
+        loaded(tmp_path / "two.pth", SOFT)
+    loaded(tmp_path / "two.pth", SOFT, prefix="teacher.backbone")
     with pytest.raises(ValueError, match=r"prefix given is 'backbone\.'"):
-        SOFT(ARCH, init_cfg=pretrained(tmp_path / "two.pth", prefix="backbone")).init_weights()
+        loaded(tmp_path / "two.pth", SOFT, prefix="backbone")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"text.pth is not a checkpoint"):
         read_checkpoint(tmp_path / "text.pth")
@@ -343,12 +336,11 @@ def test_converted_files_load_like_released_ones(task, converter, released, tmp_
     converted = read_checkpoint(target)["state_dict"]
     assert any(k.startswith("head.fc.") for k in converted) == (task == "classifier")
     for file in (target, released):
-        backbone = SOFTPlusPlus(ARCH, init_cfg=pretrained(file, prefix="backbone."))
-        backbone.init_weights()
+        backbone = loaded(file, prefix="backbone.")
         ours = sorted((f"backbone.{k}", v) for k, v in backbone.state_dict().items())
         assert same(ours, sorted(kv for kv in converted.items() if kv[0].startswith("backbone.")))
     with pytest.raises(ValueError, match="checkpoint is of"):  # the variant is kept
-        SOFT(ARCH, init_cfg=pretrained(target)).init_weights()
+        loaded(target, SOFT)
 
 
 def test_converter_refuses_other_files_and_leaves_nothing(converter, tmp_path):
