@@ -47,15 +47,9 @@ inferencer("photo.jpg", out_dir="out")
 CLASSIFY = """
 import json
 from mmpretrain import ImageClassificationInferencer
-{register}
 inferencer = ImageClassificationInferencer({model!r}, pretrained="checkpoint.pth", device="cpu")
 (result,) = inferencer("photo.jpg", show_dir="out")
 print("RESULT", result["pred_label"], result["pred_class"])
-"""
-
-REGISTER = """
-from mmpretrain.apis import ModelHub
-ModelHub.register_model_index({index!r}, config_prefix={root!r})
 """
 
 
@@ -119,20 +113,16 @@ def test_segmentor(photo, run, root, tmp_path):
     assert np.median(np.abs(painted - expected)) < 8
 
 
-@pytest.mark.parametrize("given", ["config", pytest.param("name", marks=pytest.mark.long)])
-def test_classifier(given, photo, run, root, tmp_path):
+def test_classifier(photo, run, root, tmp_path):
+    """By its config; tests/models/test_model_index.py does it by name."""
     pytest.importorskip("mmpretrain")
-    name = "softpp-tiny_8xb128_in1k"
-    config = str(root / f"configs/soft/{name}.py")
+    config = str(root / "configs/soft/softpp-tiny_8xb128_in1k.py")
     change = 'weights["head.fc.bias"][7] = 100'
     run(
         "from mmpretrain.datasets.categories import IMAGENET_CATEGORIES\n"
         + SAVE.format(config=config, change=change, meta="dict(classes=IMAGENET_CATEGORIES)")
     )
-    index = str(root / "model-index.yml")
-    register = REGISTER.format(index=index, root=str(root)) if given == "name" else ""
-    model = config if given == "config" else name
-    output = run(CLASSIFY.format(model=model, register=register))
+    output = run(CLASSIFY.format(model=config))
     assert "RESULT 7 cock" in output
     painted = cv2.imread(str(tmp_path / "out/photo.png"))
     # The class is written over the picture in its upper left corner.
