@@ -89,48 +89,23 @@ def test_twenty_steps_are_needed_where_the_guard_accepts_at_once():
     """Two near-duplicates pass the guard unhalved, and lose the filter with a step fewer."""
     a = torch.tensor([[1.0, 1 - 1e-3], [1 - 1e-3, 1.0]], dtype=torch.float64)[None, None]
     start = step_size(a, guarded=True)
-    full = newton_raphson_pinv(a, *start, 20)
-    fewer = newton_raphson_pinv(a, *start, 19)
+    full, fewer = (newton_raphson_pinv(a, *start, steps) for steps in (20, 19))
     assert error(fewer, full) > 1e-2
 
 
-def test_newton_gradient_is_the_theoretical_one_and_differentiable():
-    a = gram(12, 20, batch=(1, 1)).requires_grad_()
-    weight = torch.randn(1, 1, 12, 12, dtype=torch.float64)
-    pinv = newton_raphson_pinv(a, *step_size(a, guarded=True), 30)
-    (grad,) = torch.autograd.grad((pinv * weight).sum(), a, create_graph=True)
-    torch.testing.assert_close(grad, -(pinv.mT @ weight @ pinv.mT))
-    exact = torch.linalg.inv(a)  # converged, so the inverse's own derivatives are the truth
-    (expected,) = torch.autograd.grad((exact * weight).sum(), a, create_graph=True)
-    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
-    (second,) = torch.autograd.grad(grad.square().sum(), a)
-    (expected,) = torch.autograd.grad(expected.square().sum(), a)
-    torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("m", [1, 5, 49])
-def test_direct_solve_and_both_derivatives(m):
+def test_direct_solve(m):
     a, b = gram(m, 1e5), torch.randn(2, 2, m, 3, dtype=torch.float64)
     expected = reference.tikhonov_filter(a) @ b
     torch.testing.assert_close(tikhonov_pinv_product(a, b), expected, rtol=1e-7, atol=1e-7)
 
-    def symmetric(a, b):  # the solver reads a as symmetric
-        return tikhonov_pinv_product((a + a.mT) / 2, b)
 
-    if m == 5:
-        mu = 0.01 * a.sum(-1).amax(-1)[..., None, None]
-
-        def fixed(a, b):
-            a = (a + a.mT) / 2
-            return torch.ops.mmsoft.tikhonov_solve(a, mu, a @ b)
-
-        a, b = a[:1, :1].clone().requires_grad_(), b[:1, :1].clone().requires_grad_()
-        mu = mu[:1, :1]
-        assert torch.autograd.gradcheck(fixed, (a, b))
-        assert torch.autograd.gradgradcheck(fixed, (a, b))
-        (ours,) = torch.autograd.grad(symmetric(a, b).sum(), a)
-        (expected,) = torch.autograd.grad(fixed(a, b).sum(), a)
-        torch.testing.assert_close(ours, expected)
+def test_the_regularization_is_a_constant_in_the_backward_pass():
+    a, b = gram(5, 1e5).requires_grad_(), torch.randn(2, 2, 5, 3, dtype=torch.float64)
+    mu = 0.01 * a.detach().sum(-1).amax(-1)[..., None, None]
+    (ours,) = torch.autograd.grad(tikhonov_pinv_product(a, b).sum(), a)
+    (expected,) = torch.autograd.grad(torch.ops.mmsoft.tikhonov_solve(a, mu, a @ b).sum(), a)
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("m", [1, 49, 1050])
@@ -152,12 +127,8 @@ def test_direct_solve_is_stable_at_any_conditioning(m):
 
 def test_distance_between_the_solvers():
     """Close where A is well conditioned, or nearly of rank 1; some per cent apart in between."""
-    for condition, low, high in (
-        (2, 0, 4e-4),
-        (1e2, 5e-3, 0.03),
-        (1e4, 3e-3, 0.015),
-        (1e8, 0, 5e-4),
-    ):
+    bounds = ((2, 0, 4e-4), (1e2, 5e-3, 0.03), (1e4, 3e-3, 0.015), (1e8, 0, 5e-4))
+    for condition, low, high in bounds:
         a = gram(49, condition)
         newton = newton_raphson_pinv(a, *step_size(a, guarded=True))
         direct = reference.tikhonov_filter(a)
