@@ -65,11 +65,6 @@ class ConvNormAct(nn.Sequential):
         return not norm.training and bool(norm.affine) and norm.running_mean is not None
 
 
-def patch_embedding(in_channels: int, embed_dims: int, norm_cfg: dict) -> nn.Sequential:
-    """One convolution of stride 2."""
-    return nn.Sequential(ConvNormAct(in_channels, embed_dims, 2, norm_cfg))
-
-
 def stem(in_channels: int, embed_dims: int, norm_cfg: dict) -> nn.Sequential:
     """Three convolutions to stride 4, through 32 channels."""
     return nn.Sequential(

@@ -5,6 +5,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # normalize, solver
 VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
@@ -13,6 +14,18 @@ VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "dire
 needs_torch_2_9 = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.9"), reason="needs torch >= 2.9"
 )
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that run, without namespace and overload."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def jvp_of_duals(function, primals, tangents):

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from metrics import error
+from operators import Calls
 from released import ARCH
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
@@ -55,18 +55,6 @@ def flip(out):
 
 def close(ours, expected, tolerance=1e-5):
     assert max(map(error, ours, expected)) <= tolerance
-
-
-class Names(TorchDispatchMode):
-    """The operations that run, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -185,21 +173,17 @@ def test_parametrized_weights(model, image, name):
 def test_plain_modules_take_the_short_way(model, image):
     """No pass over the image for a frozen norm, and none over the queries for their scale."""
     attention, conv = model.get_submodule(ATTENTION), model.stages[0].patch_embed[1]
-    calls = [
-        (
-            attention.query,
-            lambda: attention.queries_and_values(torch.randn(2, 12, 64)),
-            "mul.Tensor",
-        ),
-        (conv.norm, lambda: conv(torch.randn(2, 32, 40, 40)), "batch_norm"),
-    ]
-    for module, call, another_pass in calls:
+    tokens, pixels = torch.randn(2, 12, 64), torch.randn(2, 32, 40, 40)
+    for module, call, another_pass in (
+        (attention.query, lambda: attention.queries_and_values(tokens), "mul"),
+        (conv.norm, lambda: conv(pixels), "native_batch_norm"),
+    ):
         for hooked in (False, True):
             if hooked:
                 module.register_forward_hook(lambda module, args, out: None)
-            with Names() as names, torch.no_grad():
+            with Calls() as calls, torch.no_grad():
                 call()
-            assert any(another_pass in name for name in names.seen) == hooked
+            assert (another_pass in calls.names) == hooked
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from operators import Calls
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import ConvNormAct, SOFTBlock, TanhGELU, as_image
@@ -61,16 +61,6 @@ SHORTCUTS = {
         (2, 3, 20, 20), EAGER, ".*batch_norm.*", False,
     ),
 }  # fmt: skip
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.__name__.partition(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def of_graph(program) -> set[str]:

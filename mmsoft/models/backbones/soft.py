@@ -16,7 +16,7 @@ from mmsoft.ops.checks import SOLVERS
 from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention
-from ..layers import SOFTBlock, SoftmaxBlock, Stage, as_image, patch_embedding, stem
+from ..layers import ConvNormAct, SOFTBlock, SoftmaxBlock, Stage, as_image, stem
 from .arch import (
     STAGES,
     check_choice,
@@ -132,8 +132,7 @@ class SOFT(BaseModule):
         drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList()
         for i in range(max(self.out_indices) + 1):
-            size = (_halve(size[0]), _halve(size[1]))
-            if i == 0:
+            for _ in range(2 if i == 0 else 1):
                 size = (_halve(size[0]), _halve(size[1]))
             common: dict[str, Any] = dict(
                 embed_dims=dims[i],
@@ -166,7 +165,7 @@ class SOFT(BaseModule):
             if i == 0:
                 patch_embed = stem(in_channels, dims[0], norm_cfg)
             else:
-                patch_embed = patch_embedding(dims[i - 1], dims[i], norm_cfg)
+                patch_embed = nn.Sequential(ConvNormAct(dims[i - 1], dims[i], 2, norm_cfg))
             self.stages.append(
                 Stage(patch_embed, blocks, dims[i], size, is_last, drop_rate, with_cp)
             )
