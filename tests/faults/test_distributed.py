@@ -7,23 +7,10 @@ import subprocess
 import sys
 import time
 
-import distributed_runs
+import distributed_runs as runs
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_runs import (
-    data_parallel_steps,
-    detector_steps,
-    flexible_runner_steps,
-    free_port,
-    gradients,
-    images,
-    launch,
-    loss,
-    model,
-    sharded_steps,
-    sync_batch_norm_steps,
-)
 from true_layout import make_coco
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
@@ -34,10 +21,10 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has 
 @pytest.mark.parametrize("with_cp", [False, True])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_gradients_equal_those_of_one_process(world_size, with_cp, tmp_path):
-    launch(world_size, data_parallel_steps, str(tmp_path / "gradients"), with_cp)
-    alone = model(seed=0)
-    loss(alone(images())).backward()
-    expected = gradients(alone)
+    runs.launch(world_size, runs.data_parallel_steps, str(tmp_path / "gradients"), with_cp)
+    alone = runs.model(seed=0)
+    runs.loss(alone(runs.images())).backward()
+    expected = runs.gradients(alone)
     for rank in range(world_size):
         got = torch.load(tmp_path / f"gradients-{rank}")
         assert got.keys() == expected.keys()
@@ -50,37 +37,37 @@ def test_gradients_equal_those_of_one_process(world_size, with_cp, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch's SyncBatchNorm needs GPUs")
 def test_sync_batch_norm_sees_the_whole_batch(tmp_path):
-    launch(2, sync_batch_norm_steps, str(tmp_path / "gradients"), "cuda")
-    alone = model(seed=0, norm_eval=False)
-    loss(alone(images())).backward()
+    runs.launch(2, runs.sync_batch_norm_steps, str(tmp_path / "gradients"), "cuda")
+    alone = runs.model(seed=0, norm_eval=False)
+    runs.loss(alone(runs.images())).backward()
     got = torch.load(tmp_path / "gradients-0", map_location="cpu")
-    for name, gradient in gradients(alone).items():
+    for name, gradient in runs.gradients(alone).items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_sync_batch_norm_without_gpu(tmp_path):
     """A limit of torch: one process on a CPU trains with BatchNorm instead, several cannot."""
-    synced = model(norm_eval=False, norm_cfg=dict(type="SyncBN"))
-    for ours, expected in zip(synced(images()), model(norm_eval=False)(images())):
+    synced = runs.model(norm_eval=False, norm_cfg=dict(type="SyncBN"))
+    for ours, expected in zip(synced(runs.images()), runs.model(norm_eval=False)(runs.images())):
         torch.testing.assert_close(ours, expected)
     with pytest.raises(Exception, match="SyncBatchNorm layers only work with GPU modules"):
-        launch(2, sync_batch_norm_steps, str(tmp_path / "gradients"), "cpu")
+        runs.launch(2, runs.sync_batch_norm_steps, str(tmp_path / "gradients"), "cpu")
 
 
 # ----------------------------------------------------------------------------------------- FSDP
 
 
 @pytest.mark.parametrize(
-    "steps", [sharded_steps, pytest.param(flexible_runner_steps, marks=pytest.mark.long)]
+    "steps", [runs.sharded_steps, pytest.param(runs.flexible_runner_steps, marks=pytest.mark.long)]
 )
 def test_sharded_training_equals_one_process(steps, tmp_path):
-    launch(2, steps, str(tmp_path / "losses"))
-    alone = model(seed=0)
+    runs.launch(2, steps, str(tmp_path / "losses"))
+    alone = runs.model(seed=0)
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
     expected = []
     for _ in range(2):
         optimizer.zero_grad()
-        value = loss(alone(images()))
+        value = runs.loss(alone(runs.images()))
         value.backward()
         optimizer.step()
         expected.append(float(value))
@@ -113,19 +100,12 @@ for iteration in range(1000):
 def test_a_killed_rank_ends_the_job_with_an_error(tmp_path):
     """Under torch's launcher, which `mim train --launcher pytorch` calls."""
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", str(tmp_path / "worker.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command.append(str(tmp_path / "worker.py"))
+    path = os.pathsep.join([os.path.dirname(runs.__file__), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
     began = time.monotonic()
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([os.path.dirname(distributed_runs.__file__), *sys.path]),
-        },
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode != 0
     assert "iteration 1\n" in done.stdout  # it ran
     assert "iteration 999" not in done.stdout
@@ -181,7 +161,7 @@ def test_two_gloo_processes_equal_one_with_twice_the_batch(root, tmp_path, monke
     (tmp_path / "config.py").write_text(CONFIG.format(root=root))
 
     def train(processes):
-        launch(processes, detector_steps, "config.py", f"{processes}")
+        runs.launch(processes, runs.detector_steps, "config.py", f"{processes}")
         return [torch.load(f"{processes}-{rank}") for rank in range(processes)]
 
     (single,) = train(1)

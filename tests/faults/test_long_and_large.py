@@ -8,11 +8,9 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from released import ARCH
+from released import SMALL
 
 from mmsoft.models import SOFTPlusPlus
-
-SMALL = dict(ARCH, depths=[1, 1, 1, 1])
 
 # Run in separate processes, so that nothing else affects their memory.
 TRAIN = """

@@ -37,9 +37,7 @@ def float32_boxes(monkeypatch):
     suppress = torch.amp.custom_fwd(suppress, device_type="cpu", cast_inputs=torch.float32)
     monkeypatch.setattr(NMSop, "forward", staticmethod(suppress))
     monkeypatch.setattr(
-        RoIAlign,
-        "forward",
-        lambda self, x, rois: align(self, x.float(), rois.float()).to(x.dtype),
+        RoIAlign, "forward", lambda self, x, rois: align(self, x.float(), rois.float()).to(x.dtype)
     )
 
 

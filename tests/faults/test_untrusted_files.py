@@ -23,7 +23,7 @@ from metrics import same
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
-from released import ARCH
+from released import SMALL
 from torch import nn
 
 import mmsoft.checkpoint.loader  # noqa: F401  (for what goes through MMEngine)
@@ -37,7 +37,7 @@ def save(path, weights, **options):
 
 
 def backbone(**options):
-    return SOFTPlusPlus(dict(ARCH, depths=[1, 1, 1, 1]), **options)
+    return SOFTPlusPlus(SMALL, **options)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner, Runner
-from released import ARCH
+from released import SMALL
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.layers import SOFTBlock, SoftmaxBlock
 
-SMALL = dict(ARCH, depths=[1, 1, 1, 1])
 BATCH = 4
 
 

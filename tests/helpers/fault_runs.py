@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from released import ARCH
+from released import SMALL
 
 CONFIGS = {
     "mask_rcnn": ("mmdet", "mask-rcnn_softpp-mini_fpn_shapes.py"),
     "retinanet": ("mmdet", "retinanet_softpp-mini_fpn_shapes.py"),
     "upernet": ("mmseg", "upernet_softpp-mini_shapes.py"),
 }
-SOFTPP = dict(type="mmsoft.SOFTPlusPlus", arch={**ARCH, "depths": [1, 1, 1, 1]})
+SOFTPP = dict(type="mmsoft.SOFTPlusPlus", arch=SMALL)
 # Of similar size: 1.2 M parameters, where SOFTPP has 0.8 M.
 SWIN = dict(
     type="SwinTransformer", embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
@@ -73,17 +73,9 @@ def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterati
 def train(config):
     """Train; returns the runner and the losses of every iteration."""
     runner = Runner.from_cfg(config)
-    losses = []
-    after = runner.call_hook
-
-    def call_hook(name, **kwargs):
-        if name == "after_train_iter":
-            losses.append(float(kwargs["outputs"]["loss"]))
-        after(name, **kwargs)
-
-    runner.call_hook = call_hook
     runner.train()
-    return runner, losses
+    losses, _ = runner.message_hub.get_scalar("train/loss").data
+    return runner, losses.tolist()
 
 
 def plain_loop(cfg, iterations, dtype=None, seed=0):

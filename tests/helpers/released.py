@@ -9,6 +9,7 @@ from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 ARCH = dict(depths=[1, 2, 2, 2], embed_dims=[32, 64, 96, 128], num_heads=[1, 2, 3, 4])
+SMALL = dict(ARCH, depths=[1, 1, 1, 1])  # for tests of something else
 
 
 def shapes() -> dict[str, list[int]]:

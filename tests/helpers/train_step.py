@@ -38,13 +38,10 @@ def mmseg_batch(config):
     from mmseg.structures import SegDataSample
 
     config.model.data_preprocessor.size = (SIZE, SIZE)  # to which it pads
-    samples = []
-    for _ in range(2):
-        shape = (SIZE, SIZE)
-        sample = SegDataSample(metainfo=dict(img_shape=shape, ori_shape=shape))
-        classes = torch.randint(config.model.decode_head.num_classes, (1, *shape))
-        sample.gt_sem_seg = PixelData(data=classes)
-        samples.append(sample)
+    shape, classes = (SIZE, SIZE), config.model.decode_head.num_classes
+    samples = [SegDataSample(metainfo=dict(img_shape=shape, ori_shape=shape)) for _ in range(2)]
+    for sample in samples:
+        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *shape)))
     return images(), samples
 
 

@@ -4,37 +4,31 @@ import pytest
 import torch
 import torch._dynamo.testing
 from operators import needs_torch_2_9
+from released import SMALL
 from torch.export import Dim, export
 
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.ops import softmax_free_attention
 
-ARCH = dict(depths=[1, 1, 1, 1], embed_dims=[32, 64, 96, 128], num_heads=[1, 2, 3, 4])
 SIZES = [(224, 192), (160, 256), (333, 221), (250, 251), (401, 97), (98, 512), (70, 90)]
+long = pytest.mark.long
 OPTIONS = [
     # torch 2.6 tells sizes below the budget from those above; 2.9 does not.
-    pytest.param(
-        dict(solver="direct", max_landmarks=16), id="direct, budget", marks=needs_torch_2_9
-    ),
-    pytest.param(dict(solver="direct"), id="direct", marks=pytest.mark.long),
-    pytest.param(dict(solver="newton"), id="newton", marks=pytest.mark.long),
-    pytest.param(
-        dict(solver="newton", max_landmarks=16),
-        id="newton, budget",
-        marks=[pytest.mark.long, needs_torch_2_9],
-    ),
+    pytest.param(dict(solver="direct", max_landmarks=16), marks=needs_torch_2_9),
+    pytest.param(dict(solver="direct"), marks=long),
+    pytest.param(dict(solver="newton"), marks=long),
+    pytest.param(dict(solver="newton", max_landmarks=16), marks=[long, needs_torch_2_9]),
 ]
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_few_graphs_serve_every_size(options):
-    model = SOFTPlusPlus(ARCH, **options).eval()
+    model = SOFTPlusPlus(SMALL, **options).eval()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
@@ -46,11 +40,11 @@ def test_few_graphs_serve_every_size(options):
     assert counter.frame_count <= 3
 
 
-@pytest.mark.long
+@long
 @pytest.mark.parametrize("solver", ["direct", "newton"])
 def test_compiled_training_step(solver):
     """Forward and backward, traced once, at two sizes."""
-    model = SOFTPlusPlus(ARCH, max_landmarks=16, solver=solver, norm_eval=True).train()
+    model = SOFTPlusPlus(SMALL, max_landmarks=16, solver=solver, norm_eval=True).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in ((160, 256), (250, 251)):
         image = torch.randn(2, 3, *size)
@@ -63,9 +57,9 @@ def test_compiled_training_step(solver):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_export_with_dynamic_height_and_width(options):
-    model = SOFTPlusPlus(ARCH, **options).eval()
+    model = SOFTPlusPlus(SMALL, **options).eval()
     sizes = {2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
     program = export(model, (torch.randn(1, 3, 224, 320),), dynamic_shapes={"x": sizes})
     for size in SIZES:
@@ -75,7 +69,7 @@ def test_export_with_dynamic_height_and_width(options):
                 torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=pytest.mark.long)])
+@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=long)])
 def test_operator_compiles_through_the_code_generator(solver):
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 

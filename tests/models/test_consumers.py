@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from released import ARCH
+from released import ARCH, SMALL
 
 from mmsoft.models import SOFT, SOFTPlusPlus
 
@@ -98,17 +98,14 @@ MODES = ["eval", "inference", "train", "checkpointed", "autocast", "compiled", "
 def features(mode, variant=SOFTPlusPlus):
     """Every stage's features of two images."""
     torch.manual_seed(0)
-    model = variant({**ARCH, "depths": [1, 1, 1, 1]}, with_cp=mode == "checkpointed")
+    model = variant(SMALL, with_cp=mode == "checkpointed")
     model.train(mode in ("train", "checkpointed"))
     x = torch.randn(2, 3, *SIZE)
-    if mode == "inference":
-        with torch.inference_mode():
-            outs = model(x)
-        return outs
-    if mode == "autocast":
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-    with torch.set_grad_enabled(mode in ("train", "checkpointed")):
+    with (
+        torch.set_grad_enabled(mode in ("train", "checkpointed", "autocast")),
+        torch.inference_mode(mode == "inference"),
+        torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
+    ):
         if mode == "compiled":
             torch._dynamo.reset()
             return torch.compile(model, backend="aot_eager")(x)
