@@ -73,17 +73,9 @@ def allow_checkpoints() -> None:
         for core in ("core", "_core")
     ]
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            HistoryBuffer,
-            (_history_statistic, "builtins.getattr"),
-            np.ndarray,
-            np.dtype,
-            *dtypes,
-            *rebuilders,
-        ]
-    )
+    statistic = (_history_statistic, "builtins.getattr")
+    classes = [argparse.Namespace, HistoryBuffer, np.ndarray, np.dtype]
+    torch.serialization.add_safe_globals([*classes, *dtypes, *rebuilders, statistic])
 
 
 def _history_statistic(owner: type, name: str) -> Callable[..., float]:

@@ -25,11 +25,8 @@ def infer_arch(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, lis
     arch: dict[str, list[int]] = dict(
         embed_dims=[], depths=[], num_heads=[], landmark_strides=[], value_kernels=[]
     )
-    blocks = {
-        m[0]
-        for m in (re.match(rf"{re.escape(prefix)}stages\.\d+\.blocks\.\d+\.", k) for k in weights)
-        if m
-    }
+    of_block = re.compile(rf"{re.escape(prefix)}stages\.\d+\.blocks\.\d+\.")
+    blocks = {match[0] for match in map(of_block.match, weights) if match}
     stage = 0
     while (pos_embed := weights.get(f"{prefix}stages.{stage}.pos_embed")) is not None:
         start = f"{prefix}stages.{stage}.blocks."

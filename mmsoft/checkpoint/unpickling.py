@@ -29,6 +29,10 @@ def _are_sizes(values: Any) -> bool:
     return type(values) in (tuple, list) and all(type(n) is int and n >= 0 for n in values)
 
 
+def _refusal(reason: str) -> UnpicklingError:
+    return UnpicklingError(f"refused: {reason}")
+
+
 class _Global(str):
     """The last part of a global's name."""
 
@@ -138,7 +142,7 @@ class ClaimCheck:
     def _claim(self, kind: str, amount: int, reason: str) -> None:
         self.claimed[kind] += amount
         if self.claimed[kind] > self.size:
-            raise UnpicklingError(f"refused: {reason}")
+            raise _refusal(f"{reason}")
 
     @staticmethod
     def _add(target: Any, items: list) -> None:
@@ -151,10 +155,10 @@ class ClaimCheck:
 
     def _call(self, function: Any, arguments: Any, what: str) -> Any:
         if type(function) is not _Global or type(arguments) is not tuple:
-            raise UnpicklingError("refused: it calls what is not named in it")
+            raise _refusal("it calls what is not named in it")
         self._copy(arguments)
         if function.endswith(("Tensor", "Storage")) or function.startswith("_rebuild_device_"):
-            raise UnpicklingError(f"refused: a call of {function}, which stores nothing")
+            raise _refusal(f"a call of {function}, which stores nothing")
         match function:
             case "_rebuild_from_type_v2":
                 return self._call(arguments[0], arguments[2], what)
@@ -166,27 +170,25 @@ class ClaimCheck:
                 return arguments[0]
             case "encode":  # how torch's protocol spells bytes
                 if len(arguments) != 2 or arguments[1] != "latin1":
-                    raise UnpicklingError("refused: a call of encode with another codec")
+                    raise _refusal("a call of encode with another codec")
                 return arguments[0]
             case "bytearray" if arguments and type(arguments[0]) is not str:
-                raise UnpicklingError("refused: a call of bytearray that stores no bytes")
+                raise _refusal("a call of bytearray that stores no bytes")
             case "_reconstruct" if arguments[:2] != ("ndarray", (0,)):
-                raise UnpicklingError("refused: a NumPy array that stores nothing")
+                raise _refusal("a NumPy array that stores nothing")
             case "ndarray":
-                raise UnpicklingError("refused: a NumPy array that stores nothing")
+                raise _refusal("a NumPy array that stores nothing")
             case "HistoryBuffer" if arguments:  # pickles only fill them
-                raise UnpicklingError("refused: a call of HistoryBuffer")
+                raise _refusal("a call of HistoryBuffer")
             case "dtype":
                 if type(arguments[0]) is not str or arguments[0] not in _NUMPY_BYTES:
-                    raise UnpicklingError(
-                        "refused: a NumPy dtype other than float64, float32 and int64"
-                    )
+                    raise _refusal("a NumPy dtype other than float64, float32 and int64")
                 return _Made("dtype", element=_NUMPY_BYTES[arguments[0]])
             case "scalar":
                 dtype: Any
                 dtype, data = arguments if len(arguments) == 2 else (None, None)
                 if not _is_number(dtype) or type(data) is not str or len(data) != dtype.element:
-                    raise UnpicklingError("refused: a NumPy number that is not stored whole")
+                    raise _refusal("a NumPy number that is not stored whole")
             case "set" | "Counter" if arguments:
                 _check_keys(arguments[0])
             case "OrderedDict" if arguments:
@@ -199,23 +201,23 @@ class ClaimCheck:
         if by == "_reconstruct":
             _, shape, dtype, _, data = state
             if not _are_sizes(shape) or not _is_number(dtype) or type(data) is not str:
-                raise UnpicklingError("refused: a NumPy array that is not of plain numbers")
+                raise _refusal("a NumPy array that is not of plain numbers")
             if len(shape) > 32 or math.prod(shape) * dtype.element != len(data):
-                raise UnpicklingError(
-                    f"refused: a NumPy array claims the shape {tuple(shape[:32])} but the "
-                    f"checkpoint stores {len(data)} bytes of it"
+                raise _refusal(
+                    f"a NumPy array claims the shape {tuple(shape[:32])} but the checkpoint stores "
+                    f"{len(data)} bytes of it"
                 )
         if by == "dtype" and (state[1] not in ("<", ">") or state[2:] != _PLAIN_DTYPE):
-            raise UnpicklingError("refused: a NumPy dtype that is not a plain number")
+            raise _refusal("a NumPy dtype that is not a plain number")
         if isinstance(target, _Made) and re.match(r"_rebuild_|Parameter$", target.by):
-            raise UnpicklingError(f"refused: a state for what {target.by} made")
+            raise _refusal(f"a state for what {target.by} made")
 
     def _storage(
         self, kind: str, dtype: Any, key: Any, _: Any, numel: int, view: Any = None
     ) -> Any:
         element = _ELEMENT_BYTES[dtype.removesuffix("Storage")]
         if kind != "storage" or type(dtype) is not _Global or not _are_sizes([numel]):
-            raise UnpicklingError("refused: a storage without a size")
+            raise _refusal("a storage without a size")
         _check_storage_key(key)
         if key not in self.storages:
             self.storages[key] = _Made("storage", numel * element, element)
@@ -228,7 +230,7 @@ class ClaimCheck:
         _check_storage_key(view_key)
         if view_key not in self.storages:
             if not _are_sizes([offset, numel]):
-                raise UnpicklingError("refused: a storage without a size")
+                raise _refusal("a storage without a size")
             stored = min(max(self.storages[key].stored - offset * element, 0), numel * element)
             self.storages[view_key] = _Made("storage", stored, element)
         return self.storages[view_key]
@@ -237,16 +239,16 @@ class ClaimCheck:
         storage, offset, size, stride = arguments[:4]
         what = f"{what:.99} claims the shape"
         if not (_are_sizes(size) and _are_sizes(stride) and _are_sizes([offset])):
-            raise UnpicklingError(f"refused: {what} by values other than sizes")
+            raise _refusal(f"{what} by values other than sizes")
         if len(size) > 64:  # torch's own limit
-            raise UnpicklingError(f"refused: {what} of {len(size)} dimensions")
+            raise _refusal(f"{what} of {len(size)} dimensions")
         element = element or storage.element
         numel = math.prod(size)
         end = numel and 1 + offset + sum((n - 1) * step for n, step in zip(size, stride))
         stored = f"but the checkpoint stores only {storage.stored} bytes of it"
         reason = f"{what} {tuple(size)} {stored}"
         if end * element > storage.stored:
-            raise UnpicklingError(f"refused: {reason}")
+            raise _refusal(f"{reason}")
         if numel * element > storage.stored:
             self._claim("overlapping", numel * element, reason)
 
@@ -255,9 +257,9 @@ def _check_keys(keys: Any) -> None:
     """Refuse tuples in tuples: hashing them recurses without limit."""
     for key in keys:
         if type(key) is tuple and any(type(item) is tuple for item in key):
-            raise UnpicklingError("refused: nested tuples as the key of a dict")
+            raise _refusal("nested tuples as the key of a dict")
 
 
 def _check_storage_key(key: Any) -> None:
     if type(key) is not str:
-        raise UnpicklingError("refused: a storage whose key is not text")
+        raise _refusal("a storage whose key is not text")
