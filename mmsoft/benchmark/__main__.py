@@ -37,12 +37,8 @@ DEFAULTS: dict[str, list] = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": dict(
         dtypes=["float32"],
-        cases=[
-            ((224, 224), 1, "forward"),
-            ((512, 512), 1, "forward"),
-            ((800, 1344), 1, "forward"),
-            ((512, 512), 2, "train"),
-        ],
+        cases=[(size, 1, "forward") for size in ((224, 224), (512, 512), (800, 1344))]
+        + [((512, 512), 2, "train")],
     ),
     "cuda": dict(
         dtypes=["float32", "bfloat16"],
@@ -86,12 +82,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--preset", choices=PRESETS, help="everything worth measuring on such a device")
-    p.add_argument(
-        "--models",
-        nargs="+",
-        metavar="NAME",
-        help=f"backbones (default: all): {' '.join(BACKBONES)}",
-    )
+    names = " ".join(BACKBONES)
+    p.add_argument("--models", nargs="+", metavar="NAME", help=f"backbones (default: all): {names}")
     p.add_argument(
         "--sizes", nargs="+", type=parse_size, metavar="SIZE", help="of the images (default: 512)"
     )
@@ -127,12 +119,8 @@ def parser() -> argparse.ArgumentParser:
         help="test loops of RetinaNet and UperNet at these two sizes (default: 800x1344 512)",
     )
     p.add_argument("--repeats", type=positive, default=11, help="samples of each (default: 11)")
-    p.add_argument(
-        "--slow-repeats",
-        type=positive,
-        default=3,
-        help="samples of what takes more than 10 s a call (default: 3)",
-    )
+    slow = "samples of what takes more than 10 s a call (default: 3)"
+    p.add_argument("--slow-repeats", type=positive, default=3, help=slow)
     p.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
     p.add_argument("--out", type=Path, help="folder of the results (default: work_dirs/benchmark)")
     p.add_argument(
@@ -257,7 +245,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
         ]
         data[section] += entries
         write_json(data, args.out / "benchmark.json")
-        print_group(section, entries)
+        print_group(entries)
     plot(data, args.out)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,38 +75,28 @@ BACKBONES = {
     ),
     # The same weights, with the attention term of the authors' release.
     "released-tiny": Backbone(
-        "SOFT++ Tiny, released algorithm",
-        "softpp-tiny",
-        OURS["tiny"],
+        "SOFT++ Tiny, released algorithm", "softpp-tiny", OURS["tiny"],
         dict(type="mmsoft.ReleasedSOFTPlusPlus", max_landmarks=None),
     ),
+    # Accuracies: arXiv 2102.12122, 2106.13797 (twice), 2103.14030, 2201.03545.
     "pvt-tiny": Backbone(
-        "PVT-Tiny",
-        "softpp-tiny",
-        "mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py",
-        top1=75.1,  # arXiv 2102.12122
+        "PVT-Tiny", "softpp-tiny", "mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py", top1=75.1
     ),
-    "pvtv2-b1": Backbone("PVTv2-B1", "softpp-tiny", PVTV2_B1, top1=78.7),  # arXiv 2106.13797
+    "pvtv2-b1": Backbone("PVTv2-B1", "softpp-tiny", PVTV2_B1, top1=78.7),
     "pvtv2-b2": Backbone(
         "PVTv2-B2", "softpp-small", "mmdet::pvt/retinanet_pvtv2-b2_fpn_1x_coco.py", top1=82.0
     ),
     "swin-tiny": Backbone(
-        "Swin-T",
-        "softpp-small",
-        "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
-        top1=81.3,  # arXiv 2103.14030
+        "Swin-T", "softpp-small", "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", top1=81.3
     ),
     "convnext-tiny": Backbone(
-        "ConvNeXt-T",
-        "softpp-small",
-        "mmpretrain::convnext/convnext-tiny_32xb128_in1k.py",
-        dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False),
-        top1=82.1,  # arXiv 2201.03545
+        "ConvNeXt-T", "softpp-small", "mmpretrain::convnext/convnext-tiny_32xb128_in1k.py",
+        dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False), top1=82.1,
     ),
     "resnet-50": Backbone(
         "ResNet-50", "softpp-small", "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
     ),
-}
+}  # fmt: skip
 
 
 def published() -> dict[str, float]:
@@ -164,35 +155,26 @@ def _softpp(tokens: int) -> nn.Module:
     return OnSquareGrid(SoftmaxFreeAttention(DIMS, HEADS, 8, 9, **options))
 
 
-def _linformer(tokens: int) -> nn.Module:
-    builder.require("linformer")
-    from linformer import LinformerSelfAttention
-
-    return LinformerSelfAttention(DIMS, seq_len=tokens, heads=HEADS)
+def _peer(package: str, name: str, **options: Any) -> nn.Module:
+    builder.require(package)
+    return getattr(import_module(package), name)(DIMS, heads=HEADS, **options)
 
 
-def _performer(tokens: int) -> nn.Module:
-    builder.require("performer_pytorch")
-    from performer_pytorch import SelfAttention
-
-    return SelfAttention(DIMS, heads=HEADS, dim_head=DIMS // HEADS)
-
-
-def _nystromformer(tokens: int) -> nn.Module:
-    builder.require("nystrom_attention")
-    from nystrom_attention import NystromAttention
-
-    return NystromAttention(DIMS, dim_head=DIMS // HEADS, heads=HEADS)
-
-
+HEAD = dict(dim_head=DIMS // HEADS)
 # Projections included, each with the package's own defaults: projections to 256 (Linformer), 110
 # random features (Performer), 256 landmarks (Nystromformer), 49 (ours).
 OPERATORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "softpp": ("SOFT++", _softpp),
     "softmax": ("full softmax", lambda tokens: OnSquareGrid(SoftmaxAttention(DIMS, HEADS))),
-    "linformer": ("Linformer", _linformer),
-    "performer": ("Performer", _performer),
-    "nystromformer": ("Nyströmformer", _nystromformer),
+    "linformer": (
+        "Linformer",
+        lambda tokens: _peer("linformer", "LinformerSelfAttention", seq_len=tokens),
+    ),
+    "performer": ("Performer", lambda tokens: _peer("performer_pytorch", "SelfAttention", **HEAD)),
+    "nystromformer": (
+        "Nyströmformer",
+        lambda tokens: _peer("nystrom_attention", "NystromAttention", **HEAD),
+    ),
 }
 
 
@@ -269,11 +251,7 @@ def _usual_candidates(model: Any, data: dict) -> None:
 
 
 def make_model(case: Case) -> Any:
-    """Build a case's model on its device, compiled if asked, with the same weights every time.
-
-    Raises:
-        ImportError: a package is missing.
-    """
+    """Build a case's model on its device, compiled if asked, with the same weights every time."""
     torch.manual_seed(0)
     if case.section == "backbone":
         model = make_backbone(case.name)

@@ -10,6 +10,7 @@ import logging
 import math
 import multiprocessing
 import platform
+import re
 import resource
 import time
 import warnings
@@ -73,15 +74,8 @@ def measure_times(
 ) -> tuple[dict[Case, dict], dict[Case, str]]:
     """Time the cases in turns, one sample each per round, so that drift affects all equally.
 
-    Args:
-        cases: what to measure.
-        models: built models by :func:`model_key`; those missing are added.
-        repeats: samples of each case.
-        slow_repeats: samples of a case whose call takes more than ``SLOW_SECONDS``.
-        log: receives lines of progress.
-
-    Returns:
-        Times of each case in milliseconds, and the reason of each case that could not be run.
+    ``models`` are built models by :func:`model_key`; those missing are added. Returns the times of
+    each case in milliseconds, and the reason of each case that could not be run.
     """
     steps: dict[Case, Callable[[], Any]] = {}
     calls: dict[Case, int] = {}
@@ -128,10 +122,9 @@ def model_key(case: Case) -> tuple:
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])  # KiB
-    raise OSError(f"/proc/self/status has no {field}")
+    found = re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found, f"/proc/self/status has no {field}"
+    return int(found[1])  # KiB
 
 
 def _peak_resident_mib(step: Callable[[], Any]) -> float:
@@ -163,9 +156,7 @@ def _peak_cuda_mib(step: Callable[[], Any]) -> float:
 class _Traffic(TorchDispatchMode):
     """Bytes that the operators of an eager run read and write, each argument once."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
+    bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -186,15 +177,14 @@ def describe(case: Case) -> dict[str, float]:
     """
     case = replace(case, mode="forward", compiled=False)
     model = make_model(case)
-    found = dict(params_m=sum(p.numel() for p in model.parameters()) / 1e6)
+    params = sum(p.numel() for p in model.parameters())
     images = torch.randn(1, 3, *case.size, device=case.device)
-    model.eval()
-    found["gmacs"] = flops.analyse(model, images).total() / 1e9
+    model.eval()  # returns None in some of the libraries' backbones
+    macs = flops.analyse(model, images).total()
     step = make_step(model, case)
     with _Traffic() as traffic:
         step()
-    found["traffic_gib"] = traffic.bytes / 2**30
-    return found
+    return dict(params_m=params / 1e6, gmacs=macs / 1e9, traffic_gib=traffic.bytes / 2**30)
 
 
 def _child(case: Case, describing: bool, threads: int, connection: Connection) -> None:
@@ -236,14 +226,10 @@ class PeakMeter:
         self.context.set_forkserver_preload(names)
 
     def measure(self, case: Case, describing: bool) -> dict[str, Any]:
-        """Peak memory (MiB) above the process that holds the model and the data.
+        """Peak memory above the process that holds the model and the data.
 
-        Args:
-            case: what to measure.
-            describing: also count parameters, multiply-adds and traffic.
-
-        Returns:
-            ``peak_mib``, what :func:`describe` gives, and ``error`` if something failed.
+        Returns ``peak_mib``, if ``describing`` what :func:`describe` gives, and ``error`` if
+        something failed.
         """
         receiver, sender = self.context.Pipe(duplex=False)
         process = self.context.Process(
@@ -274,9 +260,9 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        processors = Path("/proc/cpuinfo").read_text()
+        if found := re.search(r"^model name\s*: (.*)", processors, re.MULTILINE):
+            return found[1].strip()
     return platform.machine()
 
 

@@ -57,18 +57,11 @@ def targets(data: dict[str, Any]) -> list[Target]:
 
     large, small = (800, 1344), ((512, 512), (224, 224))
     tiny, middle = "softpp-tiny", "softpp-small"
+    claim, peer = "800x1344: Tiny's {} over the released algorithm's", "released-tiny"
+    memory = divide(*(value("peak_mib", n, large) for n in (tiny, peer)))
     found = [
-        Target(
-            "800x1344: Tiny's speed over the released algorithm's",
-            faster(tiny, "released-tiny", large),
-            30,
-        ),
-        Target(
-            "800x1344: Tiny's peak memory over the released algorithm's",
-            divide(*(value("peak_mib", n, large) for n in (tiny, "released-tiny"))),
-            0.25,
-            at_most=True,
-        ),
+        Target(claim.format("speed"), faster(tiny, peer, large), 30),
+        Target(claim.format("peak memory"), memory, 0.25, at_most=True),
     ]
     pairs: list[tuple[tuple[int, int], str, str, float]] = [
         (large, tiny, "pvtv2-b1", 2.5),

@@ -35,11 +35,8 @@ def _bars(axis: Any, entries: Sequence[Entry], key: str, unit: str) -> None:
     """Horizontal bars from fast to slow, on a logarithmic axis, with their values."""
     entries = sorted((e for e in entries if e.get(key)), key=lambda e: -e[key])
     values = [entry[key] for entry in entries]
-    bars = axis.barh(
-        [label_of(entry) for entry in entries],
-        values,
-        color=[_colour(entry["backbone"]) for entry in entries],
-    )
+    colours = [_colour(entry["backbone"]) for entry in entries]
+    bars = axis.barh([label_of(entry) for entry in entries], values, color=colours)
     axis.bar_label(bars, [number(value) for value in values], padding=3, fontsize=8)
     axis.set(xlabel=f"{unit}, logarithmic", xscale="log")
     axis.xaxis.set_major_formatter("{x:g}")
@@ -75,15 +72,9 @@ def draw_backbones(entries: Sequence[Entry]) -> Any:
 def _lines(axis: Any, entries: Sequence[Entry], x: Callable, y: Callable, key: str) -> None:
     for name in dict.fromkeys(entry[key] for entry in entries):
         mine = [entry for entry in entries if entry[key] == name and y(entry)]
-        colour, marker, line = STYLES[name]
-        axis.plot(
-            [x(entry) for entry in mine],
-            [y(entry) for entry in mine],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=label_of(mine[0]) if mine else name,
-        )
+        style = dict(zip(("color", "marker", "linestyle"), STYLES[name]))
+        label = label_of(mine[0]) if mine else name
+        axis.plot([*map(x, mine)], [*map(y, mine)], label=label, **style)
     axis.grid(alpha=0.3, which="both")
 
 
@@ -159,11 +150,7 @@ def _variant(entry: Entry) -> str:
 
 
 def plot(data: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, list[str]]:
-    """Draw what a run measured.
-
-    Returns:
-        The names of the files of each section.
-    """
+    """Draw what a run measured; returns the names of the files of each section."""
     names: dict[str, list[str]] = {section: [] for section in SECTIONS}
     by_variant = sorted(data["results"], key=lambda e: (_variant(e), *of_kind(e)))
     for variant, entries in groupby(by_variant, _variant):
@@ -190,10 +177,8 @@ def plot_as_papers(data: dict[str, Any], folder: Path, prefix: str = "") -> dict
     """Draw the papers' figures for which a run has entries.
 
     ``memory.png`` (SOFT, figure 1): memory against tokens. ``tradeoff.png`` (figure 3): throughput
-    as measured, against accuracy as the papers state it; none was measured here.
-
-    Returns:
-        The file of each section, ``operator`` and ``results``.
+    as measured, against accuracy as the papers state it; none was measured here. Returns the file
+    of each section, ``operator`` and ``results``.
     """
     written = {}
     operators = [entry for entry in data["operator"] if entry["peak_mib"]]

@@ -76,15 +76,10 @@ def size_of(entry: Entry) -> str:
 
 def ours_for(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """Our entry that ``entry`` is compared with: of its size, measured in turns with it."""
-    for other in entries:
-        if of_kind(other) != of_kind(entry):
-            continue
-        if "tokens" in entry:
-            if other["name"] == "softpp":
-                return other
-        elif other["backbone"] == BACKBONES[entry["backbone"]].ours:
-            return other
-    return None
+    key = "name" if "tokens" in entry else "backbone"
+    ours = "softpp" if "tokens" in entry else BACKBONES[entry["backbone"]].ours
+    found = (e for e in entries if e[key] == ours and of_kind(e) == of_kind(entry))
+    return next(found, None)
 
 
 def ratio(entry: Entry, entries: Sequence[Entry], figure: str) -> float | None:
@@ -104,15 +99,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def rates(entry: Entry, ceilings: dict[str, float]) -> tuple[float | None, float | None]:
     """Shares of the device's best matrix product and copy that an eager forward pass reaches."""
-    seconds = entry["median_ms"] / 1e3
-    product, copy = None, None
-    if entry.get("traffic_gib") is None:
-        return None, None
-    if entry.get("gmacs") and f"{entry['dtype']}_tflops" in ceilings:
-        flops = 2e9 * entry["gmacs"] * entry["batch"]
-        product = flops / seconds / (1e12 * ceilings[f"{entry['dtype']}_tflops"])
-    if "copy_gb_s" in ceilings:
-        copy = entry["traffic_gib"] * 2**30 / seconds / (1e9 * ceilings["copy_gb_s"])
+    seconds, product, copy = entry["median_ms"] / 1e3, None, None
+    best, traffic = f"{entry['dtype']}_tflops", entry.get("traffic_gib")
+    if traffic is not None and entry.get("gmacs") and best in ceilings:
+        product = 2e9 * entry["gmacs"] * entry["batch"] / seconds / (1e12 * ceilings[best])
+    if traffic is not None and "copy_gb_s" in ceilings:
+        copy = traffic * 2**30 / seconds / (1e9 * ceilings["copy_gb_s"])
     return product, copy
 
 
@@ -141,12 +133,10 @@ def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) ->
     return rows
 
 
-def print_group(section: str, entries: Sequence[Entry]) -> None:
+def print_group(entries: Sequence[Entry]) -> None:
     """Print one table."""
-    if not entries:
-        print("   nothing could be measured")
-        return
-    print(indent(_tabulate(table(entries), "plain"), "   "))
+    text = _tabulate(table(entries), "plain") if entries else "nothing could be measured"
+    print(indent(text, "   "))
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
