@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmsoft.models.attention import SoftmaxFreeAttention
 
 from .rows import attention_rows
+from .spectra import newton_residuals
 
 BlockId = tuple[int, int]
 _NAME = re.compile(r"(?:^|\.)stages\.(\d+)\.blocks\.(\d+)\.attn$")
@@ -45,6 +46,12 @@ class BlockState:
         """
         rows = attention_rows(self.q, self.landmarks, queries, self.counts, **self.options)
         return rows * self.layer.attention_scale(self.landmarks, self.hw_shape)
+
+    def newton_residuals(self, **options: Any) -> Tensor:
+        """Those of the layer's inverse, see :func:`mmsoft.analysis.newton_residuals`."""
+        layer = self.layer
+        options |= dict(normalize=layer.normalize, steps=layer.newton_steps)
+        return newton_residuals(self.landmarks, self.counts, **options)
 
 
 def attention_blocks(model: nn.Module) -> dict[BlockId, SoftmaxFreeAttention]:

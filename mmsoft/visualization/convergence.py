@@ -32,17 +32,8 @@ def draw_convergence(
             steps = np.arange(len(values))
             low, high = np.nanquantile(finite, BAND, axis=1)
             ax.fill_between(steps, low, high, color=COLOURS[i], alpha=0.2, lw=0)
-            mean = np.nanmean(finite, axis=1)
-            ax.plot(
-                steps,
-                mean,
-                DASHES[i],
-                color=COLOURS[i],
-                marker=MARKERS[i],
-                ms=4,
-                markevery=2,
-                label=rule,
-            )
+            style = dict(color=COLOURS[i], marker=MARKERS[i], ms=4, markevery=2)
+            ax.plot(steps, np.nanmean(finite, axis=1), DASHES[i], label=rule, **style)
         ax.set_yscale("log")
         ax.set_title(stage)
         ax.set_xlabel("Newton-Raphson step k")

@@ -18,7 +18,7 @@ import torch
 from mmengine.runner import Runner
 from mmengine.utils import ProgressBar
 
-from mmsoft.analysis import attention_blocks, capture, load_model, newton_residuals
+from mmsoft.analysis import attention_blocks, capture, load_model
 from mmsoft.analysis.spectra import NORMS, STEP_RULES
 from mmsoft.builder import config_parser, read_config, tool_main
 from mmsoft.fileio import write_whole
@@ -58,14 +58,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[int, dict[str, np.ndarray]],
             model.backbone(inputs)
         for (stage, _), state in states.items():
             for rule in STEP_RULES:
-                residuals = newton_residuals(
-                    state.landmarks,
-                    state.counts,
-                    normalize=state.layer.normalize,
-                    steps=state.layer.newton_steps,
-                    rule=rule,
-                    norm=args.norm,
-                )
+                residuals = state.newton_residuals(rule=rule, norm=args.norm)
                 found[stage][rule].append(residuals.flatten(1).cpu())
         seen += len(inputs)
         bar.update(len(inputs))

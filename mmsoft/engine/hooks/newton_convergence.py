@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from mmsoft.analysis import BlockState, attention_blocks, capture, newton_residuals
+from mmsoft.analysis import BlockState, attention_blocks, capture
 from mmsoft.registry import HOOKS
 
 
@@ -79,13 +79,7 @@ class NewtonConvergenceHook(Hook):
         stages: dict[int, list[torch.Tensor]] = {}
         for (stage, _), state in states.items():
             if state.layer.solver == "newton":
-                residual = newton_residuals(
-                    state.landmarks,
-                    state.counts,
-                    normalize=state.layer.normalize,
-                    steps=state.layer.newton_steps,
-                )[-1]
-                stages.setdefault(stage, []).append(residual.flatten())
+                stages.setdefault(stage, []).append(state.newton_residuals()[-1].flatten())
         scalars = {}
         for stage, residuals in sorted(stages.items()):
             every = torch.cat(residuals)

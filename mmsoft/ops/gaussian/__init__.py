@@ -6,12 +6,7 @@ from torch import Tensor
 from .kernel import gaussian_gram, gaussian_kernel
 from .operators import product_in_units
 
-__all__ = [
-    "gaussian_gram",
-    "gaussian_kernel",
-    "gaussian_kernel_product",
-    "unit_of",
-]
+__all__ = ["gaussian_gram", "gaussian_kernel", "gaussian_kernel_product", "unit_of"]
 
 # Sums of values within 2^-40 and 2^40, times what the inverse may amplify, are far from any limit.
 _MODERATE = 40

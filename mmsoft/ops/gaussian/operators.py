@@ -79,14 +79,8 @@ def product_in_units(
     ``K^T (v / unit)`` stands for ``unit`` times itself, whose cotangent it takes outside
     :func:`transformed`. The gradient of queries (``y`` if ``divide``, else ``x``) is multiplied by
     the unit here, that of landmarks by the caller, and that of ``w`` not at all; the reason is in
-    ``docs/method.md``.
-
-    Args:
-        x: as for :func:`gaussian_kernel_product`.
-        y: likewise.
-        w: likewise.
-        unit: from :func:`unit_of`; ``None`` for 1.
-        divide: which of the two.
+    ``docs/method.md``. Shapes are those of :func:`gaussian_kernel_product`; the unit is from
+    :func:`unit_of`, ``None`` for 1.
     """
     if not (PRODUCT.gives_way(transformed()) and BACKWARD.gives_way(True)):
         return torch.ops.mmsoft.gaussian_kernel_product(x, y, w, unit, divide)
