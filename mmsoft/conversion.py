@@ -86,9 +86,8 @@ def write_coco(
     for number, (image, found) in enumerate(images, 1):
         kept.append({"id": number, **image})
         for each in found:
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **each}
-            )
+            numbers = {"id": len(annotations) + 1, "image_id": number}
+            annotations.append({**numbers, "iscrowd": 0, **each})
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     content = {"images": kept, "annotations": annotations, "categories": categories}
     with write_whole(path) as partial:

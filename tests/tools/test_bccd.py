@@ -44,35 +44,23 @@ def test_boxes(run_tool, source, tmp_path):
     train = read(out, "train")
     assert [c["name"] for c in train["categories"]] == ["RBC", "WBC", "Platelets"]
     assert [i["file_name"] for i in train["images"]] == ["a.jpg", "b.jpg"]
-    assert train["images"][0] | {"id": 0} == {
-        "id": 0,
-        "file_name": "a.jpg",
-        "width": 64,
-        "height": 48,
-    }
+    assert train["images"][0] == {"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}
     found = [(a["image_id"], a["category_id"], a["bbox"], a["area"]) for a in train["annotations"]]
     assert found == [
         (1, 1, [0, 0, 10, 20], 200),  # VOC's first pixel is 1, and the last is part of the box
         (1, 3, [59, 39, 5, 9], 45),  # cut at the border
         (2, 2, [4, 5, 26, 35], 910),
     ]
-    assert (out / "images/val/c.jpg").read_bytes() == (
-        source / "BCCD/JPEGImages/c.jpg"
-    ).read_bytes()
+    original = source / "BCCD/JPEGImages/c.jpg"
+    assert (out / "images/val/c.jpg").read_bytes() == original.read_bytes()
     assert read(out, "val")["annotations"] == []
     assert read(out, "test")["images"] == []
 
 
 def test_what_is_broken_is_named_and_left_out(run_tool, source, tmp_path):
     root = source / "BCCD"
-    write(
-        root,
-        "b",
-        ("WBC", 5, 6, 5, 40),
-        ("cell", 1, 1, 9, 9),
-        ("RBC", "x", 1, 9, 9),
-        ("RBC", 2, 2, 9, 9),
-    )
+    bad = ("WBC", 5, 6, 5, 40), ("cell", 1, 1, 9, 9), ("RBC", "x", 1, 9, 9)
+    write(root, "b", *bad, ("RBC", 2, 2, 9, 9))
     write(root, "d", text="<annotation><object>")
     write(root, "e")
     (root / "JPEGImages/e.jpg").write_bytes(b"no image")

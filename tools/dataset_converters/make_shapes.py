@@ -30,7 +30,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmsoft.conversion import track
+from mmsoft.conversion import track, write_coco
 from mmsoft.fileio import write_whole
 
 VERSION = 2  # raise it when the same parameters no longer give the same pictures
@@ -249,7 +249,7 @@ def photograph(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
 
 
 def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list[dict], int]:
-    """Draw one scene: picture (BGR), index map, COCO annotations (no ids yet), JPEG quality."""
+    """Draw one scene: picture (BGR), index map, COCO annotations (no ids), JPEG quality."""
     cv2.setNumThreads(1)  # the scenes share the cores already
     rng = np.random.default_rng(seed)
     shapes: list[tuple[int, np.ndarray]] = []
@@ -284,7 +284,6 @@ def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list
                 "segmentation": outline,
                 "area": float(seen.sum()) / SUPERSAMPLE**2,
                 "bbox": np.concatenate([low, high - low]).round(3).tolist(),
-                "iscrowd": 0,
             }
         )
     covers[0] = 1 - covers[1:].sum(0)
@@ -305,15 +304,9 @@ def write_split(
 ) -> None:
     """Write one split in both layouts."""
     coco, ade = SPLITS[split]
-    for folder in (
-        f"coco/{coco}",
-        "coco/annotations",
-        f"ade/images/{ade}",
-        f"ade/annotations/{ade}",
-    ):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    images: list[dict] = []
-    annotations: list[dict] = []
+    for folder in (f"coco/{coco}", f"ade/images/{ade}", f"ade/annotations/{ade}"):
+        (root / folder).mkdir(parents=True)
+    results: list[tuple[dict, list]] = []
     print(f"{split}: drawing {count} scenes")
     # One random generator per scene: a scene depends on neither the others nor the order.
     seeds = [[seed, len(split), number] for number in range(1, count + 1)]
@@ -324,26 +317,14 @@ def write_split(
         save(jpeg, picture, (cv2.IMWRITE_JPEG_QUALITY, quality))
         shutil.copyfile(jpeg, root / "ade/images" / ade / f"{name}.jpg")
         save(root / "ade/annotations" / ade / f"{name}.png", index)
-        images.append({"id": number, "file_name": jpeg.name, "width": size, "height": size})
-        for shape in shapes:
-            ident = len(annotations) + 1
-            annotations.append({"id": ident, "image_id": number, **shape})
-    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
-    (root / f"coco/annotations/instances_{coco}.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+        results.append(({"file_name": jpeg.name, "width": size, "height": size}, shapes))
+    write_coco(root / f"coco/annotations/instances_{coco}.json", results, CLASSES)
 
 
 def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> bool:
     """Write the data set to the folder `out`, whole or not at all; False if it was there."""
-    parameters = {
-        "version": VERSION,
-        "train": train,
-        "val": val,
-        "size": size,
-        "seed": seed,
-        "classes": list(CLASSES),
-    }
+    numbers = dict(version=VERSION, train=train, val=val, size=size, seed=seed)
+    parameters = numbers | {"classes": list(CLASSES)}
     stamp = out / "parameters.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == parameters:
         return False
@@ -380,12 +361,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--train", type=at_least(1), default=1000, help="training images (1000)")
     parser.add_argument("--val", type=at_least(1), default=120, help="validation images (120)")
-    parser.add_argument(
-        "--size",
-        type=at_least(MIN_SIZE),
-        default=160,
-        help="height and width of an image in pixels (160)",
-    )
+    size = "height and width of an image in pixels (160)"
+    parser.add_argument("--size", type=at_least(MIN_SIZE), default=160, help=size)
     parser.add_argument("--seed", type=at_least(0), default=0, help="same seed, same data (0)")
     args = parser.parse_args()
     try:
