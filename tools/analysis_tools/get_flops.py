@@ -20,9 +20,7 @@ def main() -> None:
     parser = config_parser(__doc__)
     add_shape(parser)
     args = parser.parse_args()
-    MMLogger.get_instance("get_flops").setLevel(
-        "ERROR"
-    )  # silence what the libraries log when building
+    MMLogger.get_instance("get_flops").setLevel("ERROR")  # what the libraries log when building
     model = flops.tensor_model(read_config(args), args.shape)
     analysis = flops.analyse(model, torch.rand(1, 3, *args.shape))
     parameters = parameter_count(model)

@@ -100,10 +100,7 @@ def read_counts() -> dict[str, Counts]:
 
 
 def count_all(known: dict[str, Counts] | None = None) -> dict[str, Counts]:
-    """Count every model, showing progress.
-
-    Args:
-        known: counts whose FLOPs are reused (counting takes minutes, parameters take seconds).
+    """Count every model, showing progress; FLOPs of ``known`` ones, which take minutes, are reused.
 
     Raises:
         ValueError: a config is not in its metafile, or the other way round.
@@ -139,11 +136,7 @@ def count_all(known: dict[str, Counts] | None = None) -> dict[str, Counts]:
 def operator_macs(
     shape: tuple[int, int], max_landmarks: int | None, solver: str, arch: str
 ) -> tuple[int, Counter]:
-    """Multiply-adds of the operator in the softmax-free stages of SOFT++, for one image.
-
-    Returns:
-        landmarks (of stage 1), and a Counter of the kernel products and the pseudo-inverse.
-    """
+    """Landmarks of stage 1, and multiply-adds of SOFT++'s operators, by kind, for one image."""
     settings = resolve_arch(arch)
     height, width = (-(-side // 4) for side in shape)
     landmarks: list[int] = []
@@ -242,11 +235,7 @@ def metafile(folder: str, counts: dict[str, Counts]) -> str:
 
 
 def between(path: Path, name: str, content: str, text: str) -> str:
-    """``text`` with ``content`` between the markers ``name``.
-
-    Raises:
-        ValueError: ``text``, that of the file ``path``, does not have the markers once each.
-    """
+    """``text``, that of a file, with ``content`` between the markers ``name``, each there once."""
     pattern = re.compile(f"(<!-- {name} -->\n\n).*?(\n<!-- /{name} -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(
@@ -299,28 +288,21 @@ def main() -> None:
         help="take FLOPs from the metafiles where they have them: seconds instead of minutes",
     )
     args = parser.parse_args()
-    MMLogger.get_instance("model_zoo").setLevel(
-        "ERROR"
-    )  # silence what the libraries log when building
+    MMLogger.get_instance("model_zoo").setLevel("ERROR")  # what the libraries log when building
     try:
         render({model["Name"]: Counts(0, 0, 0) for _, model in models()})
         files = render(count_all(read_counts() if args.keep_flops else None))
     except (ValueError, OSError) as error:  # a marker or a README is missing
         sys.exit(f"error: {error}")
     changed = stale(files)
-    if args.check:
-        if changed:
-            names = ", ".join(changed)
-            sys.exit(f"stale: {names}; run python tools/dev/model_zoo.py")
-        print("all current")
-        return
-    for path, text in files.items():
-        if str(path.relative_to(ROOT)) in changed:
-            with write_whole(path) as partial:
-                partial.write_text(text)
-            print(f"wrote {path.relative_to(ROOT)}")
     if not changed:
         print("all current")
+    elif args.check:
+        sys.exit(f"stale: {', '.join(changed)}; run python tools/dev/model_zoo.py")
+    for name in changed:
+        with write_whole(ROOT / name) as partial:
+            partial.write_text(files[ROOT / name])
+        print(f"wrote {name}")
 
 
 if __name__ == "__main__":
