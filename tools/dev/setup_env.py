@@ -42,6 +42,7 @@ NEEDED_TOOLS = ("gcc", "g++", "make", "git")
 NEEDED_GB = 3
 RETRY_AFTER = (5, 20)  # seconds
 HEARTBEAT = 30  # seconds
+FORCED = ("--no-deps", "--force-reinstall")
 
 AGAIN = "then give the same command again; what is done is kept"
 NETWORK_TROUBLE = re.compile(
@@ -112,10 +113,12 @@ def steps() -> list:
     package = package_key()
     return [
         ("create .venv", "venv", create_venv),
-        ("install torch and the build tools", "torch", install_torch),
-        ("install the packages", "packages", install_packages),
+        ("install torch and the build tools", "torch", lambda: pip_install("build.txt")),
+        ("install the packages", "packages", lambda: pip_install("packages.txt")),
         ("install mmcv", "mmcv", install_mmcv),
-        ("install OpenCV and torchvision", "no-deps", install_no_deps),
+        # Without what they would bring or replace. Forced, because a resumed run may find the
+        # headless OpenCV under the full one.
+        ("install OpenCV and torchvision", "no-deps", lambda: pip_install("no-deps.txt", *FORCED)),
         ("install mmsoft, editable", package, install_mmsoft),
         ("check that everything imports", "checked " + package, check_imports),
     ]
@@ -183,7 +186,7 @@ def record(key: str, done: list) -> None:
     """Write down the steps that are done, all or nothing."""
     temporary = STATE.with_suffix(".tmp")
     temporary.write_text(json.dumps({"key": key, "done": done}))
-    os.replace(str(temporary), str(STATE))
+    temporary.replace(STATE)
 
 
 def intact() -> bool:
@@ -196,10 +199,8 @@ def intact() -> bool:
         "    name, wanted = pin.split('==')\n"
         "    assert version(name).split('+')[0] == wanted\n"
     )
-    pins = []
-    for path in sorted(REQUIREMENTS.glob("*.txt")):
-        pins += [line for line in path.read_text().splitlines() if "==" in line]
-    return quiet_run(PYTHON, "-c", program, *pins)
+    lines = "\n".join(path.read_text() for path in REQUIREMENTS.glob("*.txt")).splitlines()
+    return quiet_run(PYTHON, "-c", program, *(line for line in lines if "==" in line))
 
 
 def remove_half_installed() -> None:
@@ -289,22 +290,6 @@ def create_venv() -> None:
         raise SetupError(diagnosis(output))
 
 
-def install_torch() -> None:
-    """Install what mmcv is compiled against."""
-    pip_install("build.txt")
-
-
-def install_packages() -> None:
-    """Install the packages with what they depend on."""
-    pip_install("packages.txt")
-
-
-def install_no_deps() -> None:
-    """Install what must not bring, or replace, what it depends on."""
-    # Forced, because a resumed run may find the headless OpenCV under the full one.
-    pip_install("no-deps.txt", "--no-deps", "--force-reinstall")
-
-
 def pip_install(requirements: str, *options: str) -> None:
     """Install a requirement file under the constraints."""
     constraints = ["-c", str(REQUIREMENTS / "constraints.txt")]
@@ -317,12 +302,7 @@ def install_mmcv() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     found = [wheel for wheel in folder.glob(f"mmcv-*-{system}.whl") if is_sound(wheel)]
-    pip(
-        "install",
-        "--no-deps",
-        "--force-reinstall",
-        str(found[0] if found else compile_mmcv(folder)),
-    )
+    pip("install", *FORCED, str(found[0] if found else compile_mmcv(folder)))
 
 
 def wheel_folder() -> Path:
@@ -341,14 +321,8 @@ def compile_mmcv(folder: Path) -> Path:
     jobs = os.cpu_count() or 1
     say(f"      compiling it with {jobs} job(s): about {max(1, 18 // jobs)} minutes, once")
     # Without -g0 it takes three times as long. No visible GPU: with one, mmcv would want nvcc.
-    settings = {
-        "CFLAGS": "-g0",
-        "CXXFLAGS": "-g0",
-        "MAX_JOBS": str(jobs),
-        "MMCV_WITH_OPS": "1",
-        "FORCE_CUDA": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    settings = dict(CFLAGS="-g0", CXXFLAGS="-g0", MAX_JOBS=str(jobs), MMCV_WITH_OPS="1")
+    settings.update(FORCE_CUDA="0", CUDA_VISIBLE_DEVICES="")
     temporary = tempfile.mkdtemp(prefix=".building-", dir=str(folder))
     try:
         options = ["--no-cache-dir", "--no-deps", "--no-build-isolation", "-w", temporary]
@@ -439,10 +413,9 @@ def logged_run(command: list, **settings: str) -> tuple:
         )
         start = time.time()
         try:
-            while True:
+            while process.returncode is None:
                 try:
-                    status = process.wait(timeout=HEARTBEAT)
-                    break
+                    process.wait(timeout=HEARTBEAT)
                 except subprocess.TimeoutExpired:
                     say(f"      still at it after {time.time() - start:.0f} s")
         except BaseException:
@@ -450,7 +423,7 @@ def logged_run(command: list, **settings: str) -> tuple:
             process.wait()
             raise
         log.seek(begin)
-        return status, log.read()
+        return process.returncode, log.read()
 
 
 def quiet_run(*command: object) -> bool:
