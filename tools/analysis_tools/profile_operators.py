@@ -7,6 +7,8 @@ A forward pass on a random image without gradients, after two to warm up, by tor
 are of the operators alone, without those that they call; on a GPU those of its kernels.
 """
 
+from operator import attrgetter
+
 import torch
 from mmengine.config import Config
 from tabulate import tabulate
@@ -18,17 +20,7 @@ from mmsoft.builder import add_shape, build_model, config_parser, read_config
 def measure(
     config: Config, shape: tuple[int, int], batch: int, device: str
 ) -> list[tuple[str, int, float]]:
-    """Profile the backbone.
-
-    Args:
-        config: of mmdet, mmseg or mmpretrain.
-        shape: (height, width) of the images.
-        batch: their number.
-        device: of torch.
-
-    Returns:
-        Name, number of calls and milliseconds of each operator, the slowest first.
-    """
+    """Name, calls and milliseconds of each operator of the backbone, the slowest first."""
     model = build_model(config, "backbone").to(device)
     model.eval()  # which returns nothing in some of mmdet's backbones
     images = torch.rand(batch, 3, *shape, device=device)
@@ -40,15 +32,9 @@ def measure(
             model(images)
         with profile(activities=activities) as found:
             model(images)
-    rows = [
-        (
-            event.key.removeprefix("aten::"),
-            event.count,
-            (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3,
-        )
-        for event in found.key_averages()
-    ]
-    return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+    time = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
+    events = sorted((event for event in found.key_averages() if time(event) > 0), key=time)
+    return [(e.key.removeprefix("aten::"), e.count, time(e) / 1e3) for e in reversed(events)]
 
 
 def main() -> None:

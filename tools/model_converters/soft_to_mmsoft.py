@@ -15,15 +15,7 @@ from mmsoft.fileio import write_whole
 
 
 def convert(source: Path, target: Path, task: str = "classifier") -> dict:
-    """Write the converted ``source`` to ``target``, whole or not at all.
-
-    Args:
-        source: a released file.
-        target: the file to write.
-        task: ``'classifier'`` keeps the class head; ``'backbone'`` leaves it out.
-
-    Returns:
-        The converted checkpoint.
+    """Write the converted ``source`` to ``target``, whole or not at all, and give it.
 
     Raises:
         ValueError: ``source`` is refused, or is not a released checkpoint.
