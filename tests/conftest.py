@@ -86,21 +86,16 @@ def shapes(tmp_path_factory):
 def wheel(root, tmp_path_factory):
     """The wheel, built from the source distribution so that both are tried."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = "import sys; from setuptools.build_meta import {0} as build; build(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", build.format("build_sdist"), str(folder)],
-        cwd=root,
-        check=True,
-        capture_output=True,
-    )
+
+    def build(kind, source):
+        program = f"import sys; from setuptools.build_meta import {kind}; {kind}(sys.argv[1])"
+        command = [sys.executable, "-c", program, str(folder)]
+        subprocess.run(command, cwd=source, check=True, capture_output=True)
+
+    build("build_sdist", root)
     (sdist,) = folder.glob("mmsoft-*.tar.gz")
     shutil.unpack_archive(sdist, folder)
-    subprocess.run(
-        [sys.executable, "-c", build.format("build_wheel"), str(folder)],
-        cwd=folder / sdist.name[: -len(".tar.gz")],
-        check=True,
-        capture_output=True,
-    )
+    build("build_wheel", folder / sdist.name.removesuffix(".tar.gz"))
     return next(folder.glob("mmsoft-*.whl"))
 
 

@@ -6,8 +6,6 @@ full-size family among the long ones.
 
 import json
 import math
-import subprocess
-import sys
 
 import cv2
 import pytest
@@ -133,13 +131,17 @@ FULL_SIZE = ("imagenet", "retinanet", "mask_rcnn", "upernet")
 ALIASES = {"mmseg": "mmsegmentation"}  # the names by which mim knows the package
 
 
-def mim(folder, *arguments):
-    """Run mim in `folder` and give what it printed; fail with that if it fails."""
-    command = [sys.executable, "-m", "mim", *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, f"{' '.join(command)}\n{output[-4000:]}"
-    return output
+@pytest.fixture
+def mim(run_outside):
+    """Run mim, or another program, and give what it printed; fail with that if it fails."""
+
+    def mim(*arguments, program=("-m", "mim")):
+        done = run_outside(*program, *arguments)
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, f"{arguments}\n{output[-4000:]}"
+        return output
+
+    return mim
 
 
 def scalars(work_dir):
@@ -164,7 +166,7 @@ def is_painted(file):
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[] if f in QUICK else [pytest.mark.long]) for f in FAMILIES]
 )
-def test_config_trains_resumes_and_tests(family, root, tmp_path):
+def test_config_trains_resumes_and_tests(family, root, tmp_path, mim):
     case = FAMILIES[family]
     package = case["package"]
     pytest.importorskip(package)
@@ -175,14 +177,11 @@ def test_config_trains_resumes_and_tests(family, root, tmp_path):
     def train(length, *flags):
         name = ALIASES.get(package, package) if "--resume" in flags else package
         flags = [*flags, "--gpus", 0, "--work-dir", "work"]
-        changes = [
-            *case["options"],
-            "default_hooks.logger.interval=1",
-            case["length"].format(length),
-        ]
+        changes = [*case["options"], "default_hooks.logger.interval=1"]
+        changes.append(case["length"].format(length))
         # One begins with "--", the other is a change of the config.
         (flags if case["scale_lr"][0].startswith("--") else changes).extend(case["scale_lr"])
-        output = mim(tmp_path, "train", name, config, *flags, "--cfg-options", *changes)
+        output = mim("train", name, config, *flags, "--cfg-options", *changes)
         assert (work / case["checkpoint"].format(length)).is_file()
         return output, *scalars(work)
 
@@ -207,7 +206,7 @@ def test_config_trains_resumes_and_tests(family, root, tmp_path):
     # With the config that training wrote, which has the options of its command line.
     checkpoint = f"work/{case['checkpoint'].format(end)}"
     common = ["--checkpoint", checkpoint, "--gpus", 0, "--work-dir", "test"]
-    output = mim(tmp_path, "test", package, work / config.name, *common)
+    output = mim("test", package, work / config.name, *common)
     assert f"Load checkpoint from {checkpoint}" in output
     (report,) = (tmp_path / "test").glob("*/*.json")
     tested = {k: v for k, v in json.loads(report.read_text()).items() if "time" not in k}
@@ -226,30 +225,30 @@ def test_config_trains_resumes_and_tests(family, root, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("package", ["mmdet", "mmseg", "mmpretrain"])
-def test_analyze_logs(package, tmp_path):
+def test_analyze_logs(package, tmp_path, mim):
     pytest.importorskip(package)
     entries = [dict(loss=1 / i, lr=0.1, epoch=1, iter=i, step=i) for i in range(1, 5)]
     (tmp_path / "scalars.json").write_text("\n".join(map(json.dumps, entries)) + "\n")
     plot = [] if package == "mmseg" else ["plot_curve"]  # mmseg's script has no subcommands
     flags = ["--keys", "loss", "--out", "loss.png"]
-    mim(tmp_path, "run", package, "analyze_logs", *plot, "scalars.json", *flags)
+    mim("run", package, "analyze_logs", *plot, "scalars.json", *flags)
     assert is_painted(tmp_path / "loss.png")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FULL_SIZE)
-def test_print_config(family, root, tmp_path):
+def test_print_config(family, root, mim):
     case = FAMILIES[family]
     pytest.importorskip(case["package"])
     config = root / "configs" / case["config"]
-    output = mim(tmp_path, "run", case["package"], "print_config", config)
+    output = mim("run", case["package"], "print_config", config)
     assert "type='mmsoft.SOFTPlusPlus'" in output
     assert "train_dataloader = dict(" in output
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FULL_SIZE)
-def test_browse_dataset(family, root, tmp_path):
+def test_browse_dataset(family, root, tmp_path, mim):
     case = FAMILIES[family]
     package = case["package"]
     pytest.importorskip(package)
@@ -258,12 +257,9 @@ def test_browse_dataset(family, root, tmp_path):
     options = [option for option in case["options"] if option.startswith("train_")]
     flags = ["--output-dir", "painted", "--not-show", "--cfg-options", *options]
     if package == "mmseg":  # whose own script fails
-        script = root / "tools/analysis_tools/browse_seg_dataset.py"
-        command = [sys.executable, str(script), str(config), *flags]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+        mim(config, *flags, program=[root / "tools/analysis_tools/browse_seg_dataset.py"])
     else:
-        mim(tmp_path, "run", package, "browse_dataset", config, *flags)
+        mim("run", package, "browse_dataset", config, *flags)
     pictures = [*(tmp_path / "painted").rglob("*.jpg"), *(tmp_path / "painted").rglob("*.JPEG")]
     assert len(pictures) == 4
     assert all(is_painted(picture) for picture in pictures)

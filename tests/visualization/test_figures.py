@@ -68,25 +68,18 @@ FIGURES = (attention, convergence, landmarks, spectrum, memory, tradeoff)
 
 
 @pytest.mark.parametrize("draw", FIGURES)
-def test_files_have_the_documented_size(draw, tmp_path):
+def test_axes_are_labelled_and_files_have_the_documented_size(draw, tmp_path):
     figure = draw()
+    grid = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert any(axes.get_ylabel() for axes in grid)
+    assert any(axes.get_xlabel() for axes in grid)
+    assert all(axes.get_ylabel() for axes in figure.axes if axes not in grid)
     path = save_figure(figure, tmp_path / "new" / "figure.png")
     picture = cv2.imread(str(path))
     width, height = figure.get_size_inches() * DPI
     assert picture.shape == (int(height), int(width), 3)
     assert picture.std() > 10
     assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
-    for axes in figure.axes:
-        if axes.get_label() == "<colorbar>":
-            assert axes.get_ylabel()
-
-
-@pytest.mark.parametrize("draw", FIGURES)
-def test_outer_axes_are_labelled(draw):
-    figure = draw()
-    grid = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
-    assert any(axes.get_ylabel() for axes in grid)
-    assert any(axes.get_xlabel() for axes in grid)
 
 
 def test_attention_sheet_has_a_row_for_each_query_and_shows_shares_of_the_largest():
@@ -95,9 +88,7 @@ def test_attention_sheet_has_a_row_for_each_query_and_shows_shares_of_the_larges
     assert len(panels) == 2 * 3
     images = [ax.images[-1].get_array() for ax in panels if len(ax.images) == 2]
     assert len(images) == 4
-    for image in images:
-        assert image.min() >= 0
-        assert image.max() == 1
+    assert all(image.min() >= 0 and image.max() == 1 for image in images)
 
 
 def test_convergence_draws_mean_and_band():
