@@ -1,0 +1,12 @@
+_base_ = "./_base_/retinanet_bccd.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="PyramidVisionTransformerV2",
+        embed_dims=32,
+        num_layers=[2, 2, 2, 2],
+        drop_path_rate=0.0,
+    ),
+    neck=dict(in_channels=[32, 64, 160, 256]),
+)

@@ -1,0 +1,12 @@
+_base_ = "./_base_/mask-rcnn_nuclei.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="PyramidVisionTransformerV2",
+        embed_dims=64,
+        num_layers=[2, 2, 2, 2],
+        drop_path_rate=0.0,
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,10 @@
+_base_ = "./_base_/mask-rcnn_nuclei.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="SwinTransformer",
+        drop_path_rate=0.0,
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
