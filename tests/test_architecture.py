@@ -12,6 +12,7 @@ ORDER = (
     "version",
     "registry",
     "fileio",
+    "commands",
     "conversion",
     "builder",
     "ops",

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -38,6 +37,8 @@ from pycocotools.coco import COCO
 from pycocotools.mask import decode
 from tabulate import tabulate
 
+from mmsoft.commands import CommandError, read_scalars, train_and_test
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -51,10 +52,6 @@ OVERVIEW = 4  # of these, drawn in one picture too
 SCALE = 3  # of the pictures
 SCORE = 0.4  # detections below this score are not drawn
 LABELS = dict(box_ap="box AP", mask_ap="mask AP", miou="mIoU")
-PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
-NOISE = re.compile(
-    r"\b(lr|time|data_time|grad_norm|memory|base_lr|loss_\w+|(?:decode|aux)\.\w+): \S+\s*"
-)
 
 
 class DemoError(Exception):
@@ -100,59 +97,25 @@ def make_data() -> None:
         raise DemoError("the data set could not be made: see the line above")
 
 
-def mim(title: str, arguments: list[str], log: Path) -> None:
-    """Run a `mim` command from the repository's root: its output to `log`, its progress here."""
-    print(f"\n== {title}\n   $ mim {shlex.join(arguments)}", flush=True)
-    command = [sys.executable, "-u", "-m", "mim", *arguments]
-    last_error = ""
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process,
-    ):
-        for line in process.stdout or ():
-            file.write(line)
-            if match := PROGRESS.search(line):
-                phase, rest = match.groups()
-                print(f"   {phase:5} {re.sub(r' {2,}', '  ', NOISE.sub('', rest))}", flush=True)
-            elif re.match(r"\S*Error\b", line) and "CalledProcessError" not in line:
-                last_error = f": {line.strip()}"
-    if process.returncode:
-        raise DemoError(f"`mim {shlex.join(arguments[:3])} ...` failed{last_error} (see {log})")
-
-
-def train_and_test(task: Task, work_dir: Path, seed: int) -> dict[str, float]:
-    """Run `mim train` and `mim test`; give the metrics, 0 to 1."""
+def measure(task: Task, work_dir: Path, seed: int) -> dict[str, float]:
+    """Train and test; give the metrics, 0 to 1."""
     folder = task.folder(work_dir)
-    folder.mkdir(parents=True)
     gpus = ["--gpus", "1" if torch.cuda.is_available() else "0"]
-    where = folder.relative_to(ROOT)
-    common = [task.package, task.config, *gpus, "--work-dir", str(where)]
     options = ["--cfg-options", f"randomness.seed={seed}"] if seed else []  # 0 is the configs'
-    mim(f"{task.name}: training", ["train", *common, *options], folder / "train.log")
-    checkpoint = Path((folder / "last_checkpoint").read_text()).relative_to(ROOT)
-    extra = ["--checkpoint", str(checkpoint), "--out", str(where / task.out)]
-    mim(f"{task.name}: testing", ["test", *common, *extra], folder / "test.log")
-    # MMEngine names the folder of a run by the time: the last one is the test's.
-    metrics = json.loads(max(folder.glob("*/*.json")).read_text())
-    return {name: round(metrics[key] * task.scale, 4) for name, key in task.metrics.items()}
+    run = train_and_test(
+        task.name,
+        [task.package, task.config, *gpus],
+        folder,
+        ROOT,
+        training=options,
+        testing=["--out", str(folder.relative_to(ROOT) / task.out)],
+    )
+    return {name: round(run.metrics[key] * task.scale, 4) for name, key in task.metrics.items()}
 
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
-
-
-def read_scalars(folder: Path) -> list[dict]:
-    """What a training run logged, one dict per entry."""
-    text = min(folder.glob("*/vis_data/scalars.json")).read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def paint_curves(all_tasks: list[Task], work_dir: Path) -> None:
@@ -299,7 +262,7 @@ def demo(variant: str, seed: int = 0) -> None:
     detection, segmentation = tasks(variant)
     summary: dict[str, float] = {}
     for task in (detection, segmentation):
-        summary |= train_and_test(task, work_dir, seed)
+        summary |= measure(task, work_dir, seed)
     print("\n== drawing", flush=True)
     paint_curves([detection, segmentation], work_dir)
     paint_predictions([detection, segmentation], work_dir)
@@ -321,7 +284,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         demo(args.variant, args.seed)
-    except DemoError as error:
+    except (CommandError, DemoError) as error:
         sys.exit(f"\nerror: {error}")
     except OSError as error:  # a full disk, most of all
         sys.exit(f"\nerror: {error}; fix that and run it again")

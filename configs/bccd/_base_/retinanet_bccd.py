@@ -61,7 +61,7 @@ test_pipeline = [
 ]
 # No worker processes: the images are small, and times are then those of one process.
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type="InfiniteSampler"),
@@ -100,7 +100,7 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
 test_evaluator = dict(ann_file=data_root + "annotations/instances_test.json")
 
 # Schedule
-train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=600, val_interval=600)
+train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=800, val_interval=800)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(
@@ -115,11 +115,11 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=600),
+    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=800),
 ]
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(type="mmsoft.CheckpointHook", by_epoch=False, interval=600, max_keep_ckpts=1),
+    checkpoint=dict(type="mmsoft.CheckpointHook", by_epoch=False, interval=800, max_keep_ckpts=1),
 )
 log_processor = dict(window_size=10, by_epoch=False)
 randomness = dict(seed=0)

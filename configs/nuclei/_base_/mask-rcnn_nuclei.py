@@ -11,7 +11,7 @@ _base_ = [
 custom_imports = dict(imports=["mmsoft.checkpoint.loader"], allow_failed_imports=False)
 
 strides = [4, 8, 16, 32]
-rpn = dict(nms_pre=1000, max_per_img=500)
+rpn = dict(nms_pre=500, max_per_img=500)
 model = dict(
     neck=dict(out_channels=64, num_outs=4, norm_cfg=dict(type="GN", num_groups=16)),
     rpn_head=dict(
@@ -29,7 +29,7 @@ model = dict(
     # A crop has up to 200 nuclei, a whole image up to 375. RoIAlign is slow on a CPU: fewer regions
     # are sampled for the losses than the default's 512.
     train_cfg=dict(rpn_proposal=rpn, rcnn=dict(sampler=dict(num=64))),
-    test_cfg=dict(rpn=dict(nms_pre=2000, max_per_img=1000), rcnn=dict(max_per_img=500)),
+    test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=1000), rcnn=dict(max_per_img=500)),
 )
 
 # Data: crops of 256x256 for training, whole images of their own size for validation.
@@ -58,7 +58,7 @@ test_pipeline = [
 ]
 # No worker processes: the images are small, and times are then those of one process.
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type="InfiniteSampler"),
@@ -87,7 +87,7 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
 test_evaluator = val_evaluator
 
 # Schedule
-train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=600, val_interval=600)
+train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=700, val_interval=700)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(
@@ -102,11 +102,11 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=600),
+    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=700),
 ]
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(type="mmsoft.CheckpointHook", by_epoch=False, interval=600, max_keep_ckpts=1),
+    checkpoint=dict(type="mmsoft.CheckpointHook", by_epoch=False, interval=700, max_keep_ckpts=1),
 )
 log_processor = dict(window_size=10, by_epoch=False)
 randomness = dict(seed=0)

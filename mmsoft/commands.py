@@ -1,0 +1,116 @@
+"""Commands of mim as the tools run them: progress, errors of one line, time and memory."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
+NOISE = re.compile(
+    r"\b(lr|time|data_time|grad_norm|memory|base_lr|loss_\w+|(?:decode|aux)\.\w+): \S+\s*"
+)
+
+
+class CommandError(Exception):
+    """A command failed; the message is one line and names its log."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a command took: seconds, and the resident memory of its largest process at its peak."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def mim(title: str, arguments: Sequence[str], log: Path, folder: Path) -> Usage:
+    """Run a `mim` command in ``folder``: its output to ``log``, its progress here.
+
+    Raises:
+        CommandError: it failed.
+    """
+    print(f"\n== {title}\n   $ mim {shlex.join(arguments)}", flush=True)
+    command = [sys.executable, "-u", "-m", "mim", *arguments]
+    last_error = ""
+    start = time.monotonic()
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            file.write(line)
+            if match := PROGRESS.search(line):
+                phase, rest = match.groups()
+                print(f"   {phase:5} {re.sub(r' {2,}', '  ', NOISE.sub('', rest))}", flush=True)
+            elif re.match(r"\S*Error\b", line) and "CalledProcessError" not in line:
+                last_error = f": {line.strip()}"
+        # Unlike Popen.wait, this tells the memory of the process and of its descendants.
+        _, status, resources = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise CommandError(f"`mim {shlex.join(arguments[:3])} ...` failed{last_error} (see {log})")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Usage(time.monotonic() - start, resources.ru_maxrss * unit)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model trained and tested: the test's metrics, under MMEngine's names, and the costs."""
+
+    metrics: dict[str, float]
+    training: Usage
+    testing: Usage
+
+
+def train_and_test(
+    name: str,
+    arguments: Sequence[str],
+    work_dir: Path,
+    folder: Path,
+    training: Sequence[str] = (),
+    testing: Sequence[str] = (),
+) -> Run:
+    """Run `mim train` and `mim test` in ``folder``.
+
+    Args:
+        name: what the progress calls the model.
+        arguments: of both commands: package, config, options.
+        work_dir: a new folder in ``folder`` for the logs and the checkpoint.
+        folder: where both run.
+        training: more arguments of `mim train`.
+        testing: more arguments of `mim test`.
+
+    Raises:
+        CommandError: one of them failed.
+    """
+    work_dir.mkdir(parents=True)
+    common = [*arguments, "--work-dir", os.path.relpath(work_dir, folder)]
+    log = work_dir / "train.log"
+    trained = mim(f"{name}: training", ["train", *common, *training], log, folder)
+    checkpoint = os.path.relpath((work_dir / "last_checkpoint").read_text(), folder)
+    extra = ["--checkpoint", checkpoint, *testing]
+    log = work_dir / "test.log"
+    tested = mim(f"{name}: testing", ["test", *common, *extra], log, folder)
+    # MMEngine names the folder of a run by the time: the last one is the test's.
+    report = json.loads(max(work_dir.glob("*/*.json")).read_text())
+    metrics = {key: value for key, value in report.items() if key not in ("time", "data_time")}
+    return Run(metrics, trained, tested)
+
+
+def read_scalars(work_dir: Path) -> list[dict]:
+    """What the training in ``work_dir`` logged, one dict for each entry."""
+    text = min(work_dir.glob("*/vis_data/scalars.json")).read_text()
+    return [json.loads(line) for line in text.splitlines()]

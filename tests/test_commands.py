@@ -1,0 +1,34 @@
+"""Commands of mim as the tools run them."""
+
+import pytest
+
+from mmsoft.commands import CommandError, mim
+
+pytest.importorskip("mim")
+
+
+def test_a_failing_command_is_one_line_that_names_the_log(tmp_path):
+    log = tmp_path / "train.log"
+    with pytest.raises(CommandError) as caught:
+        mim("title", ["train", "mmdet", "no_such_config.py", "--gpus", "0"], log, tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "mim train mmdet no_such_config.py" in message
+    assert "no_such_config.py doesn't exist" in message
+    assert str(log) in message
+
+
+def test_the_memory_is_that_of_the_largest_descendant(tmp_path, monkeypatch):
+    """Of a process that a process starts, as mim starts the training script."""
+    (tmp_path / "mim.py").write_text(
+        "import subprocess, sys, time\n"
+        "inner = 'x = 800_000_000 * bytes([1])'\n"
+        "subprocess.run([sys.executable, '-c', inner], check=True)\n"
+        "time.sleep(0.2)\n"
+        "print('done in', sys.argv[1])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    usage = mim("title", ["folder"], tmp_path / "log", tmp_path)
+    assert (tmp_path / "log").read_text() == "done in folder\n"
+    assert 800e6 < usage.peak_bytes < 1600e6
+    assert 0.2 < usage.seconds < 60
