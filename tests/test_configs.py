@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 LIBRARIES = dict(retinanet="mmdet", mask="mmdet", upernet="mmseg", soft="mmpretrain")
 LIBRARIES["softpp"] = "mmpretrain"
 # A training step of these takes long.
-LONG = re.compile(r"[-_](s|m|l|small|medium|large|huge|amp|layer)[-_]")
+LONG = re.compile(r"[-_](s|m|l|small|medium|large|huge|amp|layer)[-_]|^(?!.*mini).*_(nuclei|bccd)$")
 # Folder -> learning rate (of the arch, if it has its own), weight decay, whether biases decay.
 RECIPES = dict(
     soft=(dict(medium=4e-4, large=3.3e-4, huge=2.7e-4), 1e-3, 0.05, False),
@@ -28,6 +28,8 @@ RECIPES = dict(
     mask_rcnn=({}, 1e-4, 1e-4, True),
     upernet=({}, 6e-5, 0.01, True),
     demo=({}, 2e-3, 0.05, True),
+    nuclei=({}, 1e-3, 0.05, True),
+    bccd=({}, 1e-3, 0.05, True),
 )
 
 
@@ -88,7 +90,7 @@ def test_every_config_asks_for_the_safe_loader_and_hook(library, configs):
 
 @pytest.mark.parametrize(("library", "configs"), libraries().items())
 def test_every_config_builds_with_its_recipes_weight_decay(library, configs, results):
-    """Every parameter of every model. Norms are recognized by the name of their module."""
+    """Every parameter of every model."""
     for line in results(library, configs, "--build"):
         config, settings = Path(line["config"]), line["settings"]
         rates, decays = ({values[i] for values in settings.values()} for i in (0, 1))
@@ -100,15 +102,40 @@ def test_every_config_builds_with_its_recipes_weight_decay(library, configs, res
         assert len(rates) == (10 if "layer-decay" in config.stem else 1), config  # Tiny's depths
         seen = set()
         for name, (_, found) in settings.items():
-            *_, module, parameter = name.split(".")
+            parameter = name.rpartition(".")[2]
             if exempt := (
-                parameter in ("pos_embed", "cls_token")
-                or re.search("norm|bn", module)
+                parameter in ("pos_embed", "cls_token", "relative_position_bias_table")
+                or name in line["norms"]
                 or (parameter == "bias" and not bias_decays)
             ):
                 seen.add(parameter)
             assert found == (0 if exempt else pytest.approx(decay)), f"{config}: {name}"
-        assert seen == {"pos_embed", "cls_token", "weight", "bias"}, config
+        own = {"pos_embed", "cls_token"} if "soft" in config.stem else set()
+        own |= {"relative_position_bias_table"} if "swin" in config.stem else set()
+        assert seen == {"weight", "bias"} | own, config
+
+
+def test_backbones_on_real_images_share_the_rest():
+    """Data, heads and schedule: a config of these folders changes its backbone and its widths."""
+    groups = defaultdict(list)
+    for folder in ("nuclei", "bccd"):
+        for path in sorted((CONFIGS / folder).glob("*.py")):
+            groups[folder, path.stem.partition("_")[0]].append(path)
+    assert [len(paths) for paths in groups.values()] == [6, 6, 6]
+    for paths in groups.values():
+        backbones, rests = [], []
+        for path in paths:
+            config = Config.fromfile(path, import_custom_modules=False).to_dict()
+            backbone = config["model"].pop("backbone")
+            backbones.append(backbone)
+            for part in ("neck", "decode_head", "auxiliary_head"):
+                config["model"].get(part, {}).pop("in_channels", None)
+            rests.append(config)
+            assert not backbone.get("init_cfg"), path
+            assert backbone["type"] != "ResNet" or backbone["norm_eval"] is False, path
+            assert backbone.get("drop_path_rate", 0) == 0, path
+        assert all(rest == rests[0] for rest in rests)
+        assert len({json.dumps(backbone) for backbone in backbones}) == 6
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ another, and mmsoft is first imported by the config. One line of JSON per config
 and what is wrong or nothing.
 
 With `--build`, no step, but in a second for the largest: pipelines, hooks, one pass through
-backbone, neck and heads with arbitrary weights, and the `settings` of the optimizer: learning rate
-and weight decay of every parameter.
+backbone, neck and heads with arbitrary weights, the `settings` of the optimizer: learning rate
+and weight decay of every parameter, and the names of those of normalization layers, `norms`.
 """
 
 import json
@@ -24,13 +24,18 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, TRANSFORMS, init_default_scope
 
 SIZE = 128
+NORMS = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.GroupNorm, torch.nn.LayerNorm)
 
 
 def mmdet_batch(config):
     from mmdet.testing import demo_mm_inputs
 
     head = config.model.get("bbox_head") or config.model.roi_head.bbox_head
-    return demo_mm_inputs(2, [(3, SIZE, SIZE)] * 2, num_classes=head.num_classes, with_mask=True)
+    classes = head.num_classes + 1  # its labels begin at 1
+    batch = demo_mm_inputs(2, [(3, SIZE, SIZE)] * 2, num_classes=classes, with_mask=True)
+    for sample in batch["data_samples"]:
+        sample.gt_instances.labels -= 1
+    return batch
 
 
 def mmseg_batch(config):
@@ -102,6 +107,8 @@ def step(library, path):
     for module in model.modules():
         if type(module).__name__ == "DropPath":
             module.drop_prob = 0  # so that no block is left out by chance
+        if type(module).__name__ == "BasicBlock":
+            torch.nn.init.ones_(module.norm2.weight)  # 0 at first, as are all gradients before it
     losses = model(**model.data_preprocessor(data, training=True), mode="loss")
     loss, _ = model.parse_losses(losses)
     loss.backward()
@@ -164,8 +171,16 @@ def build(library, path):
     groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     settings = {name: settings[id(p)] for name, p in model.named_parameters()}
+    norms = [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for parameter, _ in module.named_parameters()
+    ]
 
-    model = revert_sync_batchnorm(model.to_empty(device="cpu")).eval()
+    if is_ours:  # emptying the peers' would also empty what they index with
+        model = model.to_empty(device="cpu")
+    model = revert_sync_batchnorm(model).eval()
     for parameter in model.parameters():
         torch.nn.init.uniform_(parameter, -0.05, 0.05)
     for module in model.modules():
@@ -174,7 +189,7 @@ def build(library, path):
     with torch.no_grad():
         features = model.extract_feat(torch.randn(1, 3, SIZE, SIZE))
         assert is_finite(outputs(library, model, features))
-    return dict(problems=[], settings=settings)
+    return dict(problems=[], settings=settings, norms=norms)
 
 
 def main(check, library, paths):
