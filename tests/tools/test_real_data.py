@@ -1,0 +1,292 @@
+"""Real images: the page, its rows, and training on data as the converters write them.
+
+The long tests convert the real archives, `dsb2018.tar` and `bccd.tar` in the folder that
+MMSOFT_REAL_DATA names (default: `../shared/data` beside the repository), and are skipped without.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from loading import load_tool
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[2]
+ARCHIVES = Path(os.environ.get("MMSOFT_REAL_DATA", ROOT.parent / "shared/data"))
+MINI = dict(
+    mask_rcnn="nuclei/mask-rcnn_softpp-mini_fpn_nuclei.py",
+    upernet="nuclei/upernet_softpp-mini_nuclei.py",
+    retinanet="bccd/retinanet_softpp-mini_fpn_bccd.py",
+)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load_tool("dev/real_data.py")
+
+
+# ---------------------------------------------------------------------------------- the page
+
+
+def test_the_page_is_current(tool):
+    assert tool.PAGE.read_text() == tool.render(tool.read(tool.ROWS)), "run real_data.py table"
+
+
+def test_every_row_is_of_a_config_as_it_is(tool):
+    """A row of an older schedule would stand beside the others as if it were of the same."""
+    for row in tool.read(tool.ROWS):
+        path = ROOT / "configs" / row["config"]
+        config = Config.fromfile(path, import_custom_modules=False)
+        assert row["scheduled_iterations"] == config.train_cfg.max_iters, row["config"]
+
+
+def row(config, seed=0, iterations=10, score=0.5, memory=5e8, **changes):
+    return dict(
+        config=config,
+        seed=seed,
+        commit="0123456789ab",
+        iterations=iterations,
+        scheduled_iterations=10,
+        metrics={"mIoU": 100 * score} if "upernet" in config else {"coco/bbox_mAP": score},
+        parameters=9_000_000 if "softpp" in config else 3_000_000,
+        seconds_per_iteration=1.0,
+        training_seconds=12.5,
+        testing_seconds=5.0,
+        peak_bytes=int(memory),
+        threads=1,
+        device="a processor",
+        versions=dict(torch="2.13.0"),
+        **changes,
+    )
+
+
+def lines(page):
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_seeds_share_a_line_and_rows_are_in_the_order_of_their_parameters(tool):
+    name = "nuclei/upernet_softpp-mini_nuclei.py"
+    rows = [
+        row("bccd/retinanet_r18_fpn_bccd.py"),
+        row(name, 2, score=0.9, memory=7e8),
+        row(name, 0, score=0.8),
+        row("nuclei/upernet_pvtv2-b0_nuclei.py", score=0.95),
+    ]
+    page = tool.render(rows)
+    assert page.index("## Nuclei, UperNet") < page.index("## Blood cells, RetinaNet")
+    assert "\na processor, 1 thread; torch 2.13.0; commit 0123456789ab.\n" in page
+    header, _, first, second, other, *_ = lines(page)
+    assert header[:5] == ["backbone", "params (M)", "seeds", "iterations", "mIoU"]
+    assert first[:5] == ["PVTv2-B0", "3.00", "0", "10", "0.950"]
+    assert second == [
+        *("SOFT++ mini", "9.00", "0, 2", "10", "0.850 (0.800-0.900)"),
+        *("1.00", "12", "700"),
+    ]
+    assert other[4] == "box AP"
+    assert "same time" not in page
+
+
+def test_rows_of_another_length_have_a_table_beside_ours(tool):
+    names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
+    page = tool.render([*map(row, names), row(names[1], iterations=7)])
+    same, rest = page.split("for about the same time")
+    assert [line[3] for line in lines(same)[2:]] == ["10", "10"]
+    assert [(line[0], line[3]) for line in lines(rest)[2:]] == [
+        ("PVTv2-B0", "7"),
+        ("SOFT++ mini", "10"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a row"),
+        ("[]", "lacks config, seed"),
+        (json.dumps(row("nuclei/x_y_z.py")), "of no known task"),
+    ],
+)
+def test_what_is_no_row_is_named(tool, tmp_path, content, message):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"bad.json .*{message}"):
+        tool.read(tmp_path)
+
+
+def test_timings(tool):
+    entries = [
+        dict(step=10, time=5.0, loss=1),
+        dict(step=20, time=1.0, loss=1),
+        dict(step=30, time=2.0, loss=1),
+        dict(step=30, mIoU=3),
+    ]
+    assert tool.timings(entries, 34) == (1.5, 50 + 10 + 20 + 8)
+    assert tool.timings(entries[:1], 10) == (5.0, 50)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def draw_nuclei(folder, name, rng, size=(256, 256)):
+    """One image of bright discs in the layout of the original repository."""
+    image = np.full((*size, 4), 20, np.uint8)
+    image[..., 3] = 255
+    (folder / name / "images").mkdir(parents=True)
+    (folder / name / "masks").mkdir()
+    for number in range(6):
+        mask = np.zeros(size, np.uint8)
+        centre = 40 * (number % 3) + 60, 80 * (number // 3) + 60
+        cv2.circle(mask, centre, int(rng.integers(8, 18)), 255, -1)
+        image[mask > 0, :3] = 180
+        cv2.imwrite(str(folder / name / f"masks/{number}.png"), mask)
+    cv2.imwrite(str(folder / name / f"images/{name}.png"), image)
+
+
+def draw_cells(root, names):
+    """Images of two cells in the layout of the original repository."""
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    box = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+    for name in names:
+        image = np.full((480, 640, 3), 220, np.uint8)
+        cv2.circle(image, (200, 200), 50, (60, 60, 200), -1)
+        cv2.circle(image, (400, 300), 90, (160, 40, 90), -1)
+        cv2.imwrite(str(root / f"JPEGImages/{name}.jpg"), image)
+        cells = ("RBC", 150, 150, 250, 250), ("WBC", 310, 210, 490, 390)
+        xml = "".join(f"<object><name>{c}</name>{box.format(*b)}</object>" for c, *b in cells)
+        (root / f"Annotations/{name}.xml").write_text(f"<annotation>{xml}</annotation>")
+    for split, part in (("train", names[2:]), ("val", names[:1]), ("test", names[1:2])):
+        (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(part))
+
+
+@pytest.fixture
+def drawn(run_tool, tmp_path):
+    """A folder whose data/ has a handful of drawn images, converted."""
+    rng = np.random.default_rng(0)
+    nuclei = load_tool("dataset_converters/nuclei.py")
+    validation = nuclei.VALIDATION.read_text().split()[0]
+    for name in ("a", "b", validation):
+        # One has another size than the crops, and is not a multiple of 32.
+        size = (260, 300) if name == validation else (256, 256)
+        draw_nuclei(tmp_path / "nuclei/stage1_train", name, rng, size)
+    draw_cells(tmp_path / "cells/BCCD", list("abcd"))
+    for converter, source in (("nuclei", "nuclei"), ("bccd", "cells")):
+        status, _, error = run_tool(
+            f"dataset_converters/{converter}.py", tmp_path / source, tmp_path / "data" / converter
+        )
+        assert status == 0, error
+    return tmp_path
+
+
+def run_row(run_outside, tmp_path, config, iterations):
+    tool = ROOT / "tools/dev/real_data.py"
+    options = ["--iters", iterations, "--seed", 1, "--work-dir", "work", "--out", "rows"]
+    done = run_outside(tool, "run", ROOT / "configs" / config, *options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = (tmp_path / "rows").iterdir()
+    assert path.name == f"{Path(config).stem}_{iterations}-iterations_seed1.json"
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", MINI)
+@pytest.mark.long
+def test_a_row_from_drawn_images(tool, drawn, run_outside, name):
+    found = run_row(run_outside, drawn, MINI[name], 2)
+    assert set(found) == set(tool.FIELDS)
+    assert found["iterations"] == 2
+    assert found["seed"] == 1
+    assert found["parameters"] > 8e5
+    assert 1e8 < found["peak_bytes"] < 8e9
+    assert 0 < found["seconds_per_iteration"] <= found["training_seconds"] + 0.1
+    assert tool.task_of(found) in tool.TASKS
+    assert set(found["metrics"]) & set(tool.METRICS)
+    assert tool.render([found]).count("\n| SOFT++ mini ") == 1
+    assert any("randomness = dict(seed=1)" in p.read_text() for p in drawn.glob("work/*.py"))
+
+
+STEP = """
+import sys
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+for path in sys.argv[1:]:
+    config = Config.fromfile(path)
+    config.work_dir = "work"
+    config.train_cfg.max_iters = 1
+    config.param_scheduler = None
+    config.val_cfg = config.val_dataloader = config.val_evaluator = None
+    runner = Runner.from_cfg(config)
+    runner.train()
+    print("trained", runner.iter)
+    runner.test()
+"""
+
+
+@pytest.mark.parametrize("package", ["mmdet", "mmseg"])
+def test_drawn_images_are_converted_trained_on_and_tested(drawn, run_outside, package):
+    """One iteration, and the validation images, of each of a library's small models."""
+    pytest.importorskip(package)
+    names = ["upernet"] if package == "mmseg" else ["mask_rcnn", "retinanet"]
+    paths = [ROOT / "configs" / MINI[name] for name in names]
+    done = run_outside("-W", "ignore", "-c", STEP, *paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("\ntrained 1\n") == len(names)
+
+
+# --------------------------------------------------------------------------------- the archives
+
+
+def unpack(archive, folder):
+    if not archive.is_file():
+        pytest.skip(f"{archive} is not there")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("converter", "archive", "names", "expected"),
+    [
+        (
+            "nuclei",
+            "dsb2018.tar",
+            ["mask_rcnn", "upernet"],
+            dict(train=(531, 22942), val=(133, 6044)),
+        ),
+        (
+            "bccd",
+            "bccd.tar",
+            ["retinanet"],
+            dict(train=(205, 2804), val=(87, 1137), test=(72, 945)),
+        ),
+    ],
+)
+def test_the_archives_are_converted_and_trained_on(
+    tool, run_outside, tmp_path, converter, archive, names, expected
+):
+    unpack(ARCHIVES / archive, tmp_path / "raw")
+    script = ROOT / f"tools/dataset_converters/{converter}.py"
+    command = [
+        sys.executable,
+        str(script),
+        str(tmp_path / "raw"),
+        str(tmp_path / "data" / converter),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    for split, counts in expected.items():
+        path = tmp_path / f"data/{converter}/annotations/instances_{split}.json"
+        content = json.loads(path.read_text())
+        assert (len(content["images"]), len(content["annotations"])) == counts
+    for name in names:
+        found = run_row(run_outside, tmp_path, MINI[name], 20)
+        assert set(found["metrics"]) & set(tool.METRICS)
+        (tmp_path / "work").rename(tmp_path / f"work_{name}")
+        (tmp_path / "rows").rename(tmp_path / f"rows_{name}")
