@@ -43,7 +43,7 @@ dataset = dict(
 # No worker processes: the images are small, and times are then those of one process.
 loading = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    batch_size=2,
+    batch_size=4,  # the head normalizes over the batch alone where it pools to 1x1
     dataset=dict(
         data_prefix=dict(img_path="images/train", seg_map_path="masks/train"),
         pipeline=train_pipeline,
@@ -62,7 +62,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 # Schedule
-train_cfg = dict(max_iters=800, val_interval=800)
+train_cfg = dict(max_iters=500, val_interval=500)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(
@@ -77,11 +77,11 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=800),
+    dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=0, end=500),
 ]
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(type="mmsoft.CheckpointHook", interval=800, max_keep_ckpts=1),
+    checkpoint=dict(type="mmsoft.CheckpointHook", interval=500, max_keep_ckpts=1),
 )
 log_processor = dict(window_size=10)
 randomness = dict(seed=0)
