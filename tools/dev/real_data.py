@@ -55,6 +55,7 @@ FIELDS = (
     *("seconds_per_iteration", "training_seconds", "testing_seconds", "peak_bytes", "threads"),
     *("device", "versions"),
 )
+PACKAGES = ("python", "torch", "mmsoft", "mmengine", "mmcv", "mmdet", "mmsegmentation")
 NAME = re.compile(r"(?P<model>mask-rcnn|upernet|retinanet)_(?P<backbone>[^_]+)_\w+")
 
 Row = dict[str, Any]
@@ -141,7 +142,7 @@ def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path
         peak_bytes=done.training.peak_bytes,
         threads=torch.get_num_threads(),
         device=device_name("cpu"),
-        versions={k: v for k, v in versions().items() if k != "mmpretrain"},
+        versions={name: version for name, version in versions().items() if name in PACKAGES},
     )
     target = out / f"{name}.json"
     with write_whole(target) as partial:
