@@ -6,6 +6,7 @@ model = dict(
         type="ResNet",
         depth=18,
         norm_eval=False,
+        out_indices=(1, 2, 3),
     ),
-    neck=dict(in_channels=[64, 128, 256, 512]),
+    neck=dict(in_channels=[128, 256, 512]),
 )

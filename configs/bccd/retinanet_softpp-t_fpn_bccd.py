@@ -6,6 +6,7 @@ model = dict(
         type="mmsoft.SOFTPlusPlus",
         arch="tiny",
         solver="direct",
+        out_indices=(1, 2, 3),
     ),
-    neck=dict(in_channels=[64, 128, 320, 512]),
+    neck=dict(in_channels=[128, 320, 512]),
 )

@@ -12,7 +12,7 @@ custom_imports = dict(imports=["mmsoft.checkpoint.loader"], allow_failed_imports
 
 norm_cfg = dict(type="GN", num_groups=16)
 model = dict(
-    neck=dict(out_channels=96, num_outs=3, norm_cfg=norm_cfg),
+    neck=dict(start_level=0, out_channels=96, num_outs=3, norm_cfg=norm_cfg),  # strides 8, 16, 32
     bbox_head=dict(
         num_classes=3,
         in_channels=96,
