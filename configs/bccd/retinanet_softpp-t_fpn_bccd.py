@@ -1,12 +1,6 @@
-_base_ = "./_base_/retinanet_bccd.py"
+_base_ = "./retinanet_softpp-mini_fpn_bccd.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="mmsoft.SOFTPlusPlus",
-        arch="tiny",
-        solver="direct",
-        out_indices=(1, 2, 3),
-    ),
+    backbone=dict(arch="tiny"),
     neck=dict(in_channels=[128, 320, 512]),
 )

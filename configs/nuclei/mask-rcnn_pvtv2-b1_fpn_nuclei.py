@@ -1,12 +1,6 @@
-_base_ = "./_base_/mask-rcnn_nuclei.py"
+_base_ = "./mask-rcnn_pvtv2-b0_fpn_nuclei.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="PyramidVisionTransformerV2",
-        embed_dims=64,
-        num_layers=[2, 2, 2, 2],
-        drop_path_rate=0.0,
-    ),
+    backbone=dict(embed_dims=64),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )

@@ -1,11 +1,6 @@
-_base_ = "./_base_/mask-rcnn_nuclei.py"
+_base_ = "./mask-rcnn_softpp-mini_fpn_nuclei.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="mmsoft.SOFTPlusPlus",
-        arch="tiny",
-        solver="direct",
-    ),
+    backbone=dict(arch="tiny"),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )

@@ -1,13 +1,7 @@
-_base_ = "./_base_/upernet_nuclei.py"
+_base_ = "./upernet_pvtv2-b0_nuclei.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="mmdet.PyramidVisionTransformerV2",
-        embed_dims=64,
-        num_layers=[2, 2, 2, 2],
-        drop_path_rate=0.0,
-    ),
+    backbone=dict(embed_dims=64),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
     auxiliary_head=dict(in_channels=320),
 )

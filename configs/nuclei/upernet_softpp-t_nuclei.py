@@ -1,12 +1,7 @@
-_base_ = "./_base_/upernet_nuclei.py"
+_base_ = "./upernet_softpp-mini_nuclei.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="mmsoft.SOFTPlusPlus",
-        arch="tiny",
-        solver="direct",
-    ),
+    backbone=dict(arch="tiny"),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
     auxiliary_head=dict(in_channels=320),
 )
