@@ -67,7 +67,7 @@ def check_attention(
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
-def check_choice(candidates: Tensor, budget: int, tolerance: float, sharpness: float) -> None:
+def check_choice(candidates: Tensor, budget: int, tolerance: float) -> None:
     """Of :func:`mmsoft.ops.choose_landmarks`."""
     if not isinstance(candidates, Tensor) or not candidates.is_floating_point():
         raise TypeError("candidates must be a floating-point tensor")
@@ -80,8 +80,6 @@ def check_choice(candidates: Tensor, budget: int, tolerance: float, sharpness: f
         raise ValueError(f"budget must be a positive integer, got {budget!r}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance!r}")
-    if not sharpness > 0:
-        raise ValueError(f"sharpness must be positive, got {sharpness!r}")
 
 
 def check_patches(

@@ -84,7 +84,7 @@ def tikhonov_filter(a: Tensor) -> Tensor:
 
 
 def choose_landmarks(
-    candidates: Tensor, budget: int, *, tolerance: float = 0.03, sharpness: float = 4.0
+    candidates: Tensor, budget: int, *, tolerance: float = 0.1
 ) -> tuple[Tensor, Tensor]:
     """:func:`mmsoft.ops.choose_landmarks`, each residual from the whole Gram matrix."""
     batch, heads, total, _ = candidates.shape
@@ -103,7 +103,9 @@ def choose_landmarks(
             explained = torch.linalg.solve(gram[chosen][:, chosen], gram[chosen])
             score = residual = 1 - (gram[chosen] * explained).sum(0)
         index[b, h, : len(chosen)] = torch.tensor(chosen)
-        counts[b, h, : len(chosen)] = gram[chosen].pow(sharpness).sum(-1)
+        distances = (points[chosen][:, None] - points).square().sum(-1)
+        nearest = distances.argmin(0)
+        counts[b, h, : len(chosen)] = nearest.bincount(minlength=len(chosen)).to(counts.dtype)
     return index, counts
 
 
@@ -111,7 +113,13 @@ def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -
     """:func:`mmsoft.ops.salient_mean`, token by token."""
     if valid is not None:
         patches = patches[..., valid, :]
-    weights = (patches - centre[:, None, :, None]).detach().square().sum(-1, keepdim=True) + 1e-12
+    weights = (
+        (patches - centre[:, None, :, None])
+        .detach()
+        .square()
+        .sum(-1, keepdim=True)
+        .clamp(min=1e-12)
+    )
     return (weights * patches).sum(-2) / weights.sum(-2)
 
 

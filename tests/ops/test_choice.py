@@ -36,12 +36,10 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("shape", "budget", "tolerance"), CHOICES, ids=str)
-@pytest.mark.parametrize("sharpness", [1.0, 4.0])
-def test_the_choice_is_that_of_the_definition(shape, budget, tolerance, sharpness):
+def test_the_choice_is_that_of_the_definition(shape, budget, tolerance):
     candidates = normal(*shape, scale=0.4)
-    options = dict(tolerance=tolerance, sharpness=sharpness)
-    index, counts = choose_landmarks(candidates, budget, **options)
-    expected, truth = reference.choose_landmarks(candidates, budget, **options)
+    index, counts = choose_landmarks(candidates, budget, tolerance=tolerance)
+    expected, truth = reference.choose_landmarks(candidates, budget, tolerance=tolerance)
     assert torch.equal(index, expected)
     torch.testing.assert_close(counts, truth)
 
@@ -116,7 +114,6 @@ def test_any_finite_candidates(size):
         ((torch.zeros(1, 1, 0, 2), 3), {}, r"got shape \(1, 1, 0, 2\)"),
         ((torch.zeros(1, 1, 4, 2), 0), {}, "budget must be a positive integer, got 0"),
         ((torch.zeros(1, 1, 4, 2), 3), dict(tolerance=1), r"tolerance must be in \[0, 1\), got 1"),
-        ((torch.zeros(1, 1, 4, 2), 3), dict(sharpness=0), "sharpness must be positive, got 0"),
     ],
 )
 def test_invalid_choices(arguments, options, message):
@@ -125,7 +122,7 @@ def test_invalid_choices(arguments, options, message):
 
 
 def test_choice_is_an_operator():
-    opcheck(torch.ops.mmsoft.landmark_choice, (normal(2, 2, 20, 4), 6, 0.03, 4.0))
+    opcheck(torch.ops.mmsoft.landmark_choice, (normal(2, 2, 20, 4), 6, 0.03))
 
 
 def test_choice_under_transforms():

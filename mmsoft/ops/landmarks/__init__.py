@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_patches
-from ..gaussian.kernel import COORDINATE_MAX
-from ..island import compute_dtype
+from ..island import compute_dtype, matmul
 from .grid import landmark_centres, landmark_grid
 from .operators import choose, patches
+
+# Of squared distances: sums of a few stay finite.
+DISTANCE_MAX = 1e30
 
 __all__ = [
     "choose_landmarks",
@@ -56,7 +58,7 @@ def landmark_patches(
 
 
 def choose_landmarks(
-    candidates: Tensor, budget: int, *, tolerance: float = 0.03, sharpness: float = 4.0
+    candidates: Tensor, budget: int, *, tolerance: float = 0.1
 ) -> tuple[Tensor, Tensor]:
     """Choose the landmarks that explain the candidates best, head by head.
 
@@ -70,20 +72,19 @@ def choose_landmarks(
         budget: at most this many landmarks.
         tolerance: a candidate is not taken once so little of its kernel value of 1 is left
             unexplained; in [0, 1).
-        sharpness: exponent ``p`` of the counts.
 
     Returns:
         ``index``, ``[B, h, k]`` in the order of the choice, int64, ``k = min(M, budget)``; and
-        ``counts``, ``sum_c K(l_j, c)^p`` over all candidates, at least 1, float32 (float64 for
-        float64). Both are 0 where fewer landmarks suffice. No gradient.
+        ``counts``, how many candidates have this landmark as their nearest, at least 1, float32
+        (float64 for float64). Both are 0 where fewer landmarks suffice. No gradient.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
     if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
         budget = int(budget)
-    check_choice(candidates, budget, tolerance, sharpness)
-    return choose(candidates, budget, float(tolerance), float(sharpness))
+    check_choice(candidates, budget, tolerance)
+    return choose(candidates, budget, float(tolerance))
 
 
 def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -102,10 +103,9 @@ def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -
     """
     patches = patches.to(compute_dtype(patches))
     with torch.no_grad():
-        bounded = patches.clamp(-COORDINATE_MAX, COORDINATE_MAX)
-        origin = centre.to(patches.dtype).clamp(-COORDINATE_MAX, COORDINATE_MAX)
-        weights = (bounded - origin[:, None, :, None]).square().sum(-1, keepdim=True) + 1e-12
+        origin = centre.to(patches.dtype)[:, None, :, None]
+        weights = (patches - origin).square_().sum(-1).clamp(1e-12, DISTANCE_MAX)
         if valid is not None:
-            weights = weights * valid[:, None]
-        weights = weights / weights.sum(-2, keepdim=True)
-    return (weights * patches).sum(-2)
+            weights = weights * valid
+        weights = (weights / weights.sum(-1, keepdim=True))[..., None, :]
+    return matmul(weights, patches).squeeze(-2)

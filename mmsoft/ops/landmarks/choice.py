@@ -1,6 +1,7 @@
 """The greedy choice of landmarks, a pivoted Cholesky factorization, in plain torch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..gaussian.kernel import COORDINATE_MAX, centre
@@ -8,39 +9,50 @@ from ..island import compute_dtype, no_autocast
 from ..mode import transformed
 
 
-def choose(
-    candidates: Tensor, budget: int, tolerance: float, sharpness: float
-) -> tuple[Tensor, Tensor]:
+def choose(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """The choice, see :func:`mmsoft.ops.choose_landmarks`."""
     batch, heads, total, d = candidates.shape
     points = candidates.detach().flatten(0, 1).to(compute_dtype(candidates))
     points = points.clamp(-COORDINATE_MAX, COORDINATE_MAX)
-    points = (points - centre(points)).mT.contiguous()  # [B * heads, d, M]
-    half = points.square().sum(1).mul_(0.5)
+    points = (points - centre(points)).mT  # [B * heads, d, M]
+    half = points.square().sum(1, keepdim=True) * 0.5
     kept = torch.sym_min(total, budget)
-    residual = torch.ones_like(half)  # of each candidate's own kernel value, not yet explained
-    factor = half.new_zeros(*half.shape[:1], kept, total)
-    index = half.new_zeros(*half.shape[:1], kept, dtype=torch.long)
-    counts = half.new_zeros(*half.shape[:1], kept)
+    # What a step takes of its pivot lies together: -distance^2 / 2 is a product of [p, 1, -half] of
+    # the pivot with [p, -half, 1] of all, and the factor's rows follow.
+    right = torch.cat((points, -half, torch.ones_like(half)), 1)
+    factor = half.new_zeros(half.shape[0], kept, total)
+    columns = torch.cat((points, torch.ones_like(half), -half, factor), 1)
+    factor, width = columns[:, d + 2 :], columns.shape[1]
+    residual = torch.ones_like(
+        half[:, 0]
+    )  # of each candidate's own kernel value, not yet explained
+    left, pivot = residual[:, :1], (-half[:, 0]).argmax(1, keepdim=True)
+    pivots, present = [], []
     # To ask would make a GPU wait, and cannot be recorded under a transform.
     stops = candidates.device.type == "cpu" and not transformed()
     for j in range(kept):
-        pivot = (-half if j == 0 else residual).argmax(1, keepdim=True)
-        left = residual.gather(1, pivot)
         new = left > tolerance
-        if stops and not new.any():
+        if j and stops and not new.any():
             break
-        point = points.gather(2, pivot[:, None].expand(-1, d, 1))
-        own = half.gather(1, pivot)
+        pivots.append(pivot)
+        present.append(new)
+        column = columns.gather(2, pivot[:, None].expand(-1, width, 1)).mT
         with no_autocast(points):
-            row = (point.mT @ points).squeeze(1)
-            row = row.sub_(half).sub_(own).clamp_(max=0).exp_().scatter(1, pivot, 1.0)
-            index[:, j : j + 1] = torch.where(new, pivot, 0)
-            power = row.square().square() if sharpness == 4 else row.pow(sharpness)
-            counts[:, j] = power.sum(1) * new.squeeze(1)
-            past = factor[:, :j].gather(2, pivot[:, None].expand(-1, j, 1))
-            row = row - (past.mT @ factor[:, :j]).squeeze(1)
-        row = torch.where(new, row * left.clamp(min=1e-12).rsqrt(), 0)
+            row = (column[..., : d + 2] @ right).clamp_(max=0).exp_()
+            row = row.squeeze(1).scatter_(1, pivot, 1.0)
+            if j:
+                row = row - (column[..., d + 2 : d + 2 + j] @ factor[:, :j]).squeeze(1)
+        row = row * torch.where(new, left.clamp(min=1e-12).rsqrt(), 0)
         factor[:, j] = row
-        residual = torch.addcmul(residual, row, row, value=-1).scatter(1, pivot, -1.0)
+        residual = torch.addcmul(residual, row, row, value=-1).scatter_(1, pivot, -1.0)
+        left, pivot = residual.max(1, keepdim=True)
+    chosen, taken = torch.cat(pivots, 1), torch.cat(present, 1)
+    with no_autocast(points):
+        near = points.gather(2, chosen[:, None].expand(-1, d, -1)).mT @ points
+    near = near - half[:, 0].gather(1, chosen)[..., None]  # largest for the nearest landmark
+    owner = near.masked_fill(~taken[..., None], -torch.inf).argmax(1)
+    counts = torch.zeros_like(half[:, 0, :kept]).scatter_add(1, owner, torch.ones_like(residual))
+    chosen, taken = (F.pad(t, (0, kept - t.shape[1])) for t in (chosen, taken))
+    counts = torch.where(taken, counts.clamp(min=1), 0)
+    index = torch.where(taken, chosen, 0)
     return index.unflatten(0, (batch, heads)), counts.unflatten(0, (batch, heads))
