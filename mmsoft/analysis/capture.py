@@ -32,6 +32,7 @@ class BlockState:
     v: Tensor
     landmarks: Tensor
     counts: Tensor | None = None  # of landmarks by content, [B, heads, m]
+    index: Tensor | None = None  # of their patches, [B, heads, m]
 
     @property
     def options(self) -> dict[str, Any]:

@@ -113,9 +113,6 @@ class SoftmaxFreeAttention(nn.Module):
         self.landmark_norm = nn.LayerNorm(self.head_dims)
         self.init_landmark_norm(attn_init)
         self.use_landmarks(landmarks)
-        if self.by_content:
-            nn.init.zeros_(self.landmark_norm.weight)
-            nn.init.zeros_(self.landmark_norm.bias)
         self.value_conv = ValueConv2d(num_heads, value_kernel)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
@@ -192,42 +189,47 @@ class SoftmaxFreeAttention(nn.Module):
 
     def sample_landmarks(
         self, q: Tensor, hw_shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Landmarks of the queries ``[B, H*W, C]``.
 
         ``'released'``: GELU of LayerNorm of a strided convolution; a budget keeps patches at even
-        distances. ``'content'``: the :func:`~mmsoft.ops.salient_mean` of a patch, plus the released
-        landmark as a residual that starts at 0; :func:`~mmsoft.ops.choose_landmarks` keeps those
-        patches that explain the others.
+        distances. ``'content'``: the :func:`~mmsoft.ops.salient_mean` of a patch;
+        :func:`~mmsoft.ops.choose_landmarks` keeps those that explain the others.
 
         Returns:
-            ``[B, heads, m, d]`` and, by content, the counts ``[B, heads, m]``.
+            ``[B, heads, m, d]`` and, by content, the counts and the numbers of the patches, row by
+            row, both ``[B, heads, m]``.
         """
         grid = (hw_shape, self.num_heads, self.landmark_stride)
         if not self.by_content:
-            return self._landmarks(landmark_patches(q, *grid, self.max_landmarks)), None
+            patches = landmark_patches(q, *grid, self.max_landmarks)
+            sampled = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
+            return F.gelu(self.landmark_norm(sampled)).transpose(1, 2), None, None
         with torch.no_grad():
             centre = q.to(compute_dtype(q)).mean(1).unflatten(1, (self.num_heads, self.head_dims))
             valid = self._inside(hw_shape, q.device)
-            every = self._landmarks(landmark_patches(q, *grid), centre, valid)
+            every = salient_mean(landmark_patches(q, *grid), centre, valid).transpose(1, 2)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
             index, counts = choose_landmarks(every, budget)
-        return self._landmarks(landmark_patches(q, *grid, index=index), centre, valid), counts
+        chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
+        return chosen.transpose(1, 2) + self._nothing(), counts, index
+
+    def _nothing(self) -> Tensor | float:
+        """0 that depends on the parameters of released landmarks, which those by content lack.
+
+        Released weights may be loaded once an optimizer and DistributedDataParallel know the
+        parameters, and the latter waits for a gradient of each.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return 0.0
+        parts = (self.landmark_norm, self.landmark_conv)
+        idle = [p.sum() for part in parts if part is not None for p in part.parameters()]
+        return 0.0 * torch.stack(idle).sum()
 
     def _inside(self, hw_shape: tuple[int, int], device: torch.device) -> Tensor:
         """Which tokens of a patch are not padding, ``[r*r]``: all, unless the image is smaller."""
         side = torch.arange(self.landmark_stride, device=device)
         return ((side < hw_shape[0])[:, None] & (side < hw_shape[1])).flatten()
-
-    def _landmarks(
-        self, patches: Tensor, centre: Tensor | None = None, valid: Tensor | None = None
-    ) -> Tensor:
-        """``[B, m, heads, r*r, d] -> [B, heads, m, d]``."""
-        landmarks = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
-        landmarks = F.gelu(self.landmark_norm(landmarks))
-        if centre is not None:
-            landmarks = salient_mean(patches, centre, valid) + landmarks
-        return landmarks.transpose(1, 2)
 
     def convolve_values(self, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The depthwise convolution of ``v [B, H*W, C]``, one filter for all channels of a head."""
@@ -276,7 +278,7 @@ class SoftmaxFreeAttention(nn.Module):
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
         split = (self.num_heads, self.head_dims)
-        landmarks, counts = self.sample_landmarks(q, hw_shape)
+        landmarks, counts, _ = self.sample_landmarks(q, hw_shape)
         out = softmax_free_attention(
             q.unflatten(2, split).transpose(1, 2),
             v.unflatten(2, split).transpose(1, 2),

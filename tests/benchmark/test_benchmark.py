@@ -33,7 +33,7 @@ def test_released_attention_equals_the_reference():
     layer = ReleasedAttention(64, 2, 4, 5, normalize=True, attn_init="released").double()
     layer.landmark_norm.weight.data.fill_(0.5)
     q, v = torch.randn(2, 1, 16 * 24, 64).double().unbind()
-    ours, _ = layer.sample_landmarks(q, (16, 24))
+    ours, *_ = layer.sample_landmarks(q, (16, 24))
     split = [t.unflatten(2, (2, 32)).transpose(1, 2) for t in (q, v)]
     expected = reference.softmax_free_attention(*split, ours).transpose(1, 2).flatten(2)
     found = layer.float().attend(q.float(), v.float(), (16, 24))

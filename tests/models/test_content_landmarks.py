@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from loading import load_tool
 from released import ARCH
 from torch import nn
@@ -31,25 +30,37 @@ def backbone(**options):
     return SOFTPlusPlus(ARCH, **{**OPTIONS, **options})
 
 
-def test_every_parameter_learns():
+IDLE = {"landmark_conv.weight", "landmark_norm.weight", "landmark_norm.bias"}
+
+
+def test_every_parameter_has_a_gradient():
+    """Which is 0 where the parameter is that of released landmarks."""
     model = backbone().train()
     sum(out.square().sum() for out in model(torch.randn(2, 3, 96, 128))).backward()
-    # The convolution's residual starts at 0, by the norm behind it.
-    still = {n for n, p in model.named_parameters() if not p.grad.any()}
-    assert {name.rpartition(".attn.")[2] for name in still} <= {"landmark_conv.weight"}
+    still = {n.rpartition(".attn.")[2] for n, p in model.named_parameters() if not p.grad.any()}
+    assert still == IDLE
+
+
+def test_an_optimizer_built_before_released_weights_were_loaded_trains_all_of_them():
+    model = backbone().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model.load_state_dict(backbone(landmarks="released").state_dict())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sum(out.square().sum() for out in model(torch.randn(2, 3, 96, 128))).backward()
+    optimizer.step()
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
 
 
 def test_landmarks_are_the_definition_of_the_chosen_patches():
     attn = layer()
-    attn.landmark_norm.weight.data.normal_(std=0.1)
     q = torch.randn(2, 24 * 32, 64)
-    landmarks, counts = attn.sample_landmarks(q, (24, 32))
+    landmarks, counts, chosen_patches = attn.sample_landmarks(q, (24, 32))
     tokens = q.double().view(2, 6, 4, 8, 4, 2, 32).permute(0, 1, 3, 5, 2, 4, 6)
     patches = tokens.reshape(2, 48, 2, 16, 32)
     centre = q.double().mean(1).view(2, 2, 32)
-    released = F.gelu(attn.landmark_norm(attn.landmark_conv(patches.float())))
-    candidates = (reference.salient_mean(patches, centre) + released).transpose(1, 2)
+    candidates = reference.salient_mean(patches, centre).transpose(1, 2)
     index, truth = reference.choose_landmarks(candidates, 16)
+    assert torch.equal(chosen_patches, index)
     torch.testing.assert_close(counts.double(), truth, rtol=1e-4, atol=1e-4)
     chosen = candidates.gather(2, index[..., None].expand(-1, -1, -1, 32))
     torch.testing.assert_close(landmarks.double(), chosen, rtol=1e-4, atol=1e-5)
@@ -59,7 +70,7 @@ def test_landmarks_are_the_definition_of_the_chosen_patches():
 def test_padding_of_an_image_smaller_than_a_patch_is_no_landmark(hw):
     """Landmarks of tokens far from 0 are among them."""
     q = torch.randn(1, hw[0] * hw[1], 64) + 3
-    landmarks, counts = layer(stride=8).sample_landmarks(q, hw)
+    landmarks, counts, _ = layer(stride=8).sample_landmarks(q, hw)
     assert counts[..., 0].all()
     assert (landmarks[counts > 0].mean(-1) > 2).all()
 
@@ -78,7 +89,8 @@ def test_the_term_keeps_its_size_in_a_larger_image(times):
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():
-    model, x = backbone().eval(), torch.randn(3, 3, 96, 128)
+    """In float64, where the order of a sum does not show."""
+    model, x = backbone().double().eval(), torch.randn(3, 3, 96, 128).double()
     with torch.no_grad():
         for each, alone in zip(model(x), model(x[1:2])):
             torch.testing.assert_close(each[1:2], alone)
@@ -140,16 +152,16 @@ def test_compiled_program():
 
 
 def test_rows_of_the_attention_are_what_the_layer_multiplies_by():
-    model = backbone().eval()
+    model = backbone().double().eval()
     with capture(model) as states:
-        model(torch.randn(1, 3, 96, 128))
+        model(torch.randn(1, 3, 96, 128).double())
     for state in states.values():
         rows = state.attention_rows([0, 5])
         q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
         out = state.layer.attend(q, v, state.hw_shape)[:, [0, 5]].unflatten(
             2, (state.v.shape[1], -1)
         )
-        torch.testing.assert_close((rows @ state.v.double()).transpose(1, 2).float(), out)
+        torch.testing.assert_close((rows @ state.v).transpose(1, 2), out)
 
 
 def test_associative_recall():
@@ -157,7 +169,7 @@ def test_associative_recall():
     tasks = load_tool("analysis_tools/attention_tasks.py")
     draw = partial(tasks.recall, queries=8, side=8)
     torch.manual_seed(0)
-    model = tasks.Recall(tasks.build_attention("content", 8), 8)
+    model = tasks.Recall(tasks.build_attention("content", 8, stride=2), 8)
     tasks.train(model, draw, steps=400, seed=0, lr=2e-3)
     # Chance is 0.125; how far it comes depends on the seed and the steps.
-    assert tasks.accuracy(model, draw) >= 0.6
+    assert tasks.accuracy(model, draw) >= 0.9

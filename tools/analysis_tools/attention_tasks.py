@@ -3,10 +3,10 @@
     python tools/analysis_tools/attention_tasks.py recall --pairs 4 16
     python tools/analysis_tools/attention_tasks.py lookup --attention released content --seeds 3
 
-`lookup`: one token of a 16x16 grid shows a class, every token answers it; then, without further
-training, on larger grids, position embeddings resized, with budgets of 16 and of 49 landmarks.
-`recall`: pairs of key and value at random places, keys drawn anew for every sample, and queries
-elsewhere, which show a key and answer its value.
+`lookup`: one token of a grid, 16x16 unless told otherwise, shows a class, every token answers it;
+then, without further training, on larger grids, position embeddings resized, with budgets of 16 and
+of 49 landmarks. `recall`: pairs of key and value at random places, keys drawn anew for every
+sample, and queries elsewhere, which show a key and answer its value.
 
 One post-norm block, 64 channels in 2 heads, without the values' convolution. Peers have the
 defaults of their packages (`pip install "mmsoft[peers]"`). Prints accuracies over the seeds: mean
@@ -14,8 +14,8 @@ and range.
 """
 
 import argparse
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,14 +54,14 @@ class OfTokens(nn.Module):
         return self.layer(x)
 
 
-def build_attention(name: str, side: int = SIDE) -> nn.Module:
-    """Our layer with 16 landmarks, `released` or `content`, or `none`, or a peer's."""
+def build_attention(name: str, side: int = SIDE, budget: int = 49, stride: int = 4) -> nn.Module:
+    """Our layer, `released` or `content`, or `none`, or a peer's."""
     if name not in ("released", "content", "none"):
         return OfTokens(OPERATORS[name][1](side * side))
     kind = NoAttention if name == "none" else SoftmaxFreeAttention
     landmarks = "content" if name == "content" else "released"
-    options: dict[str, Any] = dict(normalize=True, max_landmarks=49, solver="direct")
-    layer = kind(DIMS, HEADS, side // 4, 3, landmarks=landmarks, **options)
+    options: dict[str, Any] = dict(normalize=True, max_landmarks=budget, solver="direct")
+    layer = kind(DIMS, HEADS, stride, 3, landmarks=landmarks, **options)
     for part in (layer.query, layer.value, layer.proj):
         nn.init.trunc_normal_(part.weight, std=0.02)
         nn.init.zeros_(part.bias)
@@ -73,17 +73,18 @@ def build_attention(name: str, side: int = SIDE) -> nn.Module:
 class Lookup(nn.Module):
     """A class embedding at one place, one block, classifier."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, side: int = SIDE):
         super().__init__()
+        self.side = side
         self.embed = nn.Embedding(CLASSES, DIMS)
-        self.position = nn.Parameter(0.02 * torch.randn(1, SIDE * SIDE, DIMS))
+        self.position = nn.Parameter(0.02 * torch.randn(1, side * side, DIMS))
         self.block = SOFTBlock(DIMS, attention, 0.0, 0.0)
         self.head = nn.Linear(DIMS, CLASSES)
 
     def forward(self, classes: Tensor, places: Tensor, side: Tensor) -> Tensor:
         """Logits of all tokens."""
         grid = (int(side), int(side))
-        x = resize_pos_embed(self.position, (SIDE, SIDE), grid).repeat(len(classes), 1, 1)
+        x = resize_pos_embed(self.position, (self.side, self.side), grid).repeat(len(classes), 1, 1)
         x[range(len(classes)), places] += self.embed(classes)
         return self.head(self.block(x, grid))
 
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("task", choices=("lookup", "recall"))
     parser.add_argument("--attention", nargs="+", choices=known, default=list(known))
     parser.add_argument("--pairs", type=int, nargs="+", default=[4], help="of recall (default: 4)")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the grid (default: 16)")
+    parser.add_argument("--landmarks", type=int, default=49, help="at most, in training (49)")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -181,27 +184,26 @@ def main() -> None:
     runs = [(n, s, p) for n in args.attention for p in args.pairs for s in range(args.seeds)]
     for name, seed, pairs in track_iter_progress(runs):
         torch.manual_seed(seed)
-        attention = build_attention(name)
+        stride = args.side // 4 if args.task == "recall" else 4
+        attention = build_attention(name, args.side, args.landmarks, stride)
         if args.task == "recall":
-            model: nn.Module = Recall(attention)
+            model: nn.Module = Recall(attention, args.side)
 
             def draw(size: int, g: torch.Generator, pairs: int = pairs) -> Batch:
-                return recall(size, g, pairs)
+                return recall(size, g, pairs, side=args.side)
 
             train(model, draw, args.steps, seed, args.lr)
             found.setdefault((name, f"{pairs} pairs"), []).append(accuracy(model, draw))
             continue
-        model = Lookup(attention)
-        train(model, lookup, args.steps, seed, args.lr)
+        model = Lookup(attention, args.side)
+        train(model, partial(lookup, side=args.side), args.steps, seed, args.lr)
         ours = isinstance(attention, SoftmaxFreeAttention)
-        for side in SIDES if ours else SIDES[:1]:
+        for side in SIDES if ours else (args.side,):
             for budget in BUDGETS if ours else (None,):
                 if isinstance(attention, SoftmaxFreeAttention):
                     attention.max_landmarks = budget
                 where = f"{side}x{side}" + (f", {budget} landmarks" if budget else "")
-                right = accuracy(
-                    model, lambda n, g, s=side: lookup(n, g, s), math.ceil(512 / side**2)
-                )
+                right = accuracy(model, partial(lookup, side=side), max(2**14 // side**2, 4))
                 found.setdefault((name, where), []).append(right)
     rows = [
         [*key, f"{sum(values) / len(values):.3f}", f"{min(values):.3f} to {max(values):.3f}"]
