@@ -7,12 +7,15 @@ from .capture import BlockState, attention_blocks, capture, choose_block
 from .inference import ModelImage, load_image, load_model
 from .rows import attention_rows, nystromformer_rows, performer_rows, softmax_rows
 from .spectra import inverse_filter, landmark_regions, newton_residuals, spectrum
+from .usage import Usage, attention_usage
 
 __all__ = [
     "BlockState",
     "ModelImage",
+    "Usage",
     "attention_blocks",
     "attention_rows",
+    "attention_usage",
     "capture",
     "choose_block",
     "inverse_filter",

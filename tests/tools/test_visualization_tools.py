@@ -11,7 +11,13 @@ from mmengine.config import Config
 from true_layout import make_demo_data
 
 from mmsoft import visualization
-from mmsoft.analysis import capture, landmark_regions, load_image, load_model
+from mmsoft.analysis import (
+    attention_usage,
+    capture,
+    landmark_regions,
+    load_image,
+    load_model,
+)
 
 for package in ("matplotlib", "mmdet"):
     pytest.importorskip(package)
@@ -84,7 +90,12 @@ def test_attention(run, root, image, folder, drawn, state):
     status, out, _ = run(
         "visualize_attention", root / CONFIG, image, "model.pth", *options, "--out", "sheet.png"
     )
-    assert (status, out) == (0, "sheet.png\n")
+    assert status == 0
+    ranks = attention_usage(state).rank.tolist()
+    assert [line[:27] for line in out.splitlines()] == [
+        *(f"head {head}: effective rank {rank:.2f}" for head, rank in enumerate(ranks)),
+        "sheet.png",
+    ]
     # 2 queries; image, 2 heads, mean, softmax and the colour bar
     assert read(folder / "sheet.png").shape[1] == 1130
     queries, maps = recorded["draw_attention"][1:3]
@@ -139,6 +150,39 @@ def test_landmarks(run, root, image, folder, drawn, state):
     assert (status, out) == (0, "landmarks.png\nspectrum.png\n")
     assert read(folder / "landmarks.png").shape[1] == 1120
     assert read(folder / "spectrum.png").shape == (520, 640, 3)
+
+
+def test_landmarks_by_content(run, root, image, folder, drawn):
+    """Those of the head alone, at the patches that it chose."""
+    options = ["--stage", "1", "--head", "1", "--cfg-options", "model.backbone.landmarks=content"]
+    recorded, spectrum = drawn("draw_landmarks"), drawn("draw_spectrum")
+    config = Config.fromfile(root / CONFIG)
+    config.model.backbone.landmarks = "content"
+    model = load_model(config)
+    torch.save(dict(state_dict=model.state_dict()), folder / "content.pth")
+    status, out, errors = run("visualize_landmarks", root / CONFIG, image, "content.pth", *options)
+    assert (status, out) == (0, "landmarks.png\nspectrum.png\n"), errors
+    with torch.no_grad(), capture(model, (1, 0)) as states:
+        model.backbone(load_image(config, model, image).inputs)
+    kept = states[1, 0].counts[0, 1] > 0
+    centres = recorded["draw_landmarks"][3]
+    patches = states[1, 0].index[0, 1][kept]
+    where = torch.stack((patches // 5, patches % 5), 1) * 4 + 1.5  # of 5 x 5 patches of 4 x 4
+    np.testing.assert_array_equal(centres, where)
+    assert recorded["draw_landmarks"][1].max() < len(centres)
+    assert spectrum["draw_spectrum"][0].shape == (1, len(centres))
+
+
+def test_usage_of_attention(run, root, image, state):
+    status, out, errors = run("attention_usage", root / CONFIG, "model.pth", image, image)
+    assert status == 0, errors
+    head, _, *rows = out.splitlines()
+    assert head.split()[1::2] == ["block", "landmarks", "nearest", "rank", "ratio", "varying"]
+    assert [row.split()[1] for row in rows] == ["1.1", "2.1", "3.1", "3.2"]
+    usage = attention_usage(state)
+    shown = [float(value) for value in rows[1].split("|")[2:-1]]
+    expected = [getattr(usage, name).mean().item() for name in head.split()[3::2]]
+    np.testing.assert_allclose(shown, expected, atol=0.006)
 
 
 def test_convergence(run, root, folder):

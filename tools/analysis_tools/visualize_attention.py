@@ -7,7 +7,8 @@
 Each row of the contact sheet is a query, each column a head, then the mean over heads: the query's
 row of the normalized attention matrix `K1 D^-1/2 A^+ D^-1/2 K1^T`. With `--compare`, further
 columns show other attention methods on the same queries, averaged over the same heads;
-Performer and Nystromformer come from the optional extra `peers`.
+Performer and Nystromformer come from the optional extra `peers`. Prints the effective rank of each
+head's kernel, and says where rows hardly depend on the query.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import torch
 
 from mmsoft.analysis import (
+    attention_usage,
     capture,
     choose_block,
     load_image,
@@ -28,6 +30,7 @@ from mmsoft.builder import config_parser, read_config, tool_main
 from mmsoft.visualization import draw_attention, save_figure
 
 PEERS = ("softmax", "performer", "nystromformer")
+ALIKE = 0.2  # share of the output that differs between tokens, below which a picture misleads
 
 
 def pixel(text: str) -> tuple[float, float]:
@@ -97,6 +100,13 @@ def draw(args: argparse.Namespace) -> None:
     figure = draw_attention(
         image.picture, args.query, maps, image.extent(state.hw_shape), title=title
     )
+    usage = attention_usage(state)
+    for head in heads:
+        note = f"head {head}: effective rank {usage.rank[head]:.2f}"
+        if usage.varying[head] < ALIKE:
+            note += f", {usage.varying[head]:.0%} of its output differs between tokens: rows "
+            note += "hardly depend on the query"
+        print(note)
     print(save_figure(figure, args.out))
 
 

@@ -56,35 +56,40 @@ def draw(args: argparse.Namespace) -> list[Path]:
         raise ValueError(
             f"stage {block[0]} has {layer.num_heads} head(s), from 0; got head {args.head}"
         )
-    if layer.by_content:
-        raise ValueError("landmarks='content' have no fixed places, which this picture shows")
     where = f"stage {block[0]}, block {block[1]}"
-
-    regions, strength = landmark_regions(state.q, state.landmarks)
+    head, landmarks = f"{where}, head {args.head}", state.landmarks
+    centres = landmark_centres(*state.hw_shape, layer.landmark_stride, layer.max_landmarks)
+    if state.counts is not None and state.index is not None:  # each head has its own
+        chosen = state.counts[0, args.head] > 0
+        centres = landmark_centres(*state.hw_shape, layer.landmark_stride)
+        centres = centres[state.index[0, args.head][chosen].cpu()]
+        state.q = state.q[:, [args.head]]
+        landmarks = landmarks[:, [args.head]][:, :, chosen]
+        where, args.head = head, 0
+    regions, strength = landmark_regions(state.q, landmarks)
     regions, strength = (
         t[0, args.head].unflatten(0, state.hw_shape).cpu().numpy() for t in (regions, strength)
     )
-    centres = landmark_centres(*state.hw_shape, layer.landmark_stride, layer.max_landmarks)
     figure = draw_landmarks(
         image.picture,
         regions,
         strength,
         centres.numpy(),
         image.extent(state.hw_shape),
-        title=f"{where}, head {args.head}",
+        title=head,
     )
     regions_path = save_figure(figure, args.out)
 
-    eigenvalues = spectrum(state.landmarks)[0].cpu()
+    eigenvalues = spectrum(landmarks)[0].cpu()
     largest = float(eigenvalues.max())
     x = torch.logspace(0, 1, 400, base=SMALLEST, dtype=torch.float64).flip(0) * largest * 1.05
-    filters = inverse_filter(state.landmarks, x, **state.options)[0].cpu()
+    filters = inverse_filter(landmarks, x, **state.options)[0].cpu()
     solver = "direct solve" if layer.solver == "direct" else f"{layer.newton_steps} Newton steps"
     figure = draw_spectrum(
         eigenvalues.numpy(),
         x.numpy(),
         filters.numpy(),
-        title=f"{where}: A of {state.landmarks.shape[2]} landmarks, {solver}",
+        title=f"{where}: A of {landmarks.shape[2]} landmarks, {solver}",
     )
     return [regions_path, save_figure(figure, args.spectrum_out)]
 

@@ -1,0 +1,63 @@
+"""Whether a model's attention depends on the token, and how large its term is."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmsoft.ops import gaussian_kernel
+
+from .capture import BlockState
+
+
+@dataclass
+class Usage:
+    """What one softmax-free attention layer makes of its images, means over them, ``[heads]`` each.
+
+    Attributes:
+        landmarks: how many there are.
+        nearest: median over the tokens of the largest kernel value of a token: near 0, and tokens
+            resemble no landmark.
+        rank: effective rank of ``K``, ``(sum s^2)^2 / sum s^4`` of its singular values ``s``: near
+            1, and all rows are multiples of one.
+        ratio: standard deviation of the attention term over that of the values' convolution.
+        varying: share of the former that differs between the tokens of an image, in [0, 1].
+    """
+
+    landmarks: Tensor
+    nearest: Tensor
+    rank: Tensor
+    ratio: Tensor
+    varying: Tensor
+
+
+@torch.no_grad()
+def attention_usage(state: BlockState) -> Usage:
+    """Measure a layer that :func:`mmsoft.analysis.capture` has recorded, in float64."""
+    kernel = gaussian_kernel(state.q.double(), state.landmarks.double())
+    count = kernel.new_full(kernel.shape[:2], kernel.shape[-1])
+    if state.counts is not None:
+        kernel = kernel * (state.counts[:, :, None] > 0)
+        count = (state.counts > 0).double().sum(-1)
+    energy = torch.linalg.eigvalsh(kernel.mT @ kernel).clamp(min=0)
+    rank = energy.sum(-1).square() / energy.square().sum(-1)
+    q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
+    heads = (state.q.shape[1], -1)
+    term, convolved = (
+        out.unflatten(2, heads).transpose(1, 2).double()
+        for out in (
+            state.layer.attend(q, v, state.hw_shape),
+            state.layer.convolve_values(v, state.hw_shape),
+        )
+    )
+    size = term.std((-2, -1))
+    around = (term - term.mean(-2, keepdim=True)).std((-2, -1))
+    tiny = torch.finfo(size.dtype).tiny
+    values = (
+        count,
+        kernel.amax(-1).median(-1).values,
+        rank,
+        size / convolved.std((-2, -1)).clamp(min=tiny),
+        around / size.clamp(min=tiny),
+    )
+    return Usage(*(value.mean(0) for value in values))

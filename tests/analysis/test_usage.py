@@ -1,0 +1,63 @@
+"""How much attention is used, against the definitions."""
+
+import pytest
+import torch
+from released import ARCH
+
+from mmsoft.analysis import attention_usage, capture
+from mmsoft.models import SOFTPlusPlus
+from mmsoft.ops import reference
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("landmarks", ["content", "released"])
+def test_usage_is_the_definition(landmarks):
+    torch.manual_seed(0)
+    model = SOFTPlusPlus(ARCH, landmarks=landmarks, solver="direct", max_landmarks=9).eval()
+    with torch.no_grad(), capture(model) as states:
+        model(torch.randn(3, 3, 96, 128))
+    for state in states.values():
+        usage = attention_usage(state)
+        every = torch.arange(state.q.shape[2])
+        for h in range(state.q.shape[1]):
+            found = []
+            for b in range(3):
+                landmarks = state.landmarks[b, h].double()
+                if state.counts is not None:
+                    landmarks = landmarks[state.counts[b, h] > 0]
+                kernel = reference.gaussian_kernel(state.q[b, h].double(), landmarks)
+                s = torch.linalg.svdvals(kernel)
+                rows = state.attention_rows(every)[b, h]
+                term = rows @ state.v[b, h].double()
+                v = state.v.transpose(1, 2).flatten(2)
+                convolved = state.layer.convolve_values(v, state.hw_shape)[b]
+                convolved = convolved.unflatten(1, (state.q.shape[1], -1))[:, h].double()
+                found.append(
+                    [
+                        len(landmarks),
+                        kernel.max(1).values.median(),
+                        s.square().sum() ** 2 / s.pow(4).sum(),
+                        term.std() / convolved.std(),
+                        (term - term.mean(0)).std() / term.std(),
+                    ]
+                )
+            truth = torch.tensor(found, dtype=torch.float64).mean(0)
+            columns = ("landmarks", "nearest", "rank", "ratio", "varying")
+            ours = torch.stack([getattr(usage, column)[h] for column in columns])
+            torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)
+
+
+def test_rank_of_equal_and_of_unlike_rows():
+    """All tokens alike: 1. As many distant clusters of equal size as landmarks: their number."""
+    torch.manual_seed(0)
+    model = SOFTPlusPlus(ARCH, landmarks="content", solver="direct").eval()
+    with torch.no_grad(), capture(model, (0, 0)) as states:
+        model(torch.zeros(1, 3, 64, 64))
+    (state,) = states.values()
+    state.q = torch.zeros_like(state.q)
+    state.landmarks = torch.zeros_like(state.landmarks)
+    state.counts = None
+    torch.testing.assert_close(attention_usage(state).rank, torch.ones(1).double())
+    state.q = 9 * torch.eye(4, 32).repeat_interleave(64, 0).expand(1, 1, 256, 32)
+    state.landmarks = 9 * torch.eye(4, 32)[None, None]
+    torch.testing.assert_close(attention_usage(state).rank, torch.full((1,), 4.0).double())
