@@ -98,6 +98,14 @@ def test_seeds_share_a_line_and_rows_are_in_the_order_of_their_parameters(tool):
     assert "same time" not in page
 
 
+def test_what_was_not_timed_has_no_times(tool):
+    untimed = dict.fromkeys(("seconds_per_iteration", "training_seconds", "testing_seconds"))
+    rows = [row("nuclei/upernet_softpp-mini_nuclei.py", seed) | untimed for seed in (0, 1)]
+    assert lines(tool.render(rows))[2][5:7] == ["-", "-"]
+    timed = row("nuclei/upernet_softpp-mini_nuclei.py", 2)
+    assert lines(tool.render([*rows, timed]))[2][5:7] == ["1.00", "12"]
+
+
 def test_rows_of_another_length_have_a_table_beside_ours(tool):
     names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
     page = tool.render([*map(row, names), row(names[1], iterations=7)])

@@ -6,8 +6,8 @@ r"""Train and test a config on real images, and make docs/real_data.md from all 
 
 `run` calls `mim train` and `mim test` in the current folder, whose `data/` has the converted data,
 and writes the row to `docs/real_data/CONFIG_seedN.json` when both have ended. With `--iters` the
-schedule is that much longer or shorter, warm-up excepted, and the name says so. `table --check`
-only compares.
+schedule is that much longer or shorter, warm-up excepted, and the name says so. With `--untimed`,
+for a machine that other work shares, the row has no times. `table --check` only compares.
 """
 
 import argparse
@@ -105,7 +105,9 @@ def count_parameters(config: Config) -> int:
     return sum(parameter.numel() for parameter in build_model(config).parameters())
 
 
-def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path) -> Path:
+def run(
+    path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path, timed: bool = True
+) -> Path:
     """Train and test one row; gives the file of its figures."""
     config = Config.fromfile(path, import_custom_modules=False)
     scheduled = config.train_cfg.max_iters
@@ -136,9 +138,9 @@ def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path
         scheduled_iterations=scheduled,
         metrics=done.metrics,
         parameters=count_parameters(config),
-        seconds_per_iteration=round(seconds, 4),
-        training_seconds=round(total, 1),
-        testing_seconds=round(done.testing.seconds, 1),
+        seconds_per_iteration=round(seconds, 4) if timed else None,
+        training_seconds=round(total, 1) if timed else None,
+        testing_seconds=round(done.testing.seconds, 1) if timed else None,
         peak_bytes=done.training.peak_bytes,
         threads=torch.get_num_threads(),
         device=device_name("cpu"),
@@ -167,9 +169,9 @@ commands are in `configs/nuclei/` and `configs/bccd/`. No row that was measured 
 
 Parameters are those of the whole model, heads included. Seconds per iteration are the median over
 the log, loading of images included; training seconds are those of the loop, without start and
-test. Peak memory is the resident memory of the training process. Figures of several seeds are
-their mean, with the lowest and the highest in parentheses; a seed sets the initial weights and the
-order of the images.
+test; "-" where other work shared the machine. Peak memory is the resident memory of the training
+process. Figures of several seeds are their mean, with the lowest and the highest in parentheses; a
+seed sets the initial weights and the order of the images.
 """
 EMPTY = "\nNothing has been measured yet.\n"
 SAME_TIME = """
@@ -225,9 +227,12 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def seconds(values: Sequence[float]) -> str:
-    """Three digits of the mean."""
-    mean = statistics.mean(values)
+def seconds(values: Sequence[float | None]) -> str:
+    """Three digits of the mean of those that were timed."""
+    timed = [value for value in values if value is not None]
+    if not timed:
+        return "-"
+    mean = statistics.mean(timed)
     return f"{mean:.{2 if mean < 10 else 0}f}"
 
 
@@ -314,6 +319,7 @@ def main() -> None:
     row.add_argument("--seed", type=int, default=0)
     row.add_argument("--work-dir", type=Path, required=True, help="a new folder, for the logs")
     row.add_argument("--iters", type=int, help="instead of the config's (the row's name says so)")
+    row.add_argument("--untimed", action="store_true", help="other work shares the machine")
     row.add_argument("--out", type=Path, default=ROWS, help="folder of the rows")
     page = commands.add_parser("table", help="write docs/real_data.md")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
@@ -322,7 +328,8 @@ def main() -> None:
         if args.command == "run":
             if args.work_dir.exists():
                 sys.exit(f"error: {args.work_dir} exists; name a new folder")
-            print(run(args.config, args.seed, args.work_dir, args.iters, args.out))
+            timed = not args.untimed
+            print(run(args.config, args.seed, args.work_dir, args.iters, args.out, timed))
             return
         text = render(read(ROWS))
     except (CommandError, OSError, ValueError) as error:
