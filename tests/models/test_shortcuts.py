@@ -141,6 +141,17 @@ def test_taken_in_eager_programs_alone_and_the_result_is_the_same(name, conditio
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_training_without_gradients_takes_all_tokens_at_once(monkeypatch):
+    """Stochastic depth is drawn for a sample, not for each part of its tokens."""
+    shapes, after = [], SOFTBlock._after_attention
+    monkeypatch.setattr(
+        SOFTBlock, "_after_attention", lambda self, *t: shapes.append(t[0].shape) or after(self, *t)
+    )
+    block().train()(torch.randn(TOKENS), (5, 6))
+    assert shapes == [TOKENS]
+
+
 def test_every_shortcut_is_here(root):
     sources = (path for path in (root / "mmsoft").rglob("*.py") if path.name != "mode.py")
     texts = [path.read_text() for path in sources]

@@ -574,16 +574,18 @@ def test_tanh_gelu():
 def test_parts_of_an_evaluation_make_the_whole(mini, monkeypatch, max_keys):
     """Without gradients a CPU takes the tokens in turns: 7 at a time here, an uneven last part."""
     backbone, x = mini(max_keys=max_keys, max_landmarks=4).eval(), image(80, 112)
+    given = [x, x.to(memory_format=torch.channels_last)]
+    before = x.clone()
     whole = [out.detach() for out in backbone(x)]
     monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 7 * DIMS[0])
     after, parts = SOFTBlock._after_attention, []
     monkeypatch.setattr(
         SOFTBlock, "_after_attention", lambda self, *t: parts.append(t[0].shape) or after(self, *t)
     )
-    before = x.clone()
     with torch.no_grad():
-        backbone(x)
-        assert torch.equal(x, before)
+        for each in given:
+            backbone(each)
+            assert torch.equal(each, before)
         assert parts[:160] == [(1, 7, DIMS[0])] * 160  # two images of 20 * 28 tokens
         for part, out in zip(backbone(x), whole):
             assert torch.allclose(part, out, atol=1e-5)

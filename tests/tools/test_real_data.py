@@ -229,7 +229,6 @@ STEP = """
 import sys
 from mmengine.config import Config
 
-from mmsoft.commands import mim, read_scalars
 from mmengine.runner import Runner
 
 for path in sys.argv[1:]:
