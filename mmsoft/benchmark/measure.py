@@ -123,7 +123,8 @@ def model_key(case: Case) -> tuple:
 
 def _status(field: str) -> int:
     found = re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, f"/proc/self/status has no {field}"
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}")
     return int(found[1])  # KiB
 
 

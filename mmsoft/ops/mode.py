@@ -34,6 +34,11 @@ def traced(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or get_proxy_mode() is not None
 
 
+def readable(x: Tensor) -> bool:
+    """Whether asking for a value of ``x`` neither makes a device wait nor leaves a transform."""
+    return x.device.type == "cpu" and not transformed()
+
+
 def cpu_shortcut(x: Tensor, *, backward: bool = False) -> bool:
     """Whether ``x`` may take a shortcut that pays on a CPU, in a program that is not traced.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..island import compute_dtype, no_autocast
+from ..mode import readable
 from .kernel import COORDINATE_MAX, centre, empty_like_tokens
 
 # Elements of K alive at once. On a CPU a block should stay in the cores' caches; on a GPU it should
@@ -86,7 +87,7 @@ def _in_units(w: Tensor, unit: Tensor | None, samples: slice = slice(None)) -> T
 
 def _unless_one(unit: Tensor | None) -> Tensor | None:
     """``None`` for units of 1, where asking costs nothing: it is what they usually are."""
-    if unit is None or unit.device.type != "cpu" or (unit - 1).any():
+    if unit is None or not readable(unit) or (unit - 1).any():
         return unit
     return None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..gaussian.kernel import COORDINATE_MAX, centre
 from ..island import compute_dtype, no_autocast
-from ..mode import transformed
+from ..mode import readable
 
 
 def choose(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -28,8 +28,7 @@ def choose(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, T
     )  # of each candidate's own kernel value, not yet explained
     left, pivot = residual[:, :1], (-half[:, 0]).argmax(1, keepdim=True)
     pivots, present = [], []
-    # To ask would make a GPU wait, and cannot be recorded under a transform.
-    stops = candidates.device.type == "cpu" and not transformed()
+    stops = readable(candidates)
     for j in range(kept):
         new = left > tolerance
         if j and stops and not new.any():
