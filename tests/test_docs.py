@@ -7,6 +7,7 @@ import ast
 import importlib
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import cv2
@@ -19,6 +20,7 @@ from mmsoft.builder import build_model
 from mmsoft.models import SOFTPlusPlus
 
 KB, MB = 1000, 1000**2
+TEXTS = ("mmsoft", "tests", "tools", "configs", "docs")
 PICTURES = {".jpg", ".png", ".svg"}
 
 
@@ -164,6 +166,18 @@ def test_readme_results_are_those_of_the_generated_tables(root, readme):
         found += [counted["224x224"][name]["params (M)"], accuracy[name.partition(",")[0]]]
         columns = ("multiply-adds (G) at 224x224", "at 800x1344", "params (M)")
         assert found == [*(row[c] for c in columns), row["ImageNet top-1, published (%)"]], name
+
+
+WORDS = "mend|mends|mended|mending|guilty|spoilt|hostile|odd data|argument is off"
+
+
+def test_language_is_the_fields(root):
+    """The words that are not: fix, offending, corrupt, untrusted, malformed, invalid are."""
+    files = [*root.glob("*.md"), *(p for d in TEXTS for p in (root / d).rglob("*.*"))]
+    files = [path for path in files if path.suffix in (".md", ".py", ".yml")]
+    assert len(files) > 200
+    found = {path.name for path in files if re.search(rf"\b({WORDS})\b", path.read_text().lower())}
+    assert found == {Path(__file__).name}
 
 
 # ------------------------------------------------------------------------- the API and the layout
