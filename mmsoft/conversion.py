@@ -1,5 +1,6 @@
 """What converters of data sets share: COCO files, and a list of what could not be used."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -14,6 +15,16 @@ from mmengine.utils import ProgressBar
 from mmsoft.fileio import write_whole
 
 T = TypeVar("T")
+
+
+def parse_args(description: str) -> argparse.Namespace:
+    """The command line of a converter: `source`, a cloned repository, and `out`, both paths."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="the cloned repository")
+    parser.add_argument("out", type=Path, help="folder to write")
+    return parser.parse_args()
 
 
 class Problems:

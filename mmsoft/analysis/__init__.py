@@ -4,7 +4,7 @@ Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from them.
 """
 
 from .capture import BlockState, attention_blocks, capture, choose_block
-from .inference import ModelImage, load_image, load_model
+from .inference import ModelImage, capture_image, load_image, load_model
 from .rows import attention_rows, nystromformer_rows, performer_rows, softmax_rows
 from .spectra import inverse_filter, landmark_regions, newton_residuals, spectrum
 from .usage import Usage, attention_usage
@@ -17,6 +17,7 @@ __all__ = [
     "attention_rows",
     "attention_usage",
     "capture",
+    "capture_image",
     "choose_block",
     "inverse_filter",
     "landmark_regions",

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mmsoft.builder import build_model
 
+from .capture import BlockId, BlockState, capture, choose_block
+
 
 def load_model(config: Config, checkpoint: str | None = None, device: str = "cpu") -> Any:
     """Build a config's model in evaluation mode.
@@ -185,3 +187,25 @@ def load_image(config: Config, model: Any, path: str) -> ModelImage:
         x_map,
         y_map,
     )
+
+
+def capture_image(
+    config: Config, model: Any, file: str, stage: int, block: int
+) -> tuple[ModelImage, BlockId, BlockState]:
+    """What one softmax-free attention layer of a loaded model gets from an image file.
+
+    Args:
+        config: the model's.
+        model: from :func:`load_model`.
+        file: of the image.
+        stage: from 0.
+        block: from 0; -1 for the last.
+
+    Raises:
+        ValueError: there is no such layer, or the file is not an image.
+    """
+    chosen = choose_block(model, stage, block)
+    image = load_image(config, model, file)
+    with torch.no_grad(), capture(model, chosen) as states:
+        model.backbone(image.inputs)
+    return image, chosen, states[chosen]

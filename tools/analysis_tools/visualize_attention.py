@@ -18,9 +18,7 @@ import torch
 
 from mmsoft.analysis import (
     attention_usage,
-    capture,
-    choose_block,
-    load_image,
+    capture_image,
     load_model,
     nystromformer_rows,
     performer_rows,
@@ -68,11 +66,7 @@ def draw(args: argparse.Namespace) -> None:
     """Compute the rows and write the sheet."""
     config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
-    block = choose_block(model, args.stage, args.block)
-    image = load_image(config, model, args.image)
-    with torch.no_grad(), capture(model, block) as states:
-        model.backbone(image.inputs)
-    state = states[block]
+    image, block, state = capture_image(config, model, args.image, args.stage, args.block)
     count = state.layer.num_heads
     heads = range(count) if args.head is None else args.head
     for head in heads:

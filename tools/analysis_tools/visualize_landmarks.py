@@ -14,11 +14,9 @@ from pathlib import Path
 import torch
 
 from mmsoft.analysis import (
-    capture,
-    choose_block,
+    capture_image,
     inverse_filter,
     landmark_regions,
-    load_image,
     load_model,
     spectrum,
 )
@@ -47,11 +45,8 @@ def draw(args: argparse.Namespace) -> list[Path]:
     """Run the model and write both pictures."""
     config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
-    block = choose_block(model, args.stage, args.block)
-    image = load_image(config, model, args.image)
-    with torch.no_grad(), capture(model, block) as states:
-        model.backbone(image.inputs)
-    state, layer = states[block], states[block].layer
+    image, block, state = capture_image(config, model, args.image, args.stage, args.block)
+    layer = state.layer
     if not 0 <= args.head < layer.num_heads:
         raise ValueError(
             f"stage {block[0]} has {layer.num_heads} head(s), from 0; got head {args.head}"

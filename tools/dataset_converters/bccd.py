@@ -13,7 +13,6 @@ image that is missing or cannot be read, or whose XML is missing or malformed, a
 one of the three, a box without area.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from xml.etree import ElementTree
 
 import cv2
 
-from mmsoft.conversion import Problems, copy_whole, read_image, track, write_coco
+from mmsoft.conversion import Problems, copy_whole, parse_args, read_image, track, write_coco
 
 CLASSES = ("RBC", "WBC", "Platelets")
 SPLITS = ("train", "val", "test")
@@ -74,12 +73,7 @@ def convert(root: Path, name: str, target: Path, problems: Problems) -> tuple[di
 
 def main() -> None:
     """Read the command line and convert."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, help="the cloned repository")
-    parser.add_argument("out", type=Path, help="folder to write")
-    args = parser.parse_args()
+    args = parse_args(__doc__)
     root = args.source / "BCCD"
     lists = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in SPLITS}
     for path in lists.values():

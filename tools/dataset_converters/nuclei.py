@@ -17,7 +17,6 @@ empty or has another size than its image. Run it again after an interruption: wh
 kept.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from mmsoft.conversion import Problems, copy_whole, read_image, track, write_coco
+from mmsoft.conversion import Problems, copy_whole, parse_args, read_image, track, write_coco
 from mmsoft.fileio import write_whole
 
 CLASSES = ("nucleus",)
@@ -94,12 +93,7 @@ def convert(folder: Path, out: Path, split: str, problems: Problems) -> dict[str
 
 def main() -> None:
     """Read the command line and convert."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, help="the cloned repository")
-    parser.add_argument("out", type=Path, help="folder to write")
-    args = parser.parse_args()
+    args = parse_args(__doc__)
     root = args.source / "stage1_train"
     folders = sorted(path for path in root.glob("*") if path.is_dir()) if root.is_dir() else []
     if not folders:
