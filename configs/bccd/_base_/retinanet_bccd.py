@@ -60,37 +60,33 @@ test_pipeline = [
     ),
 ]
 # No worker processes: the images are small, and times are then those of one process.
+in_process = dict(num_workers=0, persistent_workers=False)
+dataset = dict(data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(
     batch_size=2,
-    num_workers=0,
-    persistent_workers=False,
+    **in_process,
     sampler=dict(type="InfiniteSampler"),
     batch_sampler=None,
     dataset=dict(
-        data_root=data_root,
-        metainfo=metainfo,
+        **dataset,
         ann_file="annotations/instances_train.json",
         data_prefix=dict(img="images/train/"),
         pipeline=train_pipeline,
     ),
 )
 val_dataloader = dict(
-    num_workers=0,
-    persistent_workers=False,
+    **in_process,
     dataset=dict(
-        data_root=data_root,
-        metainfo=metainfo,
+        **dataset,
         ann_file="annotations/instances_val.json",
         data_prefix=dict(img="images/val/"),
         pipeline=test_pipeline,
     ),
 )
 test_dataloader = dict(
-    num_workers=0,
-    persistent_workers=False,
+    **in_process,
     dataset=dict(
-        data_root=data_root,
-        metainfo=metainfo,
+        **dataset,
         ann_file="annotations/instances_test.json",
         data_prefix=dict(img="images/test/"),
         pipeline=test_pipeline,
