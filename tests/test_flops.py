@@ -110,7 +110,7 @@ def test_layer_with_landmarks_by_content(budget):
     n, heads, d, candidates = 16 * 24, 2, 32, 24
     m = budget or candidates
     found = macs_of_layer(layer, (1, n, 64), (16, 24))
-    chosen = heads * candidates * m * d + heads * candidates * m * (m - 1) // 2
+    chosen = 2 * heads * candidates * m * d + heads * candidates * m * (m - 1) // 2
     assert found["landmark_choice"] == chosen
     assert found["linear"] == 3 * n * 64 * 64
     assert found["gaussian_kernel_product"] == 2 * heads * n * m * (d + d)

@@ -142,7 +142,7 @@ class ClaimCheck:
     def _claim(self, kind: str, amount: int, reason: str) -> None:
         self.claimed[kind] += amount
         if self.claimed[kind] > self.size:
-            raise _refusal(f"{reason}")
+            raise _refusal(reason)
 
     @staticmethod
     def _add(target: Any, items: list) -> None:
@@ -248,7 +248,7 @@ class ClaimCheck:
         stored = f"but the checkpoint stores only {storage.stored} bytes of it"
         reason = f"{what} {tuple(size)} {stored}"
         if end * element > storage.stored:
-            raise _refusal(f"{reason}")
+            raise _refusal(reason)
         if numel * element > storage.stored:
             self._claim("overlapping", numel * element, reason)
 

@@ -223,7 +223,7 @@ class SoftmaxFreeAttention(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return 0.0
         parts = (self.landmark_norm, self.landmark_conv)
-        idle = [p.sum() for part in parts if part is not None for p in part.parameters()]
+        idle = [p.flatten()[0] for part in parts if part is not None for p in part.parameters()]
         return 0.0 * torch.stack(idle).sum()
 
     def _inside(self, hw_shape: tuple[int, int], device: torch.device) -> Tensor:

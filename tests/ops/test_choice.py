@@ -265,7 +265,7 @@ def test_absent_landmarks_do_nothing(normalize, solver, grad):
 
 
 def test_counts_in_place_of_d_are_the_release():
-    """Counts of sharpness 1 of all landmarks are the diagonal of D."""
+    """Row sums of the Gram matrix as counts are the diagonal of D."""
     q, v, landmarks, _ = arguments()
     counts = reference.gaussian_kernel(landmarks, landmarks).sum(-1)
     torch.testing.assert_close(
