@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_attention
-from .gaussian import gaussian_gram, unit_of
+from .gaussian import gaussian_gram, leave_out, unit_of
 from .gaussian.pair import PAIR
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
 from .island import compute_dtype, matmul, no_autocast
@@ -17,6 +17,8 @@ def softmax_free_attention(
     landmarks: Tensor,
     counts: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
+    landmark_mask: Tensor | None = None,
     normalize: bool | str = True,
     solver: str = "newton",
     steps: int = 20,
@@ -42,6 +44,11 @@ def softmax_free_attention(
         counts: ``[B, heads, m]``, how many candidates each landmark stands for, from
             :func:`choose_landmarks`. They take the place of ``D``'s diagonal; a landmark of count 0
             is left out. A constant in the backward pass. ``None``: all landmarks, with ``D``.
+        mask: ``[B, N]``, bool, False for tokens that are padding. The result is that of the tokens
+            without them; what they hold, NaN included, changes no bit of it, nor of a gradient.
+            Their own outputs and gradients are 0. ``None``: there is no padding.
+        landmark_mask: ``[B, m]``, bool, False for landmarks that are left out in the same way, also
+            from ``D``. With ``counts``, 0 says so.
         normalize: True for SOFT++; False for SOFT, which drops ``D`` and inverts ``A + 0.01 I``;
             ``'mean'`` divides once, by the counts.
         solver: ``'newton'``, the paper's iteration, which released weights need; ``'direct'``, a
@@ -64,16 +71,23 @@ def softmax_free_attention(
         ValueError: ranks, batch, heads, tokens, head dimension or device disagree, or ``solver`` or
             ``steps`` is unknown.
     """
-    check_attention(q, v, landmarks, counts, normalize, solver, steps)
+    check_attention(q, v, landmarks, counts, mask, landmark_mask, normalize, solver, steps)
+    if mask is not None:
+        mask = mask[:, None, :, None]
+        q, v = leave_out(q, mask), v.masked_fill(~mask, 0)
     with no_autocast(q):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
         unit = unit_of(v, landmarks.dtype)
+        present = counts
+        if landmark_mask is not None:
+            landmarks = leave_out(landmarks, landmark_mask[:, None, :, None])
+            present = landmark_mask[:, None].expand(landmarks.shape[:3]).to(landmarks.dtype)
         if landmarks.requires_grad and not transformed():  # their gradient, see product_in_units
             landmarks = landmarks.detach() + unit * (landmarks - landmarks.detach())
-        a = gaussian_gram(landmarks, counts)
+        a = gaussian_gram(landmarks, present)
         kernel = PAIR(q, landmarks, unit)
         s = kernel.gather(v)  # K^T v: [B, heads, m, d_v]
-        left, right = _factors(a, counts, normalize)
+        left, right = _factors(a, counts, present, normalize)
         if right is not None:
             s = right * s
         if solver == "direct":
@@ -85,22 +99,27 @@ def softmax_free_attention(
             s = matmul(newton_raphson_pinv(a, alpha, cubic, steps), s)
         s = scale * s if left is None else scale * left * s
         out = kernel.spread(s)
+        if mask is not None:
+            out = torch.where(mask, out, 0)  # unlike masked_fill, keeps the memory's order
     if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
         out = out.clamp(-65504, 65504)
     return out.to(v.dtype)
 
 
 def _factors(
-    a: Tensor, counts: Tensor | None, normalize: bool | str
+    a: Tensor, counts: Tensor | None, present: Tensor | None, normalize: bool | str
 ) -> tuple[Tensor | None, Tensor | None]:
     """What multiplies the landmarks' rows after and before the inverse."""
-    if counts is None:
-        root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
-        return root, root
-    counts = counts.detach().to(a.dtype)[..., None]
-    present = (counts > 0).to(a.dtype)
+    if present is not None:
+        present = (present.detach()[..., None] > 0).to(a.dtype)
     if not normalize:
         return present, present
+    if counts is None:
+        root = a.sum(-1, keepdim=True).rsqrt()
+        root = root if present is None else root * present
+        return root, root
+    assert present is not None
+    counts = counts.detach().to(a.dtype)[..., None]
     inverse = present / counts.clamp(min=1)
     if normalize == "mean":
         return inverse, present

@@ -11,6 +11,8 @@ def check_attention(
     v: Tensor,
     landmarks: Tensor,
     counts: Tensor | None,
+    mask: Tensor | None,
+    landmark_mask: Tensor | None,
     normalize: bool | str,
     solver: str,
     steps: int,
@@ -61,13 +63,33 @@ def check_attention(
             f"counts must be floating-point of shape {tuple(landmarks.shape[:3])}, as landmarks, "
             f"got {counts.dtype} of shape {tuple(counts.shape)}"
         )
+    for name, value, tokens in (("mask", mask, q), ("landmark_mask", landmark_mask, landmarks)):
+        if value is not None:
+            check_mask(name, value, tokens)
+    if landmark_mask is not None and counts is not None:
+        raise ValueError("counts already say which landmarks there are: leave landmark_mask out")
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
-def check_choice(candidates: Tensor, budget: int, tolerance: float) -> None:
+def check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
+    """Raise unless ``mask`` is a bool tensor ``[B, n]`` for ``tokens [B, heads, n, d]``."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, True for what is not padding, got {kind}")
+    shape = (tokens.shape[0], tokens.shape[2])
+    if mask.shape != shape or mask.device != tokens.device:
+        raise ValueError(
+            f"{name} must be of shape {tuple(shape)} on {tokens.device}, "
+            f"got {tuple(mask.shape)} on {mask.device}"
+        )
+
+
+def check_choice(
+    candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None = None
+) -> None:
     """Of :func:`mmsoft.ops.choose_landmarks`."""
     if not isinstance(candidates, Tensor) or not candidates.is_floating_point():
         raise TypeError("candidates must be a floating-point tensor")
@@ -80,6 +102,8 @@ def check_choice(candidates: Tensor, budget: int, tolerance: float) -> None:
         raise ValueError(f"budget must be a positive integer, got {budget!r}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance!r}")
+    if mask is not None:
+        check_mask("mask", mask, candidates)
 
 
 def check_patches(

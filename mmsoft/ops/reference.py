@@ -84,7 +84,7 @@ def tikhonov_filter(a: Tensor) -> Tensor:
 
 
 def choose_landmarks(
-    candidates: Tensor, budget: int, *, tolerance: float = 0.1
+    candidates: Tensor, budget: int, *, tolerance: float = 0.1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`mmsoft.ops.choose_landmarks`, each residual from the whole Gram matrix."""
     batch, heads, total, _ = candidates.shape
@@ -92,17 +92,20 @@ def choose_landmarks(
     index = torch.zeros(batch, heads, kept, dtype=torch.long)
     counts = candidates.new_zeros(batch, heads, kept)
     for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
-        points = candidates[b, h]
+        numbers = torch.arange(total) if mask is None else mask[b].nonzero()[:, 0]
+        if len(numbers) == 0:
+            continue
+        points = candidates[b, h, numbers]
         gram = gaussian_kernel(points, points)
         score = -(points - points.mean(0)).square().sum(-1)
         chosen: list[int] = []
         residual = gram.diagonal()
-        while len(chosen) < kept and residual.max() > tolerance:
+        while len(chosen) < min(kept, len(points)) and residual.max() > tolerance:
             score[chosen] = -torch.inf
             chosen.append(int(score.argmax()))
             explained = torch.linalg.solve(gram[chosen][:, chosen], gram[chosen])
             score = residual = 1 - (gram[chosen] * explained).sum(0)
-        index[b, h, : len(chosen)] = torch.tensor(chosen)
+        index[b, h, : len(chosen)] = numbers[chosen]
         distances = (points[chosen][:, None] - points).square().sum(-1)
         nearest = distances.argmin(0)
         counts[b, h, : len(chosen)] = nearest.bincount(minlength=len(chosen)).to(counts.dtype)
@@ -111,16 +114,12 @@ def choose_landmarks(
 
 def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -> Tensor:
     """:func:`mmsoft.ops.salient_mean`, token by token."""
+    distances = (patches - centre[:, None, :, None]).detach().square().sum(-1, keepdim=True)
+    weights = distances.clamp(min=1e-12)
     if valid is not None:
-        patches = patches[..., valid, :]
-    weights = (
-        (patches - centre[:, None, :, None])
-        .detach()
-        .square()
-        .sum(-1, keepdim=True)
-        .clamp(min=1e-12)
-    )
-    return (weights * patches).sum(-2) / weights.sum(-2)
+        weights = torch.where(valid[..., None], weights, 0)
+    mean = (weights * patches).sum(-2) / weights.sum(-2)
+    return torch.where(weights.sum(-2) > 0, mean, 0)
 
 
 def softmax_free_attention(
@@ -129,6 +128,8 @@ def softmax_free_attention(
     landmarks: Tensor,
     counts: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
+    landmark_mask: Tensor | None = None,
     normalize: bool | str = True,
     solver: str = "newton",
     steps: int = 20,
@@ -136,8 +137,27 @@ def softmax_free_attention(
 ) -> Tensor:
     """:func:`mmsoft.ops.softmax_free_attention` as defined, with ``[N, m]`` stored.
 
-    A landmark of count 0 is absent: infinitely far from all tokens and landmarks.
+    A landmark of count 0 is absent: infinitely far from all tokens and landmarks. Padding is cut
+    off, sample by sample, before anything is computed; its outputs are 0.
     """
+    if mask is not None or landmark_mask is not None:
+        options: dict[str, Any] = dict(normalize=normalize, solver=solver, steps=steps, scale=scale)
+        out = torch.zeros_like(v)
+        for b in range(len(q)):
+            tokens = torch.arange(q.shape[2]) if mask is None else mask[b].nonzero()[:, 0]
+            kept = slice(None) if landmark_mask is None else landmark_mask[b]
+            count = None if counts is None else counts[b, None]
+            if len(tokens) and landmarks[b, :, kept].shape[1]:
+                result = softmax_free_attention(
+                    q[b, None, :, tokens],
+                    v[b, None, :, tokens],
+                    landmarks[b, None, :, kept],
+                    count,
+                    **options,
+                )
+                heads = torch.arange(q.shape[1])[:, None]
+                out = out.index_put((torch.tensor(b), heads, tokens), result[0])
+        return out
     kernel = gaussian_kernel(q, landmarks)
     a = gaussian_kernel(landmarks, landmarks)
     if counts is not None:

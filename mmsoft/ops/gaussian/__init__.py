@@ -3,10 +3,16 @@
 import torch
 from torch import Tensor
 
-from .kernel import gaussian_gram, gaussian_kernel
+from .kernel import gaussian_gram, gaussian_kernel, leave_out
 from .operators import product_in_units
 
-__all__ = ["gaussian_gram", "gaussian_kernel", "gaussian_kernel_product", "unit_of"]
+__all__ = [
+    "gaussian_gram",
+    "gaussian_kernel",
+    "gaussian_kernel_product",
+    "leave_out",
+    "unit_of",
+]
 
 # Sums of values within 2^-40 and 2^40, times what the inverse may amplify, are far from any limit.
 _MODERATE = 40

@@ -28,12 +28,30 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     return _near_zero(x.clamp(-COORDINATE_MAX, COORDINATE_MAX) - origin, y - origin)
 
 
-def centre(y: Tensor) -> Tensor:
-    """The mean of the points without outliers, one of which would cost all others their digits."""
+def centre(y: Tensor, present: Tensor | None = None) -> Tensor:
+    """The mean of the points without outliers, one of which would cost all others their digits.
+
+    Of those that are ``present [..., m, 1]``, bool, if any is; the others must be finite.
+    """
     y = y.detach()
     squared = y.square().sum(-1, keepdim=True)
+    if present is not None:
+        squared = squared.masked_fill(~present, torch.inf)
     near = (squared <= 16 * squared.amin(-2, keepdim=True)).to(y.dtype)
     return (near * y).sum(-2, keepdim=True) / near.sum(-2, keepdim=True)
+
+
+def leave_out(points: Tensor, mask: Tensor) -> Tensor:
+    """``points [..., m, d]`` with the first one of those kept in the place of each other.
+
+    There it moves no centre far. ``mask [..., m, 1]`` is False for points that are left out, which
+    may hold anything; where it is False for all, they are 0.
+    """
+    first = mask.to(torch.uint8).argmax(-2, keepdim=True)
+    shape = (*points.shape[:-2], 1, points.shape[-1])
+    stand_in = points.detach().gather(-2, first.expand(shape))
+    stand_in = stand_in.masked_fill(~mask.any(-2, keepdim=True), 0)
+    return torch.where(mask, points, stand_in)
 
 
 def _near_zero(x: Tensor, y: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def landmark_patches(
 
 
 def choose_landmarks(
-    candidates: Tensor, budget: int, *, tolerance: float = 0.1
+    candidates: Tensor, budget: int, *, tolerance: float = 0.1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose the landmarks that explain the candidates best, head by head.
 
@@ -72,6 +72,8 @@ def choose_landmarks(
         budget: at most this many landmarks.
         tolerance: a candidate is not taken once so little of its kernel value of 1 is left
             unexplained; in [0, 1).
+        mask: ``[B, M]``, bool, False for candidates made from padding, which are not there whatever
+            they hold.
 
     Returns:
         ``index``, ``[B, h, k]`` in the order of the choice, int64, ``k = min(M, budget)``; and
@@ -83,8 +85,8 @@ def choose_landmarks(
     """
     if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
         budget = int(budget)
-    check_choice(candidates, budget, tolerance)
-    return choose(candidates, budget, float(tolerance))
+    check_choice(candidates, budget, tolerance, mask)
+    return choose(candidates, budget, float(tolerance), mask)
 
 
 def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -96,10 +98,11 @@ def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -
     Args:
         patches: ``[B, m, h, n, d]``.
         centre: ``[B, h, d]``, the mean query of each head.
-        valid: ``[n]``, bool: the tokens that are not padding, at least one; ``None`` for all.
+        valid: ``[n]``, or of any shape that broadcasts to ``[B, m, h, n]``, bool: the tokens that
+            are not padding; ``None`` for all. Padding must be finite.
 
     Returns:
-        ``[B, m, h, d]``, float32 (float64 for float64 arguments).
+        ``[B, m, h, d]``, float32 (float64 for float64 arguments); 0 of a patch of padding alone.
     """
     patches = patches.to(compute_dtype(patches))
     with torch.no_grad():
@@ -107,5 +110,5 @@ def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -
         weights = (patches - origin).square_().sum(-1).clamp(1e-12, DISTANCE_MAX)
         if valid is not None:
             weights = weights * valid
-        weights = (weights / weights.sum(-1, keepdim=True))[..., None, :]
+        weights = (weights / weights.sum(-1, keepdim=True).clamp(min=1e-12))[..., None, :]
     return matmul(weights, patches).squeeze(-2)

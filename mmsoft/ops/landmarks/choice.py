@@ -9,12 +9,19 @@ from ..island import compute_dtype, no_autocast
 from ..mode import readable
 
 
-def choose(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, Tensor]:
+def choose(
+    candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The choice, see :func:`mmsoft.ops.choose_landmarks`."""
     batch, heads, total, d = candidates.shape
     points = candidates.detach().flatten(0, 1).to(compute_dtype(candidates))
     points = points.clamp(-COORDINATE_MAX, COORDINATE_MAX)
-    points = (points - centre(points)).mT  # [B * heads, d, M]
+    there = None  # [B * heads, M]
+    if mask is not None:
+        there = mask[:, None].expand(-1, heads, -1).flatten(0, 1)
+        points = points.masked_fill(~there[..., None], 0)
+    points = points - centre(points, None if there is None else there[..., None])
+    points = points.mT  # [B * heads, d, M]
     half = points.square().sum(1, keepdim=True) * 0.5
     kept = torch.sym_min(total, budget)
     # What a step takes of its pivot lies together: -distance^2 / 2 is a product of [p, 1, -half] of
@@ -23,10 +30,13 @@ def choose(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, T
     factor = half.new_zeros(half.shape[0], kept, total)
     columns = torch.cat((points, torch.ones_like(half), -half, factor), 1)
     factor, width = columns[:, d + 2 :], columns.shape[1]
-    residual = torch.ones_like(
-        half[:, 0]
-    )  # of each candidate's own kernel value, not yet explained
-    left, pivot = residual[:, :1], (-half[:, 0]).argmax(1, keepdim=True)
+    one = torch.ones_like(half[:, 0])
+    residual, nearness = one, -half[:, 0]  # residual: of a candidate's own kernel value
+    if there is not None:
+        one = one * there
+        residual = residual.masked_fill(~there, -1)
+        nearness = nearness.masked_fill(~there, -torch.inf)
+    left, pivot = residual.amax(1, keepdim=True), nearness.argmax(1, keepdim=True)
     pivots, present = [], []
     stops = readable(candidates)
     for j in range(kept):
@@ -50,7 +60,7 @@ def choose(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, T
         near = points.gather(2, chosen[:, None].expand(-1, d, -1)).mT @ points
     near = near - half[:, 0].gather(1, chosen)[..., None]  # largest for the nearest landmark
     owner = near.masked_fill(~taken[..., None], -torch.inf).argmax(1)
-    counts = torch.zeros_like(half[:, 0, :kept]).scatter_add(1, owner, torch.ones_like(residual))
+    counts = torch.zeros_like(half[:, 0, :kept]).scatter_add(1, owner, one)
     chosen, taken = (F.pad(t, (0, kept - t.shape[1])) for t in (chosen, taken))
     counts = torch.where(taken, counts.clamp(min=1), 0)
     index = torch.where(taken, chosen, 0)

@@ -117,18 +117,24 @@ def patches(
 
 
 @torch.library.custom_op("mmsoft::landmark_choice", mutates_args=())
-def _choice(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    return CHOICE(candidates, budget, tolerance)
+def _choice(
+    candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return CHOICE(candidates, budget, tolerance, mask)
 
 
 @_choice.register_fake
-def _(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, Tensor]:
+def _(
+    candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     shape = (*candidates.shape[:2], torch.sym_min(candidates.shape[2], budget))
     index = candidates.new_empty(shape, dtype=torch.long)
     return index, candidates.new_empty(shape, dtype=compute_dtype(candidates))
 
 
-def choose(candidates: Tensor, budget: int, tolerance: float) -> tuple[Tensor, Tensor]:
+def choose(
+    candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """:func:`mmsoft.ops.choose_landmarks`, unchecked."""
     way = choice.choose if CHOICE.gives_way(transformed()) else torch.ops.mmsoft.landmark_choice
-    return way(candidates.detach(), budget, tolerance)
+    return way(candidates.detach(), budget, tolerance, mask)
