@@ -90,7 +90,11 @@ def test_backbone_from_an_untouched_released_file(variant, tmp_path, log):
         assert error(stage[:, ::5, ::3, ::3], expected) < 1e-4
     (line,) = [line for line in lines(log) if "tensors of the backbone" in line]
     assert "state_dict_ema" in line
-    assert "left out 2 outside the backbone" in line
+    assert "loaded all" in line
+    assert line.endswith("; left out 2 of the checkpoint (2 of head)")
+    log.clear()
+    backbone.train()
+    assert lines(log) == []  # it was said
 
 
 @pytest.mark.parametrize("where", ["init_cfg", "load_from"])
@@ -168,7 +172,74 @@ def test_weights_of_stages_not_built_are_counted_in_one_line(released, log):
         for k in convert_released(read_checkpoint(released))["state_dict"]
         if re.match(r"backbone\.(stages\.[23]|norm)\.", k)
     ]
-    assert f"left out {len(dropped)} of stages not built and 2 outside the backbone" in line
+    left = f"{len(dropped)} of stages not built, 2 of head"
+    assert line.endswith(f"left out {len(dropped) + 2} of the checkpoint ({left})")
+
+
+def test_resized_position_embeddings_are_counted(released, log):
+    loaded(released, img_size=(96, 160))
+    (line,) = [line for line in lines(log) if "tensors of the backbone" in line]
+    assert ", 4 of them resized; left out" in line
+
+
+@pytest.mark.parametrize(
+    ("start", "mode"),
+    [("load_checkpoint", "train"), ("load_checkpoint", "eval"), ("torch", "eval")],
+)
+def test_one_line_says_that_the_heads_are_untrained(start, mode, released, tmp_path, log):
+    """A classifier's file into a whole detector: MMEngine goes on, with a list of names."""
+    from mmengine.logging import MMLogger
+
+    detector = build("mmdet", img_size=(96, 160))
+    if start == "torch":
+        weights = convert_released(read_checkpoint(released))["state_dict"]
+        detector.load_state_dict(weights, strict=False)
+    else:
+        load_checkpoint(detector, released)
+    assert not [line for line in lines(log) if "tensors of the backbone" in line]
+    MMLogger.get_instance(f"{tmp_path.name}-{mode}", log_file=str(tmp_path / "log"))
+    MMLogger.get_current_instance().addHandler(log.handler)
+    getattr(detector, mode)()
+    getattr(detector, mode)()
+    names = [name for name, _ in detector.named_parameters() if "backbone." not in name]
+    of = {part: sum(name.startswith(part) for name in names) for part in ("neck", "bbox_head")}
+    assert min(of.values()) > 1
+    (record,) = [r for r in log.records if "tensors of the backbone" in r.getMessage()]
+    line = record.getMessage()
+    assert record.levelno == logging.WARNING
+    backbone = len(detector.backbone.state_dict())
+    assert line == (
+        f"SOFTPlusPlus: loaded all {backbone} tensors of the backbone, 4 of them resized; left out "
+        f"2 of the checkpoint (2 of head); {len(names)} tensors of the model are not in it, or "
+        f"have another size, and are untrained ({of['neck']} of neck, {of['bbox_head']} of "
+        "bbox_head)"
+    )
+    text = (tmp_path / "log").read_text()
+    assert f"\nuntrained: {', '.join(names)}\n" in text
+    assert "\nleft out: head.fc." in text
+    assert "\nresized: backbone.stages.0.pos_embed, backbone.stages.1.pos_embed" in text
+
+
+def test_a_head_of_another_size_is_untrained_and_a_whole_checkpoint_needs_no_warning(tmp_path, log):
+    model = build("mmpretrain")
+    weights = model.state_dict()
+    torch.save(weights, tmp_path / "whole.pth")
+    load_checkpoint(model, str(tmp_path / "whole.pth"))
+    model.eval()
+    (record,) = [r for r in log.records if "tensors of the backbone" in r.getMessage()]
+    assert record.levelno == logging.INFO
+    assert "untrained" not in record.getMessage()
+    assert "left out" not in record.getMessage()
+    log.clear()
+    for name in weights:
+        if name.startswith("head"):
+            weights[name] = weights[name][:1]
+    torch.save(weights, tmp_path / "narrow.pth")
+    load_checkpoint(model, str(tmp_path / "narrow.pth"))
+    model.eval()
+    (record,) = [r for r in log.records if "tensors of the backbone" in r.getMessage()]
+    assert record.getMessage().endswith("; 2 tensors of the model are not in it, or have another "
+                                        "size, and are untrained (2 of head)")  # fmt: skip
 
 
 @pytest.mark.parametrize("others", [None, [dict(type="Constant", layer="Linear", val=3.0)]])
@@ -197,6 +268,20 @@ def test_mmengine_logs_where_each_parameter_came_from(library, others, tmp_path)
     assert not any(hasattr(module, "_params_init_info") for module in model.modules())
     assert backbone.init_cfg == init_cfg
     assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+def test_mmengine_does_not_call_loaded_parameters_unchanged(tmp_path):
+    """A whole model's ``init_cfg``: MMEngine compares means, and zero biases keep theirs."""
+    from mmengine.logging import MMLogger
+
+    torch.save(build("mmseg").state_dict(), tmp_path / "own.pth")
+    model = build("mmseg")
+    model.init_cfg = pretrained(tmp_path / "own.pth")
+    MMLogger.get_instance(tmp_path.name, log_file=str(tmp_path / "log"))
+    model.init_weights()
+    entries = re.findall(r"\n(\S+) - torch.Size.*: \n(.*)", (tmp_path / "log").read_text())
+    origins = {origin.strip() for name, origin in entries if name.startswith("backbone.")}
+    assert origins == {"loaded from a checkpoint", f"PretrainedInit: load from {tmp_path}/own.pth"}
 
 
 # What does not fit

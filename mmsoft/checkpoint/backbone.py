@@ -5,22 +5,19 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.logging import print_log
-from torch import nn
-
 from .checks import summary
 from .reading import read_checkpoint
 from .released import convert_released, is_released
 
 
 def load_backbone(
-    backbone: nn.Module, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu"
+    backbone: Any, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu"
 ) -> None:
     """Load a backbone from a released file, or from any checkpoint that contains such a backbone.
 
     Unlike MMEngine's ``Pretrained``, which logs what does not fit and goes on, every parameter must
     be found and fit. What is left out on purpose (stages that ``out_indices`` does not build, heads
-    and necks) is counted in one line of the log.
+    and necks) is counted in one line of the log, see :class:`LoadReport`.
 
     Args:
         backbone: a SOFT or SOFT++ backbone.
@@ -58,6 +55,8 @@ def load_backbone(
         missing, unexpected = backbone.load_state_dict(own, strict=False)
     except (RuntimeError, TypeError, ValueError) as error:
         raise type(error)(f"{checkpoint}: {error}") from None
+    finally:
+        report, backbone.load_report = backbone.load_report, None
     problems = [
         f"{len(names)} {what}: {summary(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected))
@@ -69,14 +68,9 @@ def load_backbone(
     released = meta.get("released") if isinstance(meta, dict) else None
     source = released.get("weights") if isinstance(released, dict) else None
     origin = f" (released, {source})" if isinstance(source, str) else ""
-    left = [f"{len(later)} of stages not built"] if later else []
-    if others := len(weights) - len(own) - len(later):
-        left.append(f"{others} outside the backbone")
-    print_log(
-        f"loaded all {len(own)} tensors of the backbone from {checkpoint}{origin}"
-        + (f"; left out {' and '.join(left)}" if left else ""),
-        logger="current",
-    )
+    report.not_built += [prefix + name for name in later]
+    report.left_out += [name for name in weights if not name.startswith(prefix)]
+    report.write(f"{checkpoint}{origin}")
 
 
 def _find_prefix(weights: Mapping[str, Any], prefix: str | None, source: str) -> str:

@@ -11,7 +11,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors, load_backbone
+from mmsoft.checkpoint import LoadReport, check_arch, check_is_ours, check_tensors, load_backbone
 from mmsoft.ops.checks import SOLVERS
 from mmsoft.registry import MODELS
 
@@ -109,6 +109,7 @@ class SOFT(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self._statistics_checked = False
+        self.load_report: LoadReport | None = None  # of weights loaded since the last train()
         check_choice("solver", solver, SOLVERS)
         check_choice("landmarks", landmarks, ("released", "content"))
         check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
@@ -254,6 +255,8 @@ class SOFT(BaseModule):
         check_tensors(state_dict, prefix, own)
         if f"{prefix}stages.0.pos_embed" in state_dict:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
+            self.load_report = LoadReport(state_dict, prefix, own, *args[1:])
+            self._note_loading(state_dict, prefix)
         else:
             check_is_ours(state_dict, prefix, own, self.variant)
         variant = local_metadata.get("variant")
@@ -264,6 +267,13 @@ class SOFT(BaseModule):
             )
         self._match_landmarks(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _note_loading(self, state_dict: dict, prefix: str) -> None:
+        """Say so where MMEngine would note that a parameter's mean is the same as before."""
+        noted = self.__dict__.get("_params_init_info", {})
+        for name, parameter in self.named_parameters():
+            if prefix + name in state_dict and (info := noted.get(parameter)):
+                info["init_info"] = "loaded from a checkpoint"
 
     def _match_landmarks(self, state_dict: dict, prefix: str) -> None:
         """Weights decide for which landmarks they were trained."""
@@ -304,9 +314,14 @@ class SOFT(BaseModule):
     def train(self, mode: bool = True) -> "SOFT":
         """Switch mode, keeping frozen stages, and with ``norm_eval`` BatchNorm, in evaluation.
 
-        The first time, warn if the statistics of such a BatchNorm are the initial ones.
+        The first time, warn if the statistics of such a BatchNorm are the initial ones. What
+        loading a whole model did is logged here, in either mode: when it passes the backbone, the
+        heads are still to come.
         """
         super().train(mode)
+        if self.load_report is not None:
+            report, self.load_report = self.load_report, None
+            report.write(type(self).__name__)
         if mode:
             for module in self._frozen_modules():
                 module.eval()
