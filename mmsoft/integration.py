@@ -5,10 +5,16 @@ is enabled by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoin
 """
 
 import argparse
+import importlib.abc
+import importlib.util
 import sys
 from collections.abc import Callable
+from functools import wraps
 from importlib import metadata
+from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -22,6 +28,14 @@ CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str]] = {
     "mmcv": (("mmcv", "mmcv-lite"), ">=2.0.0,<2.2.0"),
 }
 
+# Checked once they are in use: those installed beside need not be ours.
+LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "mmdet": (("mmdet",), ">=3.3,<3.4"),
+    "mmseg": (("mmsegmentation",), ">=1.2,<1.3"),
+    "mmpretrain": (("mmpretrain",), ">=1.2,<1.3"),
+}
+NEED_OPERATORS = ("mmdet", "mmseg")  # of mmcv, compiled
+
 
 def check_versions() -> None:
     """Check that every core dependency is installed in a supported version.
@@ -34,12 +48,59 @@ def check_versions() -> None:
             registry is importing the package, because it hides import errors.)
     """
     for name, (distributions, wanted) in CORE_DEPENDENCIES.items():
-        found = _installed_version(distributions)
-        if found is None:
-            raise _error_type()(f"mmsoft needs {name}{wanted}, but {name} is not installed.")
-        # Without suffixes: 2.13.0+cpu and vendors' 2.6.0a0+git are what they are builds of.
-        if not SpecifierSet(wanted).contains(Version(found).base_version):
-            raise _error_type()(f"mmsoft needs {name}{wanted}, but {name} {found} is installed.")
+        _check_version(name, distributions, wanted)
+
+
+def check_libraries() -> None:
+    """Check the versions of the OpenMMLab libraries that are imported, and mmcv for them.
+
+    Raises:
+        ImportError: one is out of range, or mmcv has no operators, which MMDetection and
+            MMSegmentation import. The message has the command that helps. (A RuntimeError as in
+            :func:`check_versions`.)
+    """
+    used = [name for name in LIBRARIES if sys.modules.get(name)]
+    for name in used:
+        _check_version(name, *LIBRARIES[name])
+    for name in used:
+        if name in NEED_OPERATORS and not _mmcv_has_operators():
+            raise _error_type()(
+                f"{name} needs mmcv with its compiled operators, and the mmcv that is installed "
+                f"has none.{_mmcv_command()}"
+            )
+
+
+def _check_version(name: str, distributions: tuple[str, ...], wanted: str) -> None:
+    found = _installed_version(distributions)
+    advice = _mmcv_command() if name == "mmcv" else ""
+    if found is None:
+        raise _error_type()(f"mmsoft needs {name}{wanted}, but {name} is not installed.{advice}")
+    # Without suffixes: 2.13.0+cpu and vendors' 2.6.0a0+git are what they are builds of.
+    if not SpecifierSet(wanted).contains(Version(found).base_version):
+        raise _error_type()(
+            f"mmsoft needs {name}{wanted}, but {name} {found} is installed.{advice}"
+        )
+
+
+def _mmcv_has_operators() -> bool:
+    try:
+        files = metadata.files("mmcv") or []
+    except metadata.PackageNotFoundError:  # mmcv-lite
+        return False
+    names = {str(file) for file in files}
+    # A development install has no list of its modules: it is taken to be complete.
+    return "mmcv/__init__.py" not in names or any(name.startswith("mmcv/_ext") for name in names)
+
+
+def _mmcv_command() -> str:
+    torch = _installed_version(("torch",))
+    if torch is not None and Version(torch) < Version("2.2"):  # the last with prebuilt mmcv 2.1
+        return " For this torch it is prebuilt: pip install openmim && mim install mmcv==2.1.0"
+    return (
+        f" For torch {torch} it has to be compiled, with gcc, and nvcc for CUDA: pip uninstall -y "
+        "mmcv mmcv-lite; pip install setuptools==79.0.1 wheel ninja; MMCV_WITH_OPS=1 pip install "
+        "--no-build-isolation --no-cache-dir mmcv==2.1.0"
+    )
 
 
 def register_config_prefix() -> None:
@@ -90,6 +151,72 @@ def _history_statistic(owner: type, name: str) -> Callable[..., float]:
     raise UnpicklingError(f"refused getattr of a {type(owner).__name__} in a checkpoint")
 
 
+class _InferencersKnowOurNames(importlib.abc.MetaPathFinder):
+    """Once MMEngine's inferencers are imported, which takes seconds, adds to what they look up."""
+
+    module = "mmengine.infer.infer"
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _add_names(module.BaseInferencer)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register_names() -> None:
+    """Let MMDetection's and MMSegmentation's inferencers find our configs by name.
+
+    They look in the model index of their own library; what that has is left to it.
+    """
+    if module := sys.modules.get(_InferencersKnowOurNames.module):
+        _add_names(module.BaseInferencer)
+    elif not any(isinstance(finder, _InferencersKnowOurNames) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _InferencersKnowOurNames())
+
+
+def _add_names(inferencer: Any) -> None:
+    theirs = inferencer._load_model_from_metafile
+
+    @wraps(theirs)
+    def load(self: Any, model: str) -> tuple[Any, str | None]:
+        try:
+            return theirs(self, model)
+        except ValueError:
+            from mmengine.config import Config
+
+            configs = Path(__file__).with_name(".mim") / "configs"
+            found = [*configs.glob(f"*/{model.lower().removesuffix('.py')}.py")]
+            if not found:
+                raise
+            config = Config.fromfile(found[0])
+            if (scope := config.get("default_scope")) != self.scope:
+                raise ValueError(
+                    f"{model} is a config of {scope}, not of {self.scope}: use the inferencer of "
+                    f"{scope}"
+                ) from None
+            return config, None
+
+    inferencer._load_model_from_metafile = load
+
+
+def announce_missing_weights() -> None:
+    """Say in `mim download`, which reads the configs that it copies, why it fetches nothing."""
+    if _is_called_by("mim/commands/download.py"):  # mim executes it as text, without a name
+        print(
+            "mmsoft publishes no weights. Those that the authors released: "
+            "mim search mmsoft --field released_file"
+        )
+
+
 def register_flop_counters() -> None:
     """Let the ``get_flops`` of every library count our operators, which MMEngine does not know."""
     from mmengine.analysis import complexity_analysis
@@ -111,9 +238,11 @@ def _installed_version(distributions: tuple[str, ...]) -> str | None:
 def _error_type() -> type[Exception]:
     # `type='mmsoft.X'` makes MMEngine import us inside a `try` that drops ImportErrors; the user
     # would only read that X is not registered.
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "mmengine.registry.registry":
-            return RuntimeError
-        frame = frame.f_back  # type: ignore[assignment]
-    return ImportError
+    return RuntimeError if _is_called_by("mmengine/registry/registry.py") else ImportError
+
+
+def _is_called_by(file: str) -> bool:
+    frame: Any = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.endswith(file):
+        frame = frame.f_back
+    return frame is not None

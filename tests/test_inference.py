@@ -128,3 +128,42 @@ def test_classifier(photo, run, root, tmp_path):
     # The class is written over the picture in its upper left corner.
     corner = (slice(0, photo.shape[0] // 4), slice(0, photo.shape[1] // 2))
     assert np.abs(painted[corner].astype(int) - photo[corner]).max() > 50
+
+
+BY_NAME = """
+import mmsoft
+from mmengine.infer import BaseInferencer
+class Inferencer:
+    scope = {scope!r}
+lookup = BaseInferencer._load_model_from_metafile
+config, weights = lookup(Inferencer, {name!r})
+print(config.model.backbone.type, weights)
+"""
+
+
+@pytest.mark.parametrize("first", ["import mmsoft", "import mmengine.infer"])
+def test_inferencers_find_our_configs_by_name_and_theirs_as_before(run_outside, first):
+    """The library's own names win; what neither has, or another library, is an error."""
+
+    def look(scope, name):
+        done = run_outside("-c", first + BY_NAME.format(scope=scope, name=name))
+        return done.stdout.splitlines()[-1:] or done.stderr.splitlines()[-1:]
+
+    ours, theirs = "retinanet_softpp-t_fpn_1x_coco", "retinanet_r50_fpn_1x_coco"
+    assert look("mmdet", ours) == ["mmsoft.SOFTPlusPlus None"]
+    if first == "import mmsoft":
+        assert look("mmseg", "upernet_softpp-mini_shapes") == ["mmsoft.SOFTPlusPlus None"]
+        (line,) = look("mmdet", theirs)
+        assert line.startswith("ResNet https://")
+        assert look("mmdet", "retinanet_x") == [
+            "ValueError: Cannot find model: retinanet_x in mmdet"
+        ]
+        assert look("mmseg", ours) == [
+            f"ValueError: {ours} is a config of mmdet, not of mmseg: use the inferencer of mmdet"
+        ]
+
+
+def test_every_config_has_a_name_of_its_own(root):
+    names = [path.name for path in (root / "configs").glob("*/*.py")]
+    assert len(names) == len(set(names)) > 30
+    assert all(name == name.lower() for name in names)  # as MMEngine asks for them

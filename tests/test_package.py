@@ -1,21 +1,26 @@
 """The package: import, versions, registry, config prefix, checkpoints, wheel."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from crafted_pickles import Call
+from mmengine.config import Config
 
 import mmsoft
 from mmsoft import integration
 from mmsoft.registry import MODELS
 
 EXTRAS = ("mmdet", "mmseg", "mmpretrain")
+DISTRIBUTIONS = ("mmdet", "mmsegmentation", "mmpretrain")
 
 
 def test_import_is_quiet_and_needs_no_extra_and_no_gpu(run_outside):
@@ -74,6 +79,49 @@ def test_missing_dependency(monkeypatch, name):
 def test_torch_in_range(monkeypatch, version):
     fake_versions(monkeypatch, torch=version)
     integration.check_versions()
+
+
+@pytest.mark.parametrize(
+    ("torch", "advice"),
+    [
+        ("2.1.2+cu121", "it is prebuilt: pip install openmim && mim install mmcv==2.1.0"),
+        ("2.13.0", "compiled, .*MMCV_WITH_OPS=1 pip install --no-build-isolation .*mmcv==2.1.0"),
+    ],
+)
+def test_the_command_for_mmcv_fits_the_torch(monkeypatch, torch, advice):
+    fake_versions(monkeypatch, torch=torch, mmcv=None, **{"mmcv-lite": None})
+    monkeypatch.setitem(integration.CORE_DEPENDENCIES, "torch", (("torch",), ">=2.1"))
+    with pytest.raises(ImportError, match=f"mmcv is not installed.*{advice}"):
+        integration.check_versions()
+    monkeypatch.setattr(metadata, "files", lambda name: [Path("mmcv/__init__.py")])
+    monkeypatch.setitem(sys.modules, "mmdet", object())
+    with pytest.raises(ImportError, match=f"mmdet needs mmcv with its compiled .*{advice}"):
+        integration.check_libraries()
+
+
+@pytest.mark.parametrize(("name", "distribution"), zip(EXTRAS, DISTRIBUTIONS))
+def test_libraries_are_checked_once_imported(monkeypatch, name, distribution):
+    for other in EXTRAS:
+        monkeypatch.delitem(sys.modules, other, raising=False)
+    fake_versions(monkeypatch, **{distribution: "0.30.0"})
+    integration.check_libraries()
+    monkeypatch.setitem(sys.modules, name, object())
+    with pytest.raises(ImportError, match=rf"mmsoft needs {name}>=.*, but {name} 0.30.0 is inst"):
+        integration.check_libraries()
+
+
+@pytest.mark.parametrize("files", [["mmcv/__init__.py", "mmcv/_ext.so"], ["mmcv.egg-link"], None])
+def test_mmcv_with_operators_or_unknown_files_is_accepted(monkeypatch, files):
+    monkeypatch.setattr(metadata, "files", lambda name: files)
+    assert integration._mmcv_has_operators()
+
+
+def test_the_extras_are_the_versions_that_are_checked(root):
+    text = (root / "pyproject.toml").read_text()
+    for (distribution,), versions in integration.LIBRARIES.values():
+        assert f'"{distribution}{versions}"' in text
+    assert all(f"{extra} = [" in text for extra in ("det", "seg", "cls"))
+    assert text.count('"mmsoft[commands]"') == 3
 
 
 def test_mmcv_lite_is_enough(monkeypatch):
@@ -190,7 +238,7 @@ print(mmsoft.__file__)
 
 
 def test_wheel_in_a_fresh_environment_builds_a_detector(fresh_python, run_outside, tmp_path, root):
-    shutil.copy(root / "tests/downstream/configs/retinanet_stock.py", tmp_path / "detector.py")
+    shutil.copy(root / "projects/template/configs/retinanet_stock.py", tmp_path / "detector.py")
     process = run_outside("-c", BUILD_DETECTOR, python=fresh_python, PYTHONPATH="")
     assert process.returncode == 0, process.stderr
     shapes, file = process.stdout.splitlines()[-2:]
@@ -212,6 +260,28 @@ def test_mim_and_mmengine_find_the_configs_of_the_wheel(fresh_python, run_outsid
     (package,) = (tmp_path / "venv").glob("lib/python*/site-packages/mmsoft")
     assert (package / ".mim" / "model-index.yml").is_file()
     assert process.stdout.splitlines() == [str(package)] * 3, process.stderr
+
+
+def test_mim_searches_and_downloads_from_the_wheel(fresh_python, run_outside, tmp_path):
+    """There are no weights to download: the config is copied, and one line says so."""
+
+    def mim(*arguments):
+        done = run_outside("-m", "mim", *arguments, python=fresh_python, PYTHONPATH="")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    mim("search", "mmsoft", "--field", "weight", "released_file", "--json", "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["weight"]) == 25
+    assert set(found["weight"].values()) == {"none published/"}
+    assert sum(str(link).startswith("https://") for link in found["released_file"].values()) == 5
+
+    names = ["retinanet_softpp-t_fpn_1x_coco", "upernet_softpp-t_8xb2-160k_ade20k-512x512"]
+    printed = mim("download", "mmsoft", "--config", *names, "--dest", "out")
+    assert printed.count("mmsoft publishes no weights. Those that the authors released: ") == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{n}.py" for n in names]
+    config = Config.fromfile(tmp_path / "out" / f"{names[0]}.py")
+    assert config.model.backbone.type == "mmsoft.SOFTPlusPlus"
 
 
 UNCHANGED = """

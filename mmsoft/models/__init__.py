@@ -4,6 +4,7 @@ from mmsoft import integration
 
 from .backbones import SOFT, SOFTPlusPlus
 
+integration.check_libraries()
 integration.register_flop_counters()
 
 __all__ = ["SOFT", "SOFTPlusPlus"]

@@ -4,10 +4,10 @@
     python tools/dev/model_zoo.py           # count every model (minutes) and write
     python tools/dev/model_zoo.py --check   # the same, but only name what is stale
 
-These are: the counts in `configs/*/metafile.yml` (parameters and FLOPs of the built models); from
-these files, whose other fields are edited by hand, the tables of `docs/model_zoo.md` and of
-`configs/*/README.md` (between `<!-- NAME -->` and `<!-- /NAME -->`) and `model-index.yml`. Speed
-comes from the benchmarks kept in `docs/benchmarks/`.
+These are: the counts in `configs/*/metafile.yml` (parameters and FLOPs of the built models) and
+what they say of weights; from these files, whose other fields are edited by hand, the tables of
+`docs/model_zoo.md`, `docs/weights.md` and `configs/*/README.md` (between `<!-- NAME -->` and
+`<!-- /NAME -->`) and `model-index.yml`. Speed comes from the benchmarks kept in `docs/benchmarks/`.
 """
 
 import argparse
@@ -36,7 +36,9 @@ from mmsoft.ops import landmark_grid
 ROOT = Path(__file__).resolve().parents[2]
 # Folders of configs, and the (height, width) at which their library gives FLOPs.
 SHAPES = dict(soft=(224, 224), retinanet=(800, 1280), mask_rcnn=(800, 1280), upernet=(512, 512))
-HEAD = "# Parameters and FLOPs are written by tools/dev/model_zoo.py, all else by hand.\n"
+HEAD = "# Counts and Weights are written by tools/dev/model_zoo.py, all else by hand.\n"
+# `mim download` fails without the field, and downloads nothing for an address that ends in a slash.
+NO_WEIGHTS = "none published/"
 PUBLISHED = " (published by the authors)"  # ends the name of a metric
 INVERSE = ("newton_raphson_pinv", "tikhonov_solve")  # an operator's part that the table lists apart
 
@@ -199,6 +201,22 @@ def zoo_table(counts: dict[str, Counts]) -> str:
     return table(header, rows)
 
 
+def weights_table(counts: dict[str, Counts]) -> str:
+    """The authors' files, and what they hold."""
+    header = ["file", "loads into", "params (M)", "tensors", "float32 (MB)", "top-1, authors'"]
+    rows = []
+    for folder, model in models():
+        name, metadata = model["Name"], model["Metadata"]
+        if "Released File" in metadata:
+            with torch.device("meta"):
+                tensors = len(build_model(Config.fromfile(ROOT / model["Config"])).state_dict())
+            parameters = counts[name].parameters
+            row = [f"[{metadata['Label']}]({metadata['Released File']})", f"`{folder}/{name}.py`"]
+            row += [f"{parameters / 1e6:.2f}", str(tensors), f"{parameters * 4 / 1e6:.0f}"]
+            rows.append([*row, f"{published(model)['top-1']:.1f}"])
+    return table(header, rows)
+
+
 # Landmark budgets and solvers to compare; the last is that of the dense configs.
 SETTINGS = ((None, "newton"), (256, "newton"), (256, "direct"), (49, "direct"))
 
@@ -231,6 +249,7 @@ def metafile(folder: str, counts: dict[str, Counts]) -> str:
     content = read_metafile(folder)
     for model in content["Models"]:
         model["Metadata"].update(zip(COUNTED, asdict(counts[model["Name"]]).values()))
+        model["Weights"] = NO_WEIGHTS
     return HEAD + yaml.safe_dump(content, sort_keys=False, width=100)
 
 
@@ -257,6 +276,8 @@ def render(counts: dict[str, Counts]) -> dict[Path, str]:
     index = {"Import": [f"configs/{folder}/metafile.yml" for folder in SHAPES]}
     head = "# Written by tools/dev/model_zoo.py.\n"
     files[ROOT / "model-index.yml"] = head + yaml.safe_dump(index, sort_keys=False)
+    page = ROOT / "docs" / "weights.md"
+    files[page] = between(page, "released", weights_table(counts), page.read_text())
     page = ROOT / "docs" / "model_zoo.md"
     text = between(page, "model zoo", zoo_table(counts), page.read_text())
     files_measured = sorted((ROOT / "docs" / "benchmarks").glob("cpu*.json"))
