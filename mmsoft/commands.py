@@ -1,20 +1,56 @@
-"""Commands of mim as the tools run them: progress, errors of one line, time and memory."""
+"""Commands of mim: ours, and the libraries' as the tools run them, with progress and costs."""
 
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mmsoft.builder import require
+from mmsoft.integration import LIBRARIES
 
 PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
 NOISE = re.compile(
     r"\b(lr|time|data_time|grad_norm|memory|base_lr|loss_\w+|(?:decode|aux)\.\w+): \S+\s*"
 )
+
+
+def run_of_library(script: str, description: str) -> None:
+    """Run a script of the library that a config belongs to, with this program's arguments.
+
+    Args:
+        script: ``'train.py'`` or ``'test.py'``.
+        description: printed where there are no arguments, or for ``-h``.
+    """
+    configs = [word for word in sys.argv[1:] if word.endswith(".py")]
+    if not configs or {"-h", "--help"} & set(sys.argv):
+        print(f"usage: {script} CONFIG [options]\n\n{description}")
+        return
+    if not Path(configs[0]).is_file():
+        sys.exit(f"error: no config {configs[0]}")
+    library = Config.fromfile(configs[0]).get("default_scope")
+    if library not in LIBRARIES:
+        sys.exit(
+            f"error: the default_scope of {configs[0]} is {library!r}, which should be one of "
+            f"{', '.join(LIBRARIES)}: inherit from a config of one of them, or of mmsoft"
+        )
+    try:
+        require(library)
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    spec: Any = find_spec(library)
+    folder = spec.submodule_search_locations[0]
+    runpy.run_path(str(Path(folder, ".mim", "tools", script)), run_name="__main__")
 
 
 class CommandError(Exception):

@@ -1,4 +1,4 @@
-"""A separate project, outside the repository, with MMSOFT installed as a wheel."""
+"""The template of a project, outside the repository, with MMSOFT installed as a wheel."""
 
 import json
 import math
@@ -7,15 +7,17 @@ import shutil
 import subprocess
 
 import pytest
-from true_layout import make_ade20k, make_coco
+from true_layout import make_ade20k, make_coco, make_shapes
 
+SMALL = [
+    "train_dataloader.dataset.pipeline.2.scale=(160,96)",
+    "val_dataloader.dataset.pipeline.1.scale=(160,96)",
+    "train_dataloader.dataset.filter_cfg.min_size=1",
+]
 OPTIONS = {
     "retinanet_softpp-t_coco": [],  # has its changes in the config, as a project would
-    "retinanet_stock": [
-        "train_dataloader.dataset.pipeline.2.scale=(160,96)",
-        "val_dataloader.dataset.pipeline.1.scale=(160,96)",
-        "train_dataloader.dataset.filter_cfg.min_size=1",
-    ],
+    "retinanet_softpp-t_mydata": [*SMALL, "train_dataloader.batch_size=2"],
+    "retinanet_stock": SMALL,
     "upernet_stock": [
         "train_dataloader.batch_size=2",
         "train_dataloader.dataset.pipeline.2.scale=(256,96)",
@@ -29,6 +31,7 @@ OPTIONS = {
     ("package", "name"),
     [
         ("mmdet", "retinanet_softpp-t_coco"),
+        ("mmsoft", "retinanet_softpp-t_mydata"),
         pytest.param("mmdet", "retinanet_stock", marks=pytest.mark.long),
         pytest.param("mmseg", "upernet_stock", marks=pytest.mark.long),
     ],
@@ -36,15 +39,18 @@ OPTIONS = {
 def test_project_trains_with_the_wheel_and_no_pythonpath(
     package, name, fresh_python, root, tmp_path
 ):
-    pytest.importorskip(package)
+    library = "mmseg" if name.startswith("upernet") else "mmdet"
+    pytest.importorskip(library)
     project = tmp_path / "project"
-    shutil.copytree(root / "tests/downstream", project)
-    if package == "mmdet":
+    shutil.copytree(root / "projects/template", project)
+    if name.endswith("mydata"):  # as its README says
+        make_shapes(project, 4, 2, 96)
+        shutil.copytree(project / "shapes/coco", project / "data/mydata")
+    elif library == "mmdet":
         make_coco(project)
-        length = "train_cfg.max_epochs=1"
     else:
         make_ade20k(project)
-        length = "train_cfg.max_iters=2"
+    length = "train_cfg.max_epochs=1" if library == "mmdet" else "train_cfg.max_iters=2"
 
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [fresh_python, "-m", "mim", "train", package, f"configs/{name}.py"]

@@ -1,3 +1,4 @@
+# A config of ours, on smaller images.
 _base_ = __import__("mmsoft") and "mmsoft::retinanet/retinanet_softpp-t_fpn_1x_coco.py"
 
 # Smaller images than the base's.

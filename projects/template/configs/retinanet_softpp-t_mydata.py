@@ -1,0 +1,34 @@
+# Your own data, with boxes in COCO's format.
+_base_ = __import__("mmsoft") and "mmsoft::retinanet/retinanet_softpp-t_fpn_1x_coco.py"
+
+data_root = "data/mydata/"
+metainfo = dict(classes=("disc", "bar", "triangle", "crescent", "cross"))  # as in `categories`
+weights = None  # or a file that the authors released, such as "SOFT_Tiny_norm.pth"
+
+if weights is None:  # BatchNorm has to learn its statistics
+    backbone = dict(norm_eval=False)
+else:  # these weights belong to this solver
+    init_cfg = dict(type="Pretrained", checkpoint=weights)
+    backbone = dict(solver="newton", init_cfg=init_cfg)
+model = dict(backbone=backbone, bbox_head=dict(num_classes=len(metainfo["classes"])))
+
+train_dataloader = dict(
+    batch_size=4,
+    dataset=dict(
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file="annotations/instances_train2017.json",
+        data_prefix=dict(img="train2017/"),
+    ),
+)
+val_dataloader = dict(
+    dataset=dict(
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file="annotations/instances_val2017.json",
+        data_prefix=dict(img="val2017/"),
+    )
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
+test_evaluator = val_evaluator
