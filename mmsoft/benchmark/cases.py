@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import mmsoft
 from mmsoft import builder
 from mmsoft.benchmark import released  # noqa: F401  (registers its backbone)
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
+from mmsoft.models.peers import build_peer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("forward", "train")
@@ -155,25 +155,15 @@ def _softpp(tokens: int) -> nn.Module:
     return OnSquareGrid(SoftmaxFreeAttention(DIMS, HEADS, 8, 9, **options))
 
 
-def _peer(package: str, name: str, **options: Any) -> nn.Module:
-    builder.require(package)
-    return getattr(import_module(package), name)(DIMS, heads=HEADS, **options)
-
-
-HEAD = dict(dim_head=DIMS // HEADS)
-# Projections included, each with the package's own defaults: projections to 256 (Linformer), 110
-# random features (Performer), 256 landmarks (Nystromformer), 49 (ours).
+# Projections included; 49 landmarks for ours, the defaults of their packages for peers.
 OPERATORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "softpp": ("SOFT++", _softpp),
     "softmax": ("full softmax", lambda tokens: OnSquareGrid(SoftmaxAttention(DIMS, HEADS))),
-    "linformer": (
-        "Linformer",
-        lambda tokens: _peer("linformer", "LinformerSelfAttention", seq_len=tokens),
-    ),
-    "performer": ("Performer", lambda tokens: _peer("performer_pytorch", "SelfAttention", **HEAD)),
+    "linformer": ("Linformer", lambda tokens: build_peer("linformer", DIMS, HEADS, tokens)),
+    "performer": ("Performer", lambda tokens: build_peer("performer", DIMS, HEADS, tokens)),
     "nystromformer": (
         "Nyströmformer",
-        lambda tokens: _peer("nystrom_attention", "NystromAttention", **HEAD),
+        lambda tokens: build_peer("nystromformer", DIMS, HEADS, tokens),
     ),
 }
 

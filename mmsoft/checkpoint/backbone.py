@@ -20,7 +20,7 @@ def load_backbone(
     and necks) is counted in one line of the log, see :class:`LoadReport`.
 
     Args:
-        backbone: a SOFT or SOFT++ backbone.
+        backbone: a SOFT or SOFT++ backbone, of images or sequences.
         checkpoint: see :func:`read_checkpoint`.
         prefix: what precedes the backbone's names in the checkpoint, e.g. ``'backbone.'``; found if
             not given.
@@ -36,7 +36,7 @@ def load_backbone(
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{checkpoint} must hold a dict of tensors by name")
-    prefix = _find_prefix(weights, prefix, checkpoint)
+    prefix = _find_prefix(weights, prefix, checkpoint, backbone.mark)
     metadata = getattr(weights, "_metadata", None)
     metadata = metadata if isinstance(metadata, dict) else {}
     own = OrderedDict((k[len(prefix) :], v) for k, v in weights.items() if k.startswith(prefix))
@@ -45,7 +45,7 @@ def load_backbone(
         for k, v in metadata.items()
         if f"{k}.".startswith(prefix)
     }
-    stages = len(list(backbone.get_submodule("stages").children()))
+    stages = len(getattr(backbone, "stages", ()))
     later = [k for k in own if (m := re.match(r"stages\.(\d+)\.", k)) and int(m[1]) >= stages]
     if not hasattr(backbone, "norm"):
         later += [name for name in own if name.startswith("norm.")]
@@ -73,8 +73,7 @@ def load_backbone(
     report.write(f"{checkpoint}{origin}")
 
 
-def _find_prefix(weights: Mapping[str, Any], prefix: str | None, source: str) -> str:
-    mark = "stages.0.pos_embed"
+def _find_prefix(weights: Mapping[str, Any], prefix: str | None, source: str, mark: str) -> str:
     found = sorted(k.removesuffix(mark) for k in weights if re.search(rf"(^|\.){mark}$", k))
     if prefix is not None:
         prefix = prefix if prefix == "" or prefix.endswith(".") else f"{prefix}."

@@ -2,9 +2,10 @@
 
 from mmsoft import integration
 
-from .backbones import SOFT, SOFTPlusPlus
+from .backbones import SOFT, SequenceSOFT, SequenceSOFTPlusPlus, SOFTPlusPlus
+from .preprocessor import SequencePreprocessor
 
 integration.check_libraries()
 integration.register_flop_counters()
 
-__all__ = ["SOFT", "SOFTPlusPlus"]
+__all__ = ["SOFT", "SOFTPlusPlus", "SequencePreprocessor", "SequenceSOFT", "SequenceSOFTPlusPlus"]

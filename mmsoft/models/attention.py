@@ -107,7 +107,7 @@ class SoftmaxFreeAttention(nn.Module):
 
         self.query = nn.Linear(embed_dims, embed_dims)
         self.value = nn.Linear(embed_dims, embed_dims)
-        self.landmark_conv = None
+        self.landmark_conv: nn.Module | None = None
         if landmark_sampling == "conv":
             self.landmark_conv = LandmarkConv2d(self.head_dims, landmark_stride)
         self.landmark_norm = nn.LayerNorm(self.head_dims)
@@ -137,12 +137,17 @@ class SoftmaxFreeAttention(nn.Module):
         nn.init.ones_(self.landmark_norm.weight)
         if attn_init == "balanced":
             # Without the normalization landmarks that overlap add up: 10 of the 49 at 224 pixels.
-            tokens = self.landmark_stride**2 / 2 * (1 if self.normalize else 10)
+            tokens = self.patch_tokens / 2 * (1 if self.normalize else 10)
             distance = math.sqrt(math.log(max(tokens, 1)))
             nn.init.constant_(self.landmark_norm.weight, 0.3)
             nn.init.constant_(
                 self.landmark_norm.bias, _inverse_gelu(distance / math.sqrt(self.head_dims))
             )
+
+    @property
+    def patch_tokens(self) -> int:
+        """Tokens of a patch."""
+        return self.landmark_stride**2
 
     @property
     def by_content(self) -> bool:
@@ -267,7 +272,7 @@ class SoftmaxFreeAttention(nn.Module):
         patch, because the counts are of patches.
         """
         if self.by_content:
-            return self.landmark_stride**-2
+            return 1 / self.patch_tokens
         if self.max_landmarks is None:
             return 1.0
         if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there

@@ -117,14 +117,17 @@ class TanhGELU(nn.GELU):
 
 
 class Mlp(nn.Sequential):
-    """Linear, an activation, linear, with ``4 * embed_dims`` hidden channels."""
+    """Linear, an activation, linear, with ``4 * embed_dims`` hidden channels by default."""
 
-    def __init__(self, embed_dims: int, act: nn.Module, drop_rate: float):
+    def __init__(
+        self, embed_dims: int, act: nn.Module, drop_rate: float, hidden_dims: int | None = None
+    ):
+        hidden_dims = hidden_dims or 4 * embed_dims
         super().__init__(
-            nn.Linear(embed_dims, 4 * embed_dims),
+            nn.Linear(embed_dims, hidden_dims),
             act,
             nn.Dropout(drop_rate),
-            nn.Linear(4 * embed_dims, embed_dims),
+            nn.Linear(hidden_dims, embed_dims),
             nn.Dropout(drop_rate),
         )
 
@@ -185,19 +188,29 @@ class SOFTBlock(_Block):
 
 
 class SoftmaxBlock(_Block):
-    """Pre-norm block of stage 4, with ordinary attention."""
+    """Pre-norm block: of stage 4, with ordinary attention, and of sequences.
 
-    def __init__(self, embed_dims: int, attn: nn.Module, drop_path: float, drop_rate: float):
+    There the second argument is not the grid but the mask of the tokens, which goes to ``attn``.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        attn: nn.Module,
+        drop_path: float,
+        drop_rate: float,
+        hidden_dims: int | None = None,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.mlp = Mlp(embed_dims, nn.GELU(), drop_rate)
+        self.mlp = Mlp(embed_dims, nn.GELU(), drop_rate, hidden_dims)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """``[B, 1 + H*W, C] -> [B, 1 + H*W, C]``, class token first."""
-        return self.tokenwise(self._after_attention, x, self.attn(self.norm1(x), hw_shape))
+    def forward(self, x: Tensor, where: tuple[int, int] | Tensor | None) -> Tensor:
+        """``[B, N, C] -> [B, N, C]``; ``where`` is the grid (H, W), or the mask ``[B, N]``."""
+        return self.tokenwise(self._after_attention, x, self.attn(self.norm1(x), where))
 
     def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.drop_path(attended)

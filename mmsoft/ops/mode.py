@@ -39,6 +39,11 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not transformed()
 
 
+def may_decide(x: Tensor) -> bool:
+    """Whether a value of ``x`` may decide what happens: it is :func:`readable`, nothing records."""
+    return not traced(x) and readable(x)
+
+
 def cpu_shortcut(x: Tensor, *, backward: bool = False) -> bool:
     """Whether ``x`` may take a shortcut that pays on a CPU, in a program that is not traced.
 

@@ -63,6 +63,39 @@ def resolve_arch(arch: str | dict) -> dict[str, list[int]]:
     return {key: list(values) for key, values in resolved.items()}
 
 
+# The protocol of Nystromformer (arXiv 2102.03902) for the Long Range Arena, which others follow.
+SEQUENCE_ARCHS = {"lra": dict(embed_dims=64, depth=2, num_heads=2, hidden_dims=128)}
+
+
+def resolve_sequence_arch(arch: str | dict) -> dict[str, int]:
+    """Look up and check an architecture of a sequence backbone.
+
+    Args:
+        arch: a key of ``SEQUENCE_ARCHS``, or a dict with the keys of its values.
+
+    Raises:
+        TypeError, ValueError: naming what is wrong.
+    """
+    if isinstance(arch, str):
+        if arch not in SEQUENCE_ARCHS:
+            known = ", ".join(map(repr, SEQUENCE_ARCHS))
+            raise ValueError(f"arch {arch!r} is unknown; choose {known}, or pass a dict")
+        return dict(SEQUENCE_ARCHS[arch])
+    if not isinstance(arch, dict):
+        raise TypeError(f"arch must be a name or a dict, got {type(arch).__name__}")
+    keys = SEQUENCE_ARCHS["lra"].keys()
+    if set(arch) != set(keys):
+        raise ValueError(f"arch must have the keys {', '.join(keys)}, got {sorted(map(str, arch))}")
+    for key in keys:
+        check_int(f"arch[{key!r}]", arch[key], 1)
+    if arch["embed_dims"] % arch["num_heads"]:
+        raise ValueError(
+            f"arch['embed_dims'] {arch['embed_dims']} is not a multiple of its num_heads "
+            f"{arch['num_heads']}"
+        )
+    return dict(arch)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise ValueError unless a value is among the choices."""
     if value not in choices:
@@ -80,6 +113,12 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is a number in [0, 1)."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 def check_img_size(img_size: Any) -> tuple[int, int]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmsoft.checkpoint import LoadReport, check_arch, check_is_ours, check_tensors, load_backbone
+from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
 from mmsoft.registry import MODELS
 
@@ -21,15 +20,16 @@ from .arch import (
     STAGES,
     check_choice,
     check_img_size,
-    check_init_cfg,
     check_int,
     check_out_indices,
+    check_rate,
     resolve_arch,
 )
+from .base import Backbone
 
 
 @MODELS.register_module()
-class SOFT(BaseModule):
+class SOFT(Backbone):
     """SOFT: Softmax-free Transformer with Linear Complexity (arXiv 2110.11945).
 
     Stages 1 to 3 are post-norm blocks of softmax-free attention, stage 4 has ordinary attention and
@@ -74,7 +74,6 @@ class SOFT(BaseModule):
 
     normalize = False
     variant = "SOFT"
-    init_cfg: Any
 
     def __init__(
         self,
@@ -99,8 +98,7 @@ class SOFT(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ):
-        check_init_cfg(init_cfg)
-        super().__init__(init_cfg=init_cfg)
+        super().__init__(init_cfg)
         self.arch_settings = resolve_arch(arch)
         self.out_indices = check_out_indices(out_indices, out_type)
         self.out_type = out_type
@@ -109,7 +107,6 @@ class SOFT(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self._statistics_checked = False
-        self.load_report: LoadReport | None = None  # of weights loaded since the last train()
         check_choice("solver", solver, SOLVERS)
         check_choice("landmarks", landmarks, ("released", "content"))
         check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
@@ -120,9 +117,8 @@ class SOFT(BaseModule):
         for name, budget in (("max_landmarks", max_landmarks), ("max_keys", max_keys)):
             if budget is not None:
                 check_int(name, budget, 1)
-        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+        check_rate("drop_rate", drop_rate)
+        check_rate("drop_path_rate", drop_path_rate)
         for name, flag in (("norm_eval", norm_eval), ("with_cp", with_cp)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")
@@ -174,7 +170,6 @@ class SOFT(BaseModule):
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self._initialize()
         self._freeze()
-        self._register_state_dict_hook(_save_variant)
 
     def build_attention(self, **options: Any) -> nn.Module:
         """Build the attention of one block of stages 1 to 3: what to override for another one.
@@ -203,46 +198,7 @@ class SOFT(BaseModule):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
                 if module.cls_token is not None:
                     nn.init.trunc_normal_(module.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, SoftmaxFreeAttention):
-                module.init_queries()
-
-    def init_weights(self) -> None:
-        """Apply ``init_cfg``; ``Pretrained`` goes through :func:`mmsoft.checkpoint.load_backbone`.
-
-        Raises:
-            ValueError, RuntimeError: the checkpoint is refused or does not fit.
-        """
-        init_cfg, self._pretrained = self.init_cfg, []
-        if not self.is_init and init_cfg:
-            cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg
-            self._pretrained = [
-                cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)
-            ]
-            self.init_cfg = [cfg for cfg in cfgs if cfg not in self._pretrained]
-        try:
-            super().init_weights()
-        finally:
-            self.init_cfg = init_cfg
-        self._load_pretrained()
-
-    def _dump_init_info(self) -> None:
-        """Load the weights before MMEngine logs what initialized each parameter.
-
-        With a root module it does so at the end of its own ``init_weights``.
-        """
-        self._load_pretrained()
-        super()._dump_init_info()
-
-    def _load_pretrained(self) -> None:
-        while self._pretrained:
-            cfg = dict(self._pretrained.pop(0))
-            del cfg["type"]
-            load_backbone(self, **cfg)
-            for parameter in self.parameters():
-                if info := getattr(self, "_params_init_info", {}).get(parameter):
-                    info["init_info"] = f"loaded from {cfg['checkpoint']}"
-                    info["tmp_mean_value"] = parameter.detach().mean().cpu()
+        self._init_queries()
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
@@ -255,46 +211,12 @@ class SOFT(BaseModule):
         check_tensors(state_dict, prefix, own)
         if f"{prefix}stages.0.pos_embed" in state_dict:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
-            self.load_report = LoadReport(state_dict, prefix, own, *args[1:])
-            self._note_loading(state_dict, prefix)
+            self._note_loading(state_dict, prefix, own, *args[1:])
         else:
             check_is_ours(state_dict, prefix, own, self.variant)
-        variant = local_metadata.get("variant")
-        if isinstance(variant, str) and variant != self.variant:
-            raise ValueError(
-                f"the checkpoint is of {variant} but the config has {self.variant}; change the "
-                "type of the config's backbone, or name another checkpoint"
-            )
+        self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def _note_loading(self, state_dict: dict, prefix: str) -> None:
-        """Say so where MMEngine would note that a parameter's mean is the same as before."""
-        noted = self.__dict__.get("_params_init_info", {})
-        for name, parameter in self.named_parameters():
-            if prefix + name in state_dict and (info := noted.get(parameter)):
-                info["init_info"] = "loaded from a checkpoint"
-
-    def _match_landmarks(self, state_dict: dict, prefix: str) -> None:
-        """Weights decide for which landmarks they were trained."""
-        switched = set()
-        for name, layer in self.named_modules():
-            key = f"{prefix}{name}."
-            if (
-                isinstance(layer, SoftmaxFreeAttention)
-                and f"{key}landmark_norm.weight" in state_dict
-            ):
-                by_content = f"{key}content_landmarks" in state_dict
-                if by_content != layer.by_content:
-                    trained = "content" if by_content else "released"
-                    layer.use_landmarks(trained)
-                    switched.add(trained)
-        if switched:
-            print_log(
-                f"{type(self).__name__}: the weights were trained with landmarks="
-                f"{' and '.join(map(repr, sorted(switched)))}, as they are used from now on",
-                logger="current",
-            )
 
     def _frozen_modules(self) -> list[nn.Module]:
         frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])
@@ -314,14 +236,9 @@ class SOFT(BaseModule):
     def train(self, mode: bool = True) -> "SOFT":
         """Switch mode, keeping frozen stages, and with ``norm_eval`` BatchNorm, in evaluation.
 
-        The first time, warn if the statistics of such a BatchNorm are the initial ones. What
-        loading a whole model did is logged here, in either mode: when it passes the backbone, the
-        heads are still to come.
+        The first time, warn if the statistics of such a BatchNorm are the initial ones.
         """
         super().train(mode)
-        if self.load_report is not None:
-            report, self.load_report = self.load_report, None
-            report.write(type(self).__name__)
         if mode:
             for module in self._frozen_modules():
                 module.eval()
@@ -402,18 +319,6 @@ class SOFT(BaseModule):
             f"norm_eval={self.norm_eval}"
         )
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that train without weight decay, by timm's convention.
-
-        Position embeddings, class token, every norm and every bias: what ``norm_decay_mult=0``,
-        ``bias_decay_mult=0`` and the ``custom_keys`` ``pos_embed`` and ``cls_token`` exempt.
-        """
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.dim() == 1 or name.endswith((".pos_embed", ".cls_token"))
-        }
-
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay.
 
@@ -448,11 +353,6 @@ class SOFTPlusPlus(SOFT):
 
     normalize = True
     variant = "SOFT++"
-
-
-def _save_variant(module: SOFT, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Note the variant beside the state dict: the keys of both are the same."""
-    local_metadata["variant"] = module.variant
 
 
 def _is_untouched(norm: _BatchNorm) -> bool:

@@ -1,0 +1,139 @@
+"""What backbones share: loading of weights, and the parameters that do not decay."""
+
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, PretrainedInit
+from torch.nn import Module
+
+from mmsoft.checkpoint import LoadReport, load_backbone
+
+from ..attention import SoftmaxFreeAttention
+from .arch import check_init_cfg
+
+
+class Backbone(BaseModule):
+    """A backbone whose weights tell the variant and the landmarks that they were trained with.
+
+    Args:
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.
+    """
+
+    mark = "stages.0.pos_embed"  # a parameter by which a checkpoint is known to hold one
+    normalize = False
+    variant = "SOFT"
+    init_cfg: Any
+
+    def __init__(self, init_cfg: dict | list[dict] | None):
+        check_init_cfg(init_cfg)
+        super().__init__(init_cfg=init_cfg)
+        self.load_report: LoadReport | None = None  # of weights loaded since the last train()
+        self._register_state_dict_hook(_save_variant)
+
+    def _init_queries(self) -> None:
+        for module in self.modules():
+            if isinstance(module, SoftmaxFreeAttention):
+                module.init_queries()
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg``; ``Pretrained`` goes through :func:`mmsoft.checkpoint.load_backbone`.
+
+        Raises:
+            ValueError, RuntimeError: the checkpoint is refused or does not fit.
+        """
+        init_cfg, self._pretrained = self.init_cfg, []
+        if not self.is_init and init_cfg:
+            cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg
+            self._pretrained = [
+                cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)
+            ]
+            self.init_cfg = [cfg for cfg in cfgs if cfg not in self._pretrained]
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+        self._load_pretrained()
+
+    def _dump_init_info(self) -> None:
+        """Load the weights before MMEngine logs what initialized each parameter.
+
+        With a root module it does so at the end of its own ``init_weights``.
+        """
+        self._load_pretrained()
+        super()._dump_init_info()
+
+    def _load_pretrained(self) -> None:
+        while self._pretrained:
+            cfg = dict(self._pretrained.pop(0))
+            del cfg["type"]
+            load_backbone(self, **cfg)
+            for parameter in self.parameters():
+                if info := getattr(self, "_params_init_info", {}).get(parameter):
+                    info["init_info"] = f"loaded from {cfg['checkpoint']}"
+                    info["tmp_mean_value"] = parameter.detach().mean().cpu()
+
+    def _note_loading(self, state_dict: dict, prefix: str, own: dict, *args: Any) -> None:
+        """Keep a report, and say so where MMEngine would note that a mean is as before."""
+        self.load_report = LoadReport(state_dict, prefix, own, *args)
+        noted = self.__dict__.get("_params_init_info", {})
+        for name, parameter in self.named_parameters():
+            if prefix + name in state_dict and (info := noted.get(parameter)):
+                info["init_info"] = "loaded from a checkpoint"
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch mode, and log what loading a whole model did.
+
+        In either mode: when loading passes the backbone, the heads are still to come.
+        """
+        super().train(mode)
+        if self.load_report is not None:
+            report, self.load_report = self.load_report, None
+            report.write(type(self).__name__)
+        return self
+
+    def _match_variant(self, local_metadata: dict) -> None:
+        """Refuse weights of another variant, whose names are the same."""
+        variant = local_metadata.get("variant")
+        if isinstance(variant, str) and variant != self.variant:
+            raise ValueError(
+                f"the checkpoint is of {variant} but the config has {self.variant}; change the "
+                "type of the config's backbone, or name another checkpoint"
+            )
+
+    def _match_landmarks(self, state_dict: dict, prefix: str) -> None:
+        """Weights decide for which landmarks they were trained."""
+        switched = set()
+        for name, layer in self.named_modules():
+            key = f"{prefix}{name}."
+            if (
+                isinstance(layer, SoftmaxFreeAttention)
+                and f"{key}landmark_norm.weight" in state_dict
+            ):
+                by_content = f"{key}content_landmarks" in state_dict
+                if by_content != layer.by_content:
+                    trained = "content" if by_content else "released"
+                    layer.use_landmarks(trained)
+                    switched.add(trained)
+        if switched:
+            print_log(
+                f"{type(self).__name__}: the weights were trained with landmarks="
+                f"{' and '.join(map(repr, sorted(switched)))}, as they are used from now on",
+                logger="current",
+            )
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that train without weight decay, by timm's convention.
+
+        Position embeddings, class token, every norm and every bias: what ``norm_decay_mult=0``,
+        ``bias_decay_mult=0`` and the ``custom_keys`` ``pos_embed`` and ``cls_token`` exempt.
+        """
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.dim() == 1 or name.rpartition(".")[2] in ("pos_embed", "cls_token")
+        }
+
+
+def _save_variant(module: Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Note the variant beside the state dict: the keys of both are the same."""
+    local_metadata["variant"] = module.variant

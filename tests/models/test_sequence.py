@@ -1,0 +1,299 @@
+"""The backbones of sequences: their definition, padding, peers, options, errors, checkpoints."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmsoft.models import SequenceSOFT, SequenceSOFTPlusPlus
+from mmsoft.models.backbones.sequence import ATTENTIONS
+from mmsoft.models.peers import PEERS
+from mmsoft.models.sequence import SequenceAttention
+from mmsoft.ops import reference
+from mmsoft.registry import MODELS
+
+ARCH = dict(embed_dims=16, depth=2, num_heads=2, hidden_dims=24)
+OURS = {
+    "SOFT": dict(kind=SequenceSOFT),
+    "SOFT++": dict(kind=SequenceSOFTPlusPlus),
+    "content": dict(landmarks="content", landmark_stride=3, max_landmarks=7, solver="direct"),
+    "average": dict(landmark_sampling="avg", solver="direct"),
+    "convolution": dict(value_kernel=5),
+    "class token": dict(out_type="cls_token"),
+    "softmax": dict(attention="softmax", value_kernel=3),
+    "gaussian": dict(attention="gaussian"),
+    "gaussian, SOFT": dict(attention="gaussian", kind=SequenceSOFT),
+    "none": dict(attention="none", value_kernel=3),
+}
+
+
+def backbone(kind=SequenceSOFTPlusPlus, **options):
+    for package, _ in [PEERS[options["attention"]]] if options.get("attention") in PEERS else []:
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    defaults = dict(vocab_size=9, max_length=50, max_landmarks=10)
+    return kind(ARCH, **(defaults | options))
+
+
+def sequences(lengths=(40, 1, 23), total=40):
+    x = torch.randint(1, 9, (len(lengths), total), generator=torch.Generator().manual_seed(0))
+    return x * (torch.arange(total) < torch.tensor(lengths)[:, None])
+
+
+def grads(model, x):
+    model.zero_grad()
+    (out,) = model(x)
+    (out * torch.linspace(-1, 1, out.shape[1]).to(out.dtype)).sum().backward()
+    return out.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_padding_changes_nothing(name):
+    """In float64, features and gradients are those of the sequences one by one, unpadded."""
+    model = backbone(**OURS[name]).double()
+    x = sequences()
+    out, found = grads(model, x)
+    alone = [grads(model, row[None, row > 0]) for row in x]
+    torch.testing.assert_close(out, torch.cat([each for each, _ in alone]))
+    for parameter, *parts in zip(found, *(each for _, each in alone)):
+        torch.testing.assert_close(parameter, sum(parts), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["soft", "content", *PEERS])
+def test_what_padding_holds_changes_no_bit(name):
+    """Of a layer: tokens that are padding hold anything finite."""
+    options = OURS["content"] if name == "content" else dict(attention=name)
+    layer = backbone(**options).blocks[0].attn
+    mask = sequences() > 0
+    x = torch.randn(3, 40, 16)
+    outs = []
+    for fill in (0.0, 1e3, -7.0):
+        filled = x.masked_fill(~mask[..., None], fill).requires_grad_()
+        out = layer(filled, mask)[mask]
+        (grad,) = torch.autograd.grad(out.square().sum(), filled)
+        assert not grad[~mask].any()
+        outs.append((out, grad))
+    for out, grad in outs[1:]:
+        assert torch.equal(out, outs[0][0])
+        assert torch.equal(grad, outs[0][1])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("length", [30, 32, 3])
+def test_the_layer_is_its_definition(normalize, length):
+    torch.manual_seed(0)
+    layer = SequenceAttention(12, 2, 5, 7, normalize=normalize).double()
+    x = torch.randn(2, length, 12, dtype=torch.float64)
+    q, v = layer.query(x) * 6**-0.25, layer.value(x)
+    heads = [t.unflatten(2, (2, 6)).transpose(1, 2) for t in (q, v)]
+    folded = F.pad(heads[0].flatten(0, 1).mT, (0, -length % 5))
+    sampled = F.conv1d(folded, layer.landmark_conv.weight, stride=5).mT.unflatten(0, (2, 2))
+    landmarks = F.gelu(layer.landmark_norm(sampled))
+    out = reference.softmax_free_attention(*heads, landmarks, normalize=normalize)
+    image = heads[1].flatten(0, 1).transpose(1, 2).unflatten(0, (2, 2))  # [B, heads, d, N]
+    weight = layer.value_conv.weight
+    rows = [
+        F.conv1d(image[:, h].reshape(-1, 1, length), weight[h : h + 1], padding=3) for h in (0, 1)
+    ]
+    convolved = torch.stack([r.view(2, 6, length) for r in rows], 1).transpose(2, 3)
+    expected = layer.proj((out + convolved).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_gaussian_is_exact():
+    layer = backbone(attention="gaussian").blocks[0].attn.double()
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    q, v = (t.unflatten(2, (2, 8)).transpose(1, 2) for t in (layer.query(x), layer.value(x)))
+    s = reference.gaussian_kernel(q * 8**-0.25, q * 8**-0.25)
+    root = s.sum(-1, keepdim=True).rsqrt()
+    for normalize, kernel in ((True, root * s * root.mT), (False, s)):
+        layer.normalize = normalize
+        torch.testing.assert_close(layer(x), layer.proj((kernel @ v).transpose(1, 2).flatten(2)))
+
+
+def test_every_option_changes_the_model():
+    x = sequences()
+    found = [backbone(**options)(x)[0] for options in OURS.values()]
+    found += [backbone(attention=name)(x)[0] for name in PEERS]
+    changes = (
+        dict(solver="direct"),
+        dict(newton_steps=3),
+        dict(attn_init="released"),
+        dict(max_landmarks=5),
+        dict(landmark_stride=7),
+        dict(attention="none"),
+        dict(drop_rate=0.5),
+        dict(drop_path_rate=0.9),
+    )
+    found += [backbone(**change)(x)[0] for change in changes]
+    for i, out in enumerate(found):
+        assert not any(torch.allclose(out, other, atol=1e-7) for other in found[:i]), i
+    assert torch.equal(backbone(with_cp=True)(x)[0], found[1])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_parameter_learns(attention):
+    model = backbone(attention=attention)
+    out, found = grads(model, sequences())
+    assert out.shape == (3, 16)
+    for (name, _), grad in zip(model.named_parameters(), found):
+        assert grad.isfinite().all(), name
+        assert grad.any(), name
+
+
+def pairs_of_marks(g, size=64, length=24):
+    """Two marks of two kinds at random places; are they alike? No sum over tokens can tell."""
+    x = torch.full((size, length), 3)
+    marks = torch.randint(1, 3, (size, 2), generator=g)
+    places = torch.rand(size, length, generator=g).argsort(1)[:, :2]
+    return x.scatter_(1, places, marks), (marks[:, 0] == marks[:, 1]).long()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(), 0.95),
+        (dict(kind=SequenceSOFT), 0.95),
+        (dict(landmarks="content", landmark_stride=2), 0.95),
+        (dict(attention="none"), 0.6),
+    ],
+    ids=str,
+)
+def test_tokens_learn_of_each_other(options, expected):
+    """Accuracy at least so much; without attention at most. Seen: 1.00, 1.00, 1.00 and 0.5."""
+    kind = options.get("kind", SequenceSOFTPlusPlus)
+    options = {k: v for k, v in options.items() if k != "kind"} | dict(solver="direct")
+    torch.manual_seed(0)
+    arch = dict(embed_dims=32, depth=1, num_heads=2, hidden_dims=64)
+    model = kind(arch, vocab_size=4, max_length=24, max_landmarks=12, **options)
+    head = nn.Linear(32, 2)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+    g, right = torch.Generator().manual_seed(0), []
+    for _ in range(500 if kind is SequenceSOFT else 300):
+        x, alike = pairs_of_marks(g)
+        logits = head(model(x)[0])
+        optimizer.zero_grad()
+        F.cross_entropy(logits, alike).backward()
+        optimizer.step()
+        right.append((logits.argmax(1) == alike).float().mean().item())
+    accuracy = sum(right[-20:]) / 20
+    assert accuracy <= expected if options.get("attention") == "none" else accuracy >= expected
+
+
+def test_a_sequence_of_padding_alone_and_pairs():
+    model = backbone()
+    (out,) = model(torch.zeros(2, 5, dtype=torch.long))
+    assert out.isfinite().all()
+    x = sequences()
+    a, b = model(x)[0], model(x.flip(0))[0]
+    (joined,) = model(torch.stack((x, x.flip(0)), 1))
+    torch.testing.assert_close(joined, torch.cat((a, b, a * b, a - b), 1))
+
+
+def test_compiles_without_a_break():
+    model = backbone(value_kernel=3, landmarks="content", landmark_stride=3).eval()
+    x = sequences()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x)[0], model(x)[0])
+
+
+BAD = [
+    (dict(attention="flash"), "attention must be one of"),
+    (dict(vocab_size=1), "vocab_size must be at least 2, got 1"),
+    (dict(max_length=0), "max_length must be at least 1"),
+    (dict(value_kernel=4), "value_kernel must be odd, or 0 for none, got 4"),
+    (
+        dict(value_kernel=3, attention="linformer"),
+        "value_kernel must be 0: linformer has no",
+    ),
+    (dict(landmark_stride=2), "landmark_stride 2 gives 25 landmarks, more than max_landmarks 10"),
+    (dict(landmark_stride=0), "landmark_stride must be at least 1"),
+    (dict(out_type="featmap"), r"out_type must be one of \('mean', 'cls_token'\)"),
+    (dict(drop_rate=1), r"drop_rate must be in \[0, 1\)"),
+    (dict(with_cp=1), "with_cp must be True or False"),
+    (dict(solver="exact"), "solver must be one of"),
+    (dict(landmarks="content", kind=SequenceSOFT), "landmarks='content' are normalized"),
+    (dict(arch="tiny"), "arch 'tiny' is unknown; choose 'lra'"),
+    (dict(arch=dict(depth=2)), "arch must have the keys embed_dims, depth"),
+    (dict(arch=dict(ARCH, depth=0)), r"arch\['depth'\] must be at least 1, got 0"),
+    (dict(arch=dict(ARCH, num_heads=3)), "16 is not a multiple of its num_heads 3"),
+    (dict(arch=3), "arch must be a name or a dict, got int"),
+    (dict(init_cfg="weights.pth"), "init_cfg must be a dict"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[message for _, message in BAD])
+def test_invalid_arguments(options, message):
+    kind = options.get("kind", SequenceSOFTPlusPlus)
+    defaults = dict(arch=ARCH, vocab_size=9, max_length=50, max_landmarks=10)
+    options = {k: v for k, v in options.items() if k != "kind"}
+    with pytest.raises((TypeError, ValueError), match=message):
+        kind(**(defaults | options))
+
+
+@pytest.mark.parametrize(
+    ("x", "kind", "message"),
+    [
+        ([[1]], TypeError, "x must be a tensor, got list"),
+        (torch.ones(2, 5), TypeError, "x must hold integers, .* got torch.float32"),
+        (torch.ones(5).long(), ValueError, r"x must be \[B, N\], or pairs \[B, 2, N\]"),
+        (torch.ones(2, 3, 5).long(), ValueError, r"got shape \(2, 3, 5\)"),
+        (torch.ones(2, 0).long(), ValueError, "got shape"),
+        (torch.ones(2, 51).long(), ValueError, "x has 51 tokens, more than max_length 50"),
+        (torch.full((2, 5), 9), ValueError, "x must hold tokens from 0 to 8 .* got 9 to 9"),
+        (torch.full((2, 5), -1), ValueError, "got -1 to -1"),
+    ],
+)
+def test_invalid_input(x, kind, message):
+    with pytest.raises(kind, match=message):
+        backbone()(x)
+
+
+def test_weights_round_trip_and_choose_their_landmarks(tmp_path):
+    trained = backbone(landmarks="content", landmark_stride=5)
+    nn.init.normal_(trained.norm.bias)
+    weights = {f"backbone.{name}": value for name, value in trained.state_dict().items()}
+    torch.save(dict(state_dict=weights), tmp_path / "weights.pth")
+    config = dict(type="Pretrained", checkpoint=str(tmp_path / "weights.pth"))
+    other = backbone(init_cfg=config, landmark_stride=5)
+    other.init_weights()
+    assert other.blocks[0].attn.by_content
+    x = sequences()
+    assert torch.equal(other.eval()(x)[0], trained.eval()(x)[0])
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    state = backbone().state_dict()
+    with pytest.raises(ValueError, match=r"checkpoint is of SOFT\+\+ but the config has SOFT"):
+        backbone(SequenceSOFT).load_state_dict(state)
+    for options, message in (
+        (dict(max_length=40), r"pos_embed has shape \(1, 50, 16\) in the checkpoint but \(1, 40"),
+        (dict(vocab_size=8), "token_embed.weight has shape"),
+        (dict(attention="softmax"), r"holds no SequenceSOFTPlusPlus, as configured, .*landmark"),
+        (dict(value_kernel=3), None),
+    ):
+        strict = message is None
+        with pytest.raises((ValueError, RuntimeError), match=message or "Missing key"):
+            backbone(**options).load_state_dict(state, strict=strict)
+    torch.save(state, tmp_path / "weights.pth")
+    config = dict(type="Pretrained", checkpoint=str(tmp_path / "weights.pth"))
+    with pytest.raises(RuntimeError, match=r"does not fit the backbone; 2 missing.*value_conv"):
+        backbone(init_cfg=config, value_kernel=3).init_weights()
+    image = MODELS.build(dict(type="mmsoft.SOFTPlusPlus", init_cfg=config))
+    with pytest.raises(ValueError, match="holds no SOFT backbone"):
+        image.init_weights()
+
+
+def test_weight_decay_and_layers():
+    model = backbone(out_type="cls_token", value_kernel=3)
+    spared = model.no_weight_decay()
+    assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.attn.landmark_norm.bias"} <= spared
+    assert not spared & {"token_embed.weight", "blocks.1.attn.value_conv.weight"}
+    depths = {
+        name: model.get_layer_depth(f"backbone.{name}", "backbone.")
+        for name, _ in model.named_parameters()
+    }
+    assert set(depths.values()) == {(0, 4), (1, 4), (2, 4), (3, 4)}
+    assert depths["token_embed.weight"] == depths["pos_embed"] == depths["cls_token"] == (0, 4)
+    assert depths["blocks.1.mlp.0.weight"] == (2, 4)
+    assert depths["norm.bias"] == model.get_layer_depth("head.fc.weight", "backbone.") == (3, 4)
