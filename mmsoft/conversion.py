@@ -1,10 +1,10 @@
-"""What converters of data sets share: COCO files, and a list of what could not be used."""
+"""What converters and generators of data sets share: COCO files, problems, complete folders."""
 
 import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,72 @@ def parse_args(description: str) -> argparse.Namespace:
     parser.add_argument("source", type=Path, help="the cloned repository")
     parser.add_argument("out", type=Path, help="folder to write")
     return parser.parse_args()
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """An argparse type: an integer that is not below ``smallest``."""
+
+    def integer(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
+        return int(text)
+
+    return integer
+
+
+def generator_parser(description: str, sizes: dict[str, int], what: str) -> argparse.ArgumentParser:
+    """The command line of a generator: ``out``, the size of each split, ``--seed``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to make")
+    for split, size in sizes.items():
+        parser.add_argument(f"--{split}", type=at_least(1), default=size, help=f"{what} ({size})")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="same seed, same data (0)")
+    return parser
+
+
+def write_once(out: Path, parameters: dict[str, Any], write: Callable[[Path], None]) -> bool:
+    """Write a generated data set, whole or not at all.
+
+    Args:
+        out: the folder, which gets ``parameters.json`` too.
+        parameters: all that the data depend on.
+        write: fills a folder.
+
+    Returns:
+        False if it is there already, with these parameters.
+
+    Raises:
+        FileExistsError: the folder has something else in it.
+    """
+    stamp = out / "parameters.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == parameters:
+        return False
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} exists and is not this data set (other parameters?): remove it or choose "
+            "another folder"
+        )
+    with write_whole(out) as partial:
+        partial.mkdir()
+        write(partial)
+        (partial / stamp.name).write_text(json.dumps(parameters, indent=2) + "\n")
+    return True
+
+
+def generate(out: Path, make: Callable[[], bool]) -> None:
+    """Call what :func:`write_once` does and say so; exit with one line if it cannot be done."""
+    try:
+        new = make()
+    except FileExistsError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"\nerror: cannot write the data set {out}: {error.strerror or error}; "
+            "nothing was left behind, fix that and run it again"
+        )
+    print(f"{out}: " + ("written" if new else "complete already, kept"))
 
 
 class Problems:

@@ -6,12 +6,16 @@ an ImportError raised here and reports only that ``X`` is not registered: keep t
 anything that can fail.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", scope="mmsoft", parent=MMENGINE_MODELS, locations=["mmsoft.models"])
+DATASETS = Registry(
+    "dataset", scope="mmsoft", parent=MMENGINE_DATASETS, locations=["mmsoft.datasets"]
+)
 HOOKS = Registry("hook", scope="mmsoft", parent=MMENGINE_HOOKS, locations=["mmsoft.engine"])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
@@ -20,4 +24,4 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=["mmsoft.engine"],
 )
 
-__all__ = ["HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]
+__all__ = ["DATASETS", "HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]

@@ -12,6 +12,7 @@ ORDER = (
     "version",
     "registry",
     "fileio",
+    "datasets",
     "conversion",
     "builder",
     "ops",

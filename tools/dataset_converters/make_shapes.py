@@ -18,20 +18,15 @@ background, 2 and up the shapes, so `reduce_zero_label=True` gives the classes 0
 The folder gets its name when it is complete; a complete one with the same parameters is kept.
 """
 
-import argparse
-import json
 import math
 import shutil
-import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from mmsoft.conversion import track, write_coco
-from mmsoft.fileio import write_whole
+from mmsoft.conversion import at_least, generate, generator_parser, track, write_coco, write_once
 
 VERSION = 2  # raise it when the same parameters no longer give the same pictures
 CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
@@ -324,57 +319,22 @@ def write_split(
 def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> bool:
     """Write the data set to the folder `out`, whole or not at all; False if it was there."""
     numbers = dict(version=VERSION, train=train, val=val, size=size, seed=seed)
-    parameters = numbers | {"classes": list(CLASSES)}
-    stamp = out / "parameters.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == parameters:
-        return False
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} exists and is not this data set (other parameters?): remove it or choose "
-            "another folder"
-        )
-    with write_whole(out) as partial:
-        partial.mkdir()
+
+    def write(folder: Path) -> None:
         with ProcessPoolExecutor() as pool:
             for split, count in (("train", train), ("val", val)):
-                write_split(pool, partial, split, count, size, seed)
-        (partial / stamp.name).write_text(json.dumps(parameters, indent=2) + "\n")
-    return True
+                write_split(pool, folder, split, count, size, seed)
 
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """An argparse type: an integer that is not below `smallest`."""
-
-    def integer(text: str) -> int:
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
-        return int(text)
-
-    return integer
+    return write_once(out, numbers | {"classes": list(CLASSES)}, write)
 
 
 def main() -> None:
     """Read the command line and write the data set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--train", type=at_least(1), default=1000, help="training images (1000)")
-    parser.add_argument("--val", type=at_least(1), default=120, help="validation images (120)")
+    parser = generator_parser(__doc__, dict(train=1000, val=120), "images")
     size = "height and width of an image in pixels (160)"
     parser.add_argument("--size", type=at_least(MIN_SIZE), default=160, help=size)
-    parser.add_argument("--seed", type=at_least(0), default=0, help="same seed, same data (0)")
     args = parser.parse_args()
-    try:
-        new = make_dataset(args.out, args.train, args.val, args.size, args.seed)
-    except FileExistsError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(
-            f"\nerror: cannot write the data set {args.out}: {error.strerror or error}; "
-            "nothing was left behind, fix that and run it again"
-        )
-    print(f"{args.out}: " + ("written" if new else "complete already, kept"))
+    generate(args.out, lambda: make_dataset(**vars(args)))
 
 
 if __name__ == "__main__":

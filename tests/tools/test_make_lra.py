@@ -1,0 +1,198 @@
+"""The generators of ListOps and Pathfinder: what they write has the published distribution."""
+
+import re
+import statistics
+from collections import Counter
+from contextlib import suppress
+
+import cv2
+import numpy as np
+import pytest
+from loading import load_tool
+
+from mmsoft.datasets import ListOps, Pathfinder32
+
+
+@pytest.fixture(scope="module")
+def listops():
+    return load_tool("dataset_converters/make_listops.py")
+
+
+@pytest.fixture(scope="module")
+def pathfinder():
+    return load_tool("dataset_converters/make_pathfinder.py")
+
+
+def evaluate(source):
+    """The value of an expression in Python's words, independently of how it was drawn."""
+    tokens, stack = source.replace("(", "").replace(")", "").split(), [[]]
+    for token in tokens:
+        if token.startswith("["):
+            stack.append([token])
+        elif token == "]":
+            name, *values = stack.pop()
+            assert 2 <= len(values) <= 10
+            value = {
+                "[MIN": lambda v: min(v),
+                "[MAX": lambda v: max(v),
+                "[MED": lambda v: int(np.median(v)),
+                "[SM": lambda v: sum(v) % 10,
+            }[name](values)
+            stack[-1].append(value)
+        else:
+            stack[-1].append(int(token))
+    ((value,),) = stack
+    return value, len(tokens)
+
+
+def depth(source):
+    return max(np.cumsum([(t[0] == "[") - (t == "]") for t in re.findall(r"\S+", source)]))
+
+
+@pytest.fixture(scope="module")
+def expressions(listops):
+    found = listops.expressions(0, 500, 2000)
+    return [next(found) for _ in range(400)]
+
+
+def test_expressions_have_their_values_and_lengths(expressions):
+    """Mean length 1040, as in the published data (standard error of this sample: 20)."""
+    lengths = []
+    for source, value in expressions:
+        found, length = evaluate(source)
+        assert found == value
+        assert 500 < length < 2000
+        lengths.append(length)
+        # pairs: as many opening as closing, one pair for each argument and two more a list
+        assert source.count("(") == source.count(")")
+        assert depth(source) <= 9
+    assert statistics.mean(lengths) == pytest.approx(1040, abs=60)
+    assert len({source for source, _ in expressions}) == len(expressions)
+
+
+def test_operators_digits_and_arguments_are_as_often_as_published(expressions):
+    tokens = Counter(t for source, _ in expressions for t in source.split() if t not in "()")
+    operators = [tokens[name] for name in ("[MIN", "[MAX", "[MED", "[SM")]
+    digits = [tokens[str(digit)] for digit in range(10)]
+    assert tokens["]"] == sum(operators)
+    assert [n / sum(operators) for n in operators] == pytest.approx([0.25] * 4, abs=0.01)
+    assert [n / sum(digits) for n in digits] == pytest.approx([0.1] * 10, abs=0.005)
+    # Every expression but the root is an argument: (operators - 1 + digits) / operators. It is 6 of
+    # all drawn; long ones have more.
+    arguments = (sum(operators) - len(expressions) + sum(digits)) / sum(operators)
+    assert 6 < arguments < 6.6
+    labels = Counter(value for _, value in expressions)
+    assert set(labels) == set(range(10))
+
+
+def test_one_in_twelve_is_long_enough(listops):
+    """8 % of the trees are accepted, as was counted for the published program."""
+    rng = listops.random.Random(0)
+    kept = 0
+    for _ in range(4000):
+        with suppress(listops.TooLongError):
+            kept += listops.expression(rng, 1999)[2] > 500
+    assert kept / 4000 == pytest.approx(0.08, abs=0.015)
+
+
+def test_median_is_cut_to_an_integer(listops):
+    assert [listops.median(v) for v in ([3, 1, 2], [1, 4], [9, 0, 1, 2], [5, 6])] == [2, 2, 1, 5]
+
+
+def run(tool, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["tool", *map(str, arguments)])
+    tool.main()
+
+
+def test_listops_files(listops, tmp_path, monkeypatch, capsys):
+    sizes = ("--train", 20, "--val", 5, "--test", 4)
+    lengths = ("--min-length", 20, "--max-length", 100)
+    run(listops, monkeypatch, tmp_path / "d", *sizes, *lengths)
+    for split, size in (("train", 20), ("val", 5), ("test", 4)):
+        data = ListOps(tmp_path / "d", split)
+        assert len(data) == size
+        assert all(20 < len(data[i]["tokens"]) < 100 for i in range(size))
+    first = (tmp_path / "d/basic_train.tsv").read_bytes()
+    run(listops, monkeypatch, tmp_path / "d", *sizes, *lengths)
+    assert "complete already, kept" in capsys.readouterr().out
+    run(listops, monkeypatch, tmp_path / "again", *sizes, *lengths)
+    assert (tmp_path / "again/basic_train.tsv").read_bytes() == first
+    run(listops, monkeypatch, tmp_path / "other", *sizes, *lengths, "--seed", 1)
+    assert (tmp_path / "other/basic_train.tsv").read_bytes() != first
+    with pytest.raises(SystemExit, match=r"exists and is not this data set \(other parameters"):
+        run(listops, monkeypatch, tmp_path / "d", *sizes)
+    with pytest.raises(SystemExit):
+        run(listops, monkeypatch, tmp_path / "e", "--max-length", 505)
+    assert not (tmp_path / "e").exists()
+
+
+def test_an_interrupted_run_leaves_nothing(listops, tmp_path, monkeypatch):
+    monkeypatch.setattr(listops, "track", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(listops, monkeypatch, tmp_path / "d", "--train", 3)
+    assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- pathfinder
+
+
+def test_dashes_keep_their_distances(pathfinder):
+    """Contours of 14 dashes, gaps of a pixel, beginnings 7 apart, and nothing too near."""
+    rng = np.random.default_rng(0)
+    both, field = pathfinder.contours(rng, 256)
+    assert 80 < len(both) < 160
+    assert both.shape[1:] == (2, 14, 3, 2)
+    assert both.min() > 1
+    assert both.max() < 31
+    length = np.linalg.norm(both[..., 2, :] - both[..., 0, :], axis=-1)
+    np.testing.assert_allclose(length, 2)
+    gap = np.linalg.norm(both[:, :, 1:, 0] - both[:, :, :-1, 2], axis=-1)
+    np.testing.assert_allclose(gap, 1)
+    begin = np.linalg.norm(both[:, 0, 0, 0] - both[:, 1, 0, 0], axis=-1)
+    np.testing.assert_allclose(begin, 7)
+    between = both[:, 0].reshape(len(both), -1, 1, 2) - both[:, 1].reshape(len(both), 1, -1, 2)
+    assert np.linalg.norm(between, axis=-1).min() > 2  # within half a pixel of the 2.5 wanted
+    short, there = pathfinder.distractors(rng, field)
+    assert short.shape[1:] == (5, 4, 3, 2)
+    assert there.mean() > 0.6
+    between = both.reshape(len(both), 1, -1, 2) - short[:, 0].reshape(len(both), -1, 1, 2)
+    assert np.linalg.norm(between[there[:, 0]], axis=-1).min() > 2
+
+
+def test_turns_are_continuous(pathfinder):
+    """Turns by x are as frequent as cos(x)^2, mean cosine 0.85, less where the border is near."""
+    both, _ = pathfinder.contours(np.random.default_rng(1), 256)
+    direction = (both[..., 2, :] - both[..., 0, :]) / 2
+    cosine = (direction[:, :, 1:] * direction[:, :, :-1]).sum(-1)
+    assert cosine.min() > 0.1
+    assert cosine[:, :, 0].mean() == pytest.approx(0.85, abs=0.04)
+    assert cosine.mean() == pytest.approx(0.79, abs=0.02)
+
+
+def test_discs_are_at_the_ends_of_one_contour_or_of_two(pathfinder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pathfinder, "draw", lambda dashes, discs: drawn.append((dashes, discs)))
+    found = pathfinder.pictures(np.random.default_rng(0))
+    labels = [next(found)[1] for _ in range(600)]
+    assert np.mean(labels) == pytest.approx(0.5, abs=0.08)
+    for label, (dashes, discs) in zip(labels, drawn):
+        begins = [np.allclose(dashes[14 * i, 0], discs[0]) for i in (0, 1)]
+        ends = [np.allclose(dashes[14 * i + 13, -1], discs[1]) for i in (0, 1)]
+        assert sorted(begins) == sorted(ends) == [False, True]
+        assert (begins == ends) is bool(label)
+        assert 28 + 4 <= len(dashes) <= 28 + 20
+
+
+def test_pictures(pathfinder, tmp_path, monkeypatch):
+    run(pathfinder, monkeypatch, tmp_path / "d", "--train", 40, "--val", 3, "--test", 2)
+    data = Pathfinder32(tmp_path / "d", "train")
+    assert len(data) == 40
+    for i in range(40):
+        image = (data[i]["tokens"].numpy() - 1).astype(np.uint8).reshape(32, 32)
+        assert image.max() == 255
+        assert 0.5 < (image == 0).mean() < 0.9
+        bright = cv2.erode((image > 210).astype(np.uint8), np.ones((2, 2), np.uint8))
+        assert 2 <= cv2.connectedComponents(bright)[0] <= 3  # the background, discs that may touch
+    run(pathfinder, monkeypatch, tmp_path / "e", "--train", 40, "--val", 3, "--test", 2)
+    again = Pathfinder32(tmp_path / "e", "train")
+    assert all(data[i]["tokens"].equal(again[i]["tokens"]) for i in range(40))
