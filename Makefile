@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv/bin
 
-.PHONY: help setup demo test test-long fuzz lint format typecheck docs wheel clean distclean
+.PHONY: help setup triton demo test test-long fuzz lint format typecheck docs wheel clean distclean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -17,6 +17,11 @@ setup:  ## Build or refresh .venv (about 10 minutes the first time)
 	@test -n "$(PYTHON)" || { echo "setup: no Python found; install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/dev/setup_env.py
 
+# Their interpreter and compiler need no GPU. Without it their tests are skipped.
+triton: setup
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/triton/packages.txt \
+		|| echo "test: Triton could not be installed; the tests of its kernels will be skipped" >&2
+
 demo: setup  ## Train and test a small detector and segmentor on generated data
 	$(VENV)/python tools/demo.py
 
@@ -24,10 +29,10 @@ demo: setup  ## Train and test a small detector and segmentor on generated data
 # workers' threads wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
 
-test: lint typecheck  ## Lint, check types, run the tests
+test: lint typecheck triton  ## Lint, check types, run the tests
 	$(PYTEST) tests
 
-test-long: setup  ## Run the tests marked `long`, which take minutes
+test-long: setup triton  ## Run the tests marked `long`, which take minutes
 	$(PYTEST) tests -m long
 
 fuzz: setup  ## Try the public API on random arguments for ten minutes

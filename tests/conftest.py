@@ -16,6 +16,27 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where the tests that take a device run (default: cpu)",
+    )
+
+
+def pytest_configure(config):
+    # Read when Triton is imported: its kernels then run on tensors of a CPU.
+    if config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device of --device."""
+    return request.config.getoption("device")
+
+
 @pytest.fixture(autouse=True)
 def independence_of_other_tests():
     """Give every test the same random numbers, and MMEngine's default scope as it was."""

@@ -97,7 +97,7 @@ NUMBERS = {"cv2", "mmengine", "numpy", "nystrom_attention", "performer_pytorch",
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("ops", {"torch"}),
+        ("ops", {"torch", "triton"}),
         ("analysis", {*NUMBERS, "mmsoft.builder", "mmsoft.models", "mmsoft.ops"}),
         ("visualization", {"matplotlib", "numpy", "mmsoft.fileio"}),
     ],
@@ -109,6 +109,19 @@ def test_operators_need_torch_alone_numbers_no_pictures_and_pictures_no_models(
         ".".join(name.split(".")[: 2 if name.startswith("mmsoft.") else 1]) for name in graph[part]
     }
     assert found - {f"mmsoft.{part}", *sys.stdlib_module_names} <= allowed
+
+
+def test_triton_is_imported_by_the_files_of_kernels_alone(root):
+    """And these by their name, when they run."""
+    for path in (root / "mmsoft").rglob("*.py"):
+        found = {name.partition(".")[0] for name in imports(path, root)}
+        assert ("triton" in found) == (path.name == "triton.py"), path
+        assert not any(
+            alias.name == "triton"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ), path
 
 
 def test_mmsoft_itself_imports_no_model(root):

@@ -26,11 +26,13 @@ class Implementation:
         run: called with the arguments of the operation. What it needs is imported when it runs.
         refusal: called with the same; tells why they cannot be computed like this, ``None`` if they
             can. It reads nothing back from a device.
+        on_request: whether it runs only where it is asked for by name.
     """
 
     name: str
     run: Callable[..., Any]
     refusal: Callable[..., str | None] = _nothing
+    on_request: bool = False
 
 
 class Operation:
@@ -55,7 +57,7 @@ class Operation:
         """
         reasons = []
         for implementation in self.implementations:
-            if self.asked in (None, implementation.name):
+            if self.asked == implementation.name or not (self.asked or implementation.on_request):
                 reason = implementation.refusal(*args)
                 if reason is None:
                     return implementation.run(*args)

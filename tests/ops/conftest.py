@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mmsoft.ops import launch, use_backend
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -12,3 +14,13 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def kernels(device, monkeypatch):
+    """Run everything by Triton: its kernels, or on a CPU their interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if device == "cpu":
+        monkeypatch.setattr(launch, "DEVICES", {"cpu"})
+    with use_backend(launch.TRITON):
+        yield

@@ -1,6 +1,7 @@
 """Which implementation of an operation runs, with a second one beside plain torch."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ class Fake:
         self.refused: dict[str, str] = {}
 
     def of(self, name: str) -> Implementation:
-        (eager,) = OPERATIONS[name].implementations
+        eager = OPERATIONS[name].implementations[-1]
 
         def run(*args):
             self.ran.append(name)
@@ -42,7 +43,7 @@ class Fake:
 def fake(monkeypatch):
     fake = Fake()
     for name in OPERATORS:
-        implementations = [fake.of(name), *OPERATIONS[name].implementations]
+        implementations = [fake.of(name), OPERATIONS[name].implementations[-1]]
         monkeypatch.setattr(OPERATIONS[name], "implementations", implementations)
     return fake
 
@@ -97,6 +98,17 @@ def test_nobody_left_names_every_reason(fake, monkeypatch):
     fake.refused["tikhonov_solve"] = "too early"
     with pytest.raises(RuntimeError, match="fake: too early; eager: too late"):
         both_passes(solver="direct")
+
+
+def test_on_request_runs_where_it_is_asked_for_alone(fake, monkeypatch):
+    operation = OPERATIONS["newton_raphson_pinv"]
+    shy = replace(operation.implementations[0], on_request=True)
+    monkeypatch.setattr(operation, "implementations", [shy, operation.implementations[1]])
+    both_passes()
+    assert "newton_raphson_pinv" not in fake.ran
+    with use_backend("fake"):
+        both_passes()
+    assert "newton_raphson_pinv" in fake.ran
 
 
 def test_asked_for_holds_inside_alone_and_after_an_exception(fake):

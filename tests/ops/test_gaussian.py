@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from mmsoft.ops import gaussian_gram, gaussian_kernel, gaussian_kernel_product
 from mmsoft.ops.gaussian import eager
-from mmsoft.ops.gaussian.operators import product_in_units
+from mmsoft.ops.gaussian.operators import BACKWARD, product_in_units
 from mmsoft.ops.reference import gaussian_kernel as naive
 
 
@@ -81,12 +81,32 @@ def test_translation_does_not_cost_precision():
 def test_custom_operators_pass_opcheck(n, m, units):
     g = torch.Generator().manual_seed(0)
     x, y, w = (torch.randn(2, 2, k, 8, generator=g, requires_grad=True) for k in (n, m, m))
-    if units:
-        units = torch.full((2, 1, 1, 1), units[0]), units[1]
+    unit, divide = (torch.full((2, 1, 1, 1), units[0]), units[1]) if units else (None, False)
+    units = unit, divide
     opcheck(torch.ops.mmsoft.gaussian_kernel_product.default, (x, y, w, *units))
     grad = torch.randn(2, 2, n, 8, generator=g)
     detached = [t.detach() for t in (x, y, w)]
-    opcheck(torch.ops.mmsoft.gaussian_kernel_product_backward.default, (grad, *detached, *units))
+    for needs in ([True] * 3, [False, True, False]):
+        arguments = (grad, *detached, *units, needs)
+        opcheck(torch.ops.mmsoft.gaussian_kernel_product_backward.default, arguments)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(("n", "m"), [(30, 4), (4, 30)])
+def test_only_gradients_that_are_asked_for_are_computed(n, m, wanted):
+    tensors = [torch.randn(2, 2, k, 8).requires_grad_() for k in (n, m, m)]
+    grad = torch.randn(2, 2, n, 8)
+    every = torch.autograd.grad(gaussian_kernel_product(*tensors), tensors, grad)
+    needs = [i in wanted for i in range(3)]
+    with torch.no_grad():
+        some = BACKWARD(grad, *tensors, None, False, needs)
+    assert [bool(g.numel()) for g in some] == needs
+    assert all(torch.equal(some[i], every[i]) for i in wanted)
+    for t, need in zip(tensors, needs):
+        t.requires_grad_(need)
+    leaves = [tensors[i] for i in wanted]
+    again = torch.autograd.grad(gaussian_kernel_product(*tensors), leaves, grad)
+    assert all(torch.equal(a, every[i]) for a, i in zip(again, wanted))
 
 
 @pytest.mark.parametrize("divide", [True, False])

@@ -4,14 +4,15 @@
 forward and backward. Every exponent is at most 0, so unlike softmax no running maximum is needed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..island import compute_dtype, no_autocast
 from ..mode import readable
-from .kernel import COORDINATE_MAX, centre, empty_like_tokens
+from .kernel import COORDINATE_MAX, centre, empty_gradients, empty_like_tokens
 
 # Elements of K alive at once. On a CPU a block should stay in the cores' caches; on a GPU it should
 # be large enough to fill the device.
@@ -93,40 +94,57 @@ def _unless_one(unit: Tensor | None) -> Tensor | None:
 
 
 def product_backward(
-    grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    unit: Tensor | None,
+    divide: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
     """``dx = W y - (W 1) x``, ``dy = W^T x - (W^T 1) y``, ``dw = K^T g``, ``W = K * (g w^T)``.
 
     In ``W`` ``w`` is in units. The gradient of the tokens, ``y`` if ``divide`` else ``x``, is
-    multiplied by the unit; that of the landmarks is not.
+    multiplied by the unit; that of the landmarks is not. Of ``dx, dy, dw`` those that are not
+    needed are of size 0.
     """
     dtype = compute_dtype(x, y, w)
-    dx = empty_like_tokens(x, x.shape[-1], dtype)
-    dy = empty_like_tokens(y, y.shape[-1], dtype)
-    dw = empty_like_tokens(w, w.shape[-1], dtype)
+    dx, dy, dw = empty_gradients((x, y, w), dtype, needs)
     unit = _unless_one(unit)
     divisor = unit if divide else None
     with no_autocast(x):
         # grad belongs to x's side and w to y's; the product grad w^T pairs the two.
         if x.shape[-2] >= y.shape[-2]:
             w = _in_units(w.to(dtype), divisor)
-            _stream_backward(Stream(x, y, dtype), grad, w, dx, dy, None, dw)
+            targets = _Targets(needs[0], needs[1], False, needs[2])
+            _stream_backward(Stream(x, y, dtype), grad, w, targets, dx, dy, dw, dw)
         else:
-            _stream_backward(Stream(y, x, dtype), w, grad, dy, dx, dw, None, divisor)
-        if unit is not None:
+            targets = _Targets(needs[1], needs[0], needs[2], False)
+            _stream_backward(Stream(y, x, dtype), w, grad, targets, dy, dx, dw, dw, divisor)
+        if unit is not None and needs[1 if divide else 0]:
             tokens = dy if divide else dx
             tokens *= unit
     return dx, dy, dw
+
+
+class _Targets(NamedTuple):
+    """Which gradients are asked for."""
+
+    long: bool
+    short: bool
+    long_w: bool
+    short_w: bool
 
 
 def _stream_backward(
     stream: Stream,
     long_w: Tensor,
     short_w: Tensor,
+    wanted: _Targets,
     d_long: Tensor,
     d_short: Tensor,
-    d_long_w: Tensor | None,
-    d_short_w: Tensor | None,
+    d_long_w: Tensor,
+    d_short_w: Tensor,
     long_unit: Tensor | None = None,
 ) -> None:
     dtype = stream.short.dtype
@@ -134,17 +152,23 @@ def _stream_backward(
     short_w = short_w.to(dtype)
     short_with_one = torch.cat((stream.short, stream.one), -1)
     pulled = torch.zeros_like(short_with_one)  # W^T [x, 1]
-    if d_short_w is not None:
+    if wanted.short_w:
         d_short_w.zero_()
     for bs, ns, tokens, kernel in stream:
         block_w = long_w[bs, :, ns].to(dtype)
-        if d_long_w is not None:
+        if wanted.long_w:
             d_long_w[bs, :, ns] = kernel @ short_w[bs]
-        if d_short_w is not None:
+        if wanted.short_w:
             d_short_w[bs] += kernel.mT @ block_w
+        if not (wanted.long or wanted.short):
+            continue
         block_w = _in_units(block_w, long_unit, bs)
         weight = (block_w @ short_w[bs].mT).mul_(kernel)
-        push = weight @ short_with_one[bs]
-        d_long[bs, :, ns] = torch.addcmul(push[..., :d], push[..., d:], tokens[..., :d], value=-1)
-        pulled[bs] += weight.mT @ tokens
-    d_short.copy_(torch.addcmul(pulled[..., :d], pulled[..., d:], stream.short, value=-1))
+        if wanted.long:
+            push = weight @ short_with_one[bs]
+            push = torch.addcmul(push[..., :d], push[..., d:], tokens[..., :d], value=-1)
+            d_long[bs, :, ns] = push
+        if wanted.short:
+            pulled[bs] += weight.mT @ tokens
+    if wanted.short:
+        d_short.copy_(torch.addcmul(pulled[..., :d], pulled[..., d:], stream.short, value=-1))

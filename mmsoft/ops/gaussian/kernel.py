@@ -1,5 +1,7 @@
 """The Gaussian kernel matrix ``K_ij = exp(-||x_i - y_j||^2 / 2)``, stored and differentiable."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -83,3 +85,13 @@ def empty_like_tokens(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """``[B, h, n, width]`` in memory ``[B, n, h, width]``: merging the heads is then a view."""
     batch, heads, n, _ = x.shape
     return x.new_empty((batch, n, heads, width), dtype=dtype).transpose(1, 2)
+
+
+def empty_gradients(
+    inputs: Sequence[Tensor], dtype: torch.dtype, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """For each input memory for its gradient, as :func:`empty_like_tokens`; none if not needed."""
+    return tuple(
+        empty_like_tokens(t, t.shape[-1], dtype) if need else t.new_empty((0, 0, 0, 0), dtype=dtype)
+        for t, need in zip(inputs, needs)
+    )

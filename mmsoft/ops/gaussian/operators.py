@@ -1,5 +1,6 @@
 """The custom operators: signatures, shapes and gradients, whatever computes them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,13 +8,31 @@ from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
 from ..island import compute_dtype, matmul, no_autocast
+from ..launch import TRITON, lazily, refusal
 from ..mode import forward_mode, transformed
 from . import eager
-from .kernel import empty_like_tokens, gaussian_kernel
+from .kernel import empty_gradients, empty_like_tokens, gaussian_kernel
 
-PRODUCT = Operation("gaussian_kernel_product", Implementation(EAGER, eager.product))
+_TRITON = "mmsoft.ops.gaussian.triton"
+_CHANNELS = 64  # what fits on chip
+
+
+def _refusal(*tensors: Any) -> str | None:
+    tensors = tuple(t for t in tensors[:4] if isinstance(t, Tensor))
+    if max(t.shape[-1] for t in tensors) > _CHANNELS:
+        return f"there are more than {_CHANNELS} channels"
+    return refusal(*tensors)
+
+
+PRODUCT = Operation(
+    "gaussian_kernel_product",
+    Implementation(TRITON, lazily(_TRITON, "product"), _refusal, on_request=True),
+    Implementation(EAGER, eager.product),
+)
 BACKWARD = Operation(
-    "gaussian_kernel_product_backward", Implementation(EAGER, eager.product_backward)
+    "gaussian_kernel_product_backward",
+    Implementation(TRITON, lazily(_TRITON, "product_backward"), _refusal, on_request=True),
+    Implementation(EAGER, eager.product_backward),
 )
 
 
@@ -31,17 +50,28 @@ def _(x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool 
 
 @torch.library.custom_op("mmsoft::gaussian_kernel_product_backward", mutates_args=())
 def _product_backward(
-    grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    unit: Tensor | None,
+    divide: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return BACKWARD(grad, x, y, w, unit, divide)
+    return BACKWARD(grad, x, y, w, unit, divide, needs)
 
 
 @_product_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    unit: Tensor | None,
+    divide: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(x, y, w)
-    return tuple(empty_like_tokens(t, t.shape[-1], dtype) for t in (x, y, w))
+    return empty_gradients((x, y, w), compute_dtype(x, y, w), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -56,8 +86,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             "the forward pass under forward mode too, as torch.func.jvp of torch.func.grad does"
         )
     *inputs, unit = ctx.saved_tensors
-    grads = torch.ops.mmsoft.gaussian_kernel_product_backward(grad, *inputs, unit, ctx.divide)
-    return *(g.to(t.dtype) for g, t in zip(grads, inputs)), None, None
+    needs = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.mmsoft.gaussian_kernel_product_backward(
+        grad, *inputs, unit, ctx.divide, needs
+    )
+    grads = (g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs))
+    return *grads, None, None
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:

@@ -1,0 +1,64 @@
+"""What the Triton kernels share: what they refuse, when they are imported, how many programs run.
+
+Triton itself is imported by the modules of kernels alone, when the first of them runs.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRITON = "triton"
+DEVICES = {"cuda"}  # tests add the CPU, for Triton's interpreter
+CAPABILITY = (8, 0)
+_PROGRAMS = 4  # for each multiprocessor, so that none idles at the end
+
+
+def lazily(module: str, name: str) -> Callable[..., Any]:
+    """The function ``name`` of ``module``, which is imported at the first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(import_module(module), name)(*args)
+
+    return run
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why no kernel takes these tensors; ``None`` if one may."""
+    device = tensors[0].device
+    if device.type not in DEVICES:
+        return f"the tensors are on {device.type}, not on cuda"
+    if not _installed():
+        return 'Triton is not installed; pip install "mmsoft[triton]"'
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "an argument is float64"
+    if any(t.numel() == 0 for t in tensors):
+        return "an argument is empty"
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels are written for NVIDIA GPUs"
+        found = torch.cuda.get_device_capability(device)
+        if found < CAPABILITY:
+            return f"compute capability {found[0]}.{found[1]} is below 8.0"
+    return None
+
+
+@lru_cache(None)
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def splits(tensor: Tensor, programs: int, blocks: int) -> int:
+    """In how many parts to walk ``blocks`` so that ``programs`` times as many fill the device."""
+    return max(1, min(blocks, -(-_PROGRAMS * _processors(tensor.device) // programs)))
+
+
+@lru_cache(None)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,140 @@
+"""Compile what the Triton kernels are launched with, without a GPU: one line of JSON for each.
+
+    python compiled_kernels.py ARCH CASE [CASE ...]
+
+The launching functions run on meta tensors; what they would launch is compiled for the compute
+capability ARCH, such as 90, and assembled by Triton's own ``ptxas``.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+class Recorder:
+    """In the place of a kernel: what it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record(case):
+    """The launches of a case of :data:`CASES`."""
+    from triton.runtime.jit import JITFunction
+
+    module, name, arguments = CASES[case]
+    module, launches = import_module(f"mmsoft.ops.{module}.triton"), []
+    kernels = {key: each for key, each in vars(module).items() if isinstance(each, JITFunction)}
+    for key, kernel in kernels.items():
+        if key.endswith("_kernel"):
+            setattr(module, key, Recorder(kernel, launches))
+    getattr(module, name)(*arguments())
+    for key, kernel in kernels.items():
+        setattr(module, key, kernel)
+    return launches
+
+
+def compiled(kernel, args, options, arch):
+    """Registers, spilled bytes and shared memory of one launch, specialized as Triton does."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = dict(zip(kernel.arg_names, args))
+    options = dict(options)
+    given |= {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned = TYPES[value.dtype], True
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
+        else:
+            signature[parameter.name], aligned = "i32", value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(built.asm["ptx"])
+        target = re.search(r"\.target (sm_\w+)", built.asm["ptx"])[1]
+        command = [knobs.nvidia.ptxas_blackwell.path, "-v", f"--gpu-name={target}", str(ptx)]
+        output = subprocess.run(
+            [*command, "-o", str(ptx.with_suffix(".cubin"))], capture_output=True, text=True
+        ).stderr
+    return dict(
+        kernel=kernel.__name__,
+        arch=arch,
+        registers=int(re.search(r"Used (\d+) registers", output)[1]),
+        spilled=int(re.search(r"(\d+) bytes spill stores", output)[1]),
+        shared=built.metadata.shared,
+        warps=built.metadata.num_warps,
+    )
+
+
+def _products(long, short, dtype=torch.float32, d=32, backward=False, needs=(True, True, True)):
+    """Arguments of both products: as the attention layers lay them, heads inside."""
+
+    def arguments():
+        x, y = (torch.empty(2, n, 10, d, dtype=dtype, device="meta") for n in (long, short))
+        w = torch.empty(2, short, 10, d, device="meta")
+        x, y, w = (t.transpose(1, 2) for t in (x, y, w))
+        unit = torch.empty(2, 1, 1, 1, device="meta")
+        if not backward:
+            return x, y, w, unit, short > long
+        grad = torch.empty(2, long, 10, d, device="meta").transpose(1, 2)
+        return grad, x, y, w, unit, short > long, needs
+
+    return arguments
+
+
+# module, function, arguments: spread is K w, gather K^T v.
+CASES = {}
+for _dtype, _label in ((torch.float32, ""), (torch.bfloat16, "-bfloat16")):
+    for _m in (16, 49):
+        CASES[f"spread-{_m}{_label}"] = "gaussian", "product", _products(4000, _m, _dtype)
+        CASES[f"gather-{_m}{_label}"] = "gaussian", "product", _products(_m, 4000, _dtype)
+    for _m in (16, 49):
+        _back = dict(backward=True)
+        CASES[f"spread-backward-{_m}{_label}"] = (
+            "gaussian", "product_backward", _products(4000, _m, _dtype, **_back))  # fmt: skip
+        CASES[f"gather-backward-{_m}{_label}"] = (
+            "gaussian", "product_backward", _products(_m, 4000, _dtype, **_back))  # fmt: skip
+CASES["spread-wide"] = "gaussian", "product", _products(4000, 49, d=64)
+CASES["spread-backward-wide"] = (
+    "gaussian", "product_backward", _products(4000, 49, d=64, backward=True))  # fmt: skip
+CASES["gather-backward-wide"] = (
+    "gaussian", "product_backward", _products(49, 4000, d=64, backward=True))  # fmt: skip
+
+
+def main():
+    from mmsoft.ops import launch
+
+    launch._processors = lambda device: 132  # of an H100
+    arch, *cases = sys.argv[1:]
+    for case in cases or CASES:
+        for kernel, args, options in record(case):
+            print(json.dumps(dict(case=case, **compiled(kernel, args, options, int(arch)))))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The Triton kernels compiled without a GPU: registers, spills and shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from compiled_kernels import CASES
+
+# What every GPU from compute capability 8.0 on has for a block of threads.
+SHARED_MEMORY = 99 * 1024
+# The usual number of landmarks, and what needs the most.
+SOON = ("spread-49", "gather-backward-49", "gather-backward-wide")
+
+
+@pytest.mark.parametrize(
+    ("arch", "cases"),
+    [
+        (90, SOON),
+        *(pytest.param(arch, tuple(CASES), marks=pytest.mark.long) for arch in (80, 90, 100)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)} cases",
+)
+def test_nothing_spills_and_shared_memory_suffices(arch, cases, root, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    environment.pop("TRITON_INTERPRET", None)
+    program = root / "tests/helpers/compiled_kernels.py"
+    command = [sys.executable, "-W", "ignore", program, arch, *cases]
+    done = subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["case"] for kernel in found} == set(cases)
+    assert all(kernel["arch"] == arch for kernel in found)
+    assert not [kernel for kernel in found if kernel["spilled"]]
+    assert max(kernel["registers"] for kernel in found) <= 255
+    assert max(kernel["shared"] for kernel in found) <= SHARED_MEMORY

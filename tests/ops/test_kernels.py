@@ -1,0 +1,172 @@
+"""The Triton kernels against their float64 definitions, forward and every gradient.
+
+On a CPU the interpreter runs them. It computes tf32x3 as float32, and products of bfloat16 wrongly:
+the kernels have none, they convert what they load.
+"""
+
+import pytest
+import torch
+from metrics import error
+
+from mmsoft.ops import gaussian_kernel_product, use_backend
+from mmsoft.ops.gaussian.operators import product_in_units
+from mmsoft.ops.reference import gaussian_kernel as naive
+
+pytestmark = pytest.mark.usefixtures("kernels")
+FLOOR = 8 * torch.finfo(torch.float32).eps
+
+
+def normal(*shape, seed, device, scale=1.0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=g)).to(device, dtype).requires_grad_()
+
+
+def points(n, m, d, width, device, scale=0.4, dtype=torch.float32, batch=(1, 2)):
+    """x, y, w and a cotangent."""
+    shapes, scales = ((n, d), (m, d), (m, width), (n, width)), (scale, scale, 1, 1)
+    return [
+        normal(*batch, *shape, seed=i, device=device, scale=each, dtype=dtype)
+        for i, (shape, each) in enumerate(zip(shapes, scales))
+    ]
+
+
+def within(ours, plain, truth, factor):
+    """Error at most ``factor`` times that of plain torch, or some roundings of float32."""
+    assert ours.isfinite().all()
+    allowed = max(factor * error(plain, truth), FLOOR) + 2 * error(truth.to(ours.dtype), truth)
+    assert error(ours, truth) <= allowed
+
+
+def compare(tensors, grad, function=gaussian_kernel_product):
+    """Forward and the three gradients: of the kernels, of eager, and of the definition."""
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth = naive(*exact[:2]) @ exact[2]
+    truths = truth, *torch.autograd.grad(truth, exact, grad.double())
+    results = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            out = function(*tensors)
+            results.append([out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))])
+    for i, (ours, plain, truth) in enumerate(zip(*results, truths)):
+        assert ours.dtype == plain.dtype
+        assert ours.shape == plain.shape
+        assert ours.stride() == plain.stride()
+        within(ours, plain, truth, 3 if i else 2)
+
+
+# n, m, channels of points, of values
+SHAPES = [
+    (63, 7, 32, 32),
+    (7, 63, 32, 32),
+    (1, 1, 32, 32),
+    (5, 1, 16, 1),
+    (1, 5, 8, 3),
+    (100, 49, 32, 32),
+    (49, 100, 32, 32),
+    (130, 64, 32, 32),
+    (40, 40, 64, 64),
+    (40, 40, 24, 48),
+    (129, 100, 32, 32),
+    (128, 150, 32, 32),
+    (180, 170, 8, 8),  # more blocks than one, and more than one part, of either side
+    *(pytest.param(n, m, 32, 32, marks=pytest.mark.long)
+      for n in (63, 1000) for m in (1, 49, 64, 100, 128)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "m", "d", "width"), SHAPES)
+def test_product_and_gradients(n, m, d, width, device):
+    *tensors, grad = points(n, m, d, width, device)
+    compare(tensors, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "m"), [(70, 20), (20, 70)])
+def test_low_precision_arguments(n, m, dtype, device):
+    *tensors, grad = points(n, m, 32, 32, device, dtype=dtype)
+    compare(tensors, grad)
+
+
+@pytest.mark.parametrize("layout", ["heads inside", "channels outside", "one for all"])
+@pytest.mark.parametrize(("n", "m"), [(70, 9), (9, 70)])
+def test_strided_and_expanded_arguments(n, m, layout, device):
+    change = {
+        "heads inside": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "channels outside": lambda t: t.mT.contiguous().mT,
+        "one for all": lambda t: t[:1, :1].expand(t.shape),
+    }[layout]
+    *tensors, grad = points(n, m, 32, 32, device, batch=(2, 2))
+    laid = [change(t).detach().requires_grad_() for t in tensors]
+    assert not any(t.is_contiguous() for t in laid)
+    compare(laid, change(grad))
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize(("n", "m"), [(30, 4), (4, 30), (20, 70), (70, 90)])
+def test_units_of_samples_and_the_gradients_that_they_multiply(n, m, divide, device):
+    *tensors, grad = points(n, m, 8, 8, device, batch=(2, 2))
+    unit = torch.tensor([8.0, 0.25], device=device)[:, None, None, None]
+    results = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            out = product_in_units(*tensors, unit, divide=divide)
+            results.append([out, *torch.autograd.grad(out, tensors, grad)])
+    for ours, plain in zip(*results):
+        assert error(ours, plain) < 2e-6
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(("n", "m"), [(70, 20), (20, 70), (100, 80)])
+def test_gradients_that_are_asked_for(n, m, wanted, device):
+    tensors = points(n, m, 16, 16, device, batch=(1, 1))
+    every = torch.autograd.grad(gaussian_kernel_product(*tensors[:3]), tensors[:3], tensors[3])
+    for i, t in enumerate(tensors[:3]):
+        t.requires_grad_(i in wanted)
+    out = gaussian_kernel_product(*tensors[:3])
+    some = torch.autograd.grad(out, [tensors[i] for i in wanted], tensors[3])
+    for grad, i in zip(some, wanted):
+        assert torch.equal(grad, every[i])
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e4, 1e19, 3e38])
+def test_any_finite_coordinate(magnitude, device):
+    x = torch.randn(1, 1, 40, 8, device=device).sign() * magnitude
+    y = torch.cat((x[:, :, :5], -x[:, :, 5:9]), 2)
+    tensors = [x, y, torch.eye(9, device=device).expand(1, 1, 9, 9)]
+    out = gaussian_kernel_product(*tensors)
+    assert ((out >= 0) & (out <= 1)).all()
+    tensors = [t.requires_grad_() for t in tensors]
+    grads = torch.autograd.grad(gaussian_kernel_product(*tensors).sum(), tensors)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_points_far_from_the_origin_and_outliers(device):
+    """Where the expanded square cancels: translation costs nothing, one outlier nothing."""
+    x, y, w, _ = (t.detach() for t in points(50, 6, 16, 8, device))
+    for shift, outlier in ((1000, 0), (0, 1e4)):
+        moved = y.clone()
+        moved[..., 0, :] += outlier
+        exact = (x.double()[..., :, None, :] - moved.double()[..., None, :, :]).square().sum(-1)
+        truth = torch.exp(-0.5 * exact) @ w.double()
+        assert error(gaussian_kernel_product(x + shift, moved + shift, w), truth) < 1e-4
+
+
+def test_not_a_number_is_not_hidden(device):
+    x, y, w, _ = (t.detach() for t in points(70, 6, 16, 8, device))
+    x[0, 0, 65, 3] = torch.nan
+    out = gaussian_kernel_product(x, y, w)
+    assert out[0, 0, 65].isnan().all()
+    assert out.isnan().sum() == 8
+    back = gaussian_kernel_product(y, x, torch.ones(1, 2, 70, 8, device=device))
+    assert back[0, 0].isnan().all()
+    assert not back[0, 1].isnan().any()
+
+
+def test_refusals_say_why(device):
+    x, y, w, _ = points(4, 3, 80, 4, device)
+    with pytest.raises(RuntimeError, match="triton: there are more than 64 channels"):
+        gaussian_kernel_product(x, y, w)
+    with pytest.raises(RuntimeError, match="triton: an argument is float64"):
+        gaussian_kernel_product(x[..., :4].double(), y[..., :4], w)
+    with pytest.raises(RuntimeError, match="triton: an argument is empty"):
+        gaussian_kernel_product(x[:0, ..., :4], y[:0, ..., :4], w[:0])
