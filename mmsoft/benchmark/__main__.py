@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mmsoft.benchmark.cases import BACKBONES, DTYPES, MODES, OPERATORS, WHOLE, Case
+from mmsoft.benchmark.cases import BACKBONES, DTYPES, MODES, OPERATORS, SEQUENCES, WHOLE, Case
 
 Size = tuple[int, int]
 Group = tuple[str, list[Case]]  # section of the JSON, and what is timed in turns
@@ -31,6 +31,7 @@ SCALING_MODELS = ("softpp-tiny", "softpp-small")
 DEFAULTS: dict[str, list] = dict(
     scaling=[(1024, 1024), (2048, 2048), (4096, 4096)],
     operator=[32, 64, 128, 256],
+    sequence=[512, 1024, 2048, 4096, 8192, 16384],
     whole=[(800, 1344), (512, 512)],
 )
 # (size, batch, mode) of the backbones.
@@ -112,6 +113,13 @@ def parser() -> argparse.ArgumentParser:
         help="attention layers alone on square grids of tokens (default: 32 64 128 256)",
     )
     p.add_argument(
+        "--sequence",
+        nargs="*",
+        type=positive,
+        metavar="TOKENS",
+        help="small models of sequences of such lengths (default: 512 to 16384, doubling)",
+    )
+    p.add_argument(
         "--whole",
         nargs="*",
         type=parse_size,
@@ -168,6 +176,9 @@ def plan(args: argparse.Namespace) -> list[Group]:
     for side, mode in itertools.product(sections["operator"] or [], MODES):
         cases = [Case("operator", n, (side, side), mode=mode, **eager[0]) for n in OPERATORS]
         groups.append(("operator", cases))
+    for tokens, mode in itertools.product(sections["sequence"] or [], MODES):
+        cases = [Case("sequence", n, (1, tokens), mode=mode, **eager[0]) for n in SEQUENCES]
+        groups.append(("sequence", cases))
     if whole := sections["whole"]:
         sizes = {"RetinaNet": whole[0], "UperNet": whole[-1]}
         for (task, size), variant in itertools.product(sizes.items(), eager):
@@ -179,16 +190,17 @@ def plan(args: argparse.Namespace) -> list[Group]:
 def entry(section: str, case: Case, figures: dict[str, Any]) -> dict[str, Any]:
     """A case and its figures as an entry of the JSON."""
     what: dict[str, Any]
-    if section == "operator":
+    if section in ("operator", "sequence"):
         tokens = case.size[0] * case.size[1]
-        what = dict(name=case.name, label=OPERATORS[case.name][0], tokens=tokens)
+        label = (OPERATORS if section == "operator" else SEQUENCES)[case.name][0]
+        what = dict(name=case.name, label=label, tokens=tokens)
     elif section == "whole":
         whole = WHOLE[case.name]
         what = dict(task=whole.task, backbone=whole.backbone, size=list(case.size))
     else:
         what = dict(backbone=case.name, size=list(case.size))
     kind = {key: getattr(case, key) for key in ("batch", "mode", "device", "dtype", "compiled")}
-    if section != "operator":
+    if "tokens" not in what:
         figures = figures | dict(images_per_second=1e3 * case.batch / figures["median_ms"])
     return what | kind | figures
 
@@ -220,7 +232,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
     described: dict[Any, dict[str, float]] = {}
     for number, (section, cases) in enumerate(groups, 1):
         print(f"\n== {number}/{len(groups)} {title(section, cases[0])}", flush=True)
-        if section in ("operator", "whole"):
+        if section in ("operator", "sequence", "whole"):
             models.clear()
         times, skipped = measure_times(cases, models, args.repeats, args.slow_repeats, log)
         if device == "cuda":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import mmsoft
 from mmsoft import builder
 from mmsoft.benchmark import released  # noqa: F401  (registers its backbone)
+from mmsoft.models import SequenceSOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.peers import build_peer
 
@@ -31,9 +32,9 @@ TOP1 = "Top 1 Accuracy (published by the authors)"  # in our metafiles
 class Case:
     """One thing to measure."""
 
-    section: str  # "backbone", "operator" or "whole"
+    section: str  # "backbone", "operator", "sequence" or "whole"
     name: str  # a key of that section's table
-    size: tuple[int, int]  # of the image in pixels; for a layer, of its grid of tokens
+    size: tuple[int, int]  # of the image in pixels; of a layer's grid of tokens; (1, tokens)
     batch: int = 1
     mode: str = "forward"  # or "train", forward and backward
     device: str = "cpu"
@@ -42,7 +43,8 @@ class Case:
 
     def small(self) -> "Case":
         """The same at a small size, to load libraries and start threads."""
-        return replace(self, size=(64, 64) if self.section != "operator" else (8, 8), batch=1)
+        sizes = dict(operator=(8, 8), sequence=(1, 64))
+        return replace(self, size=sizes.get(self.section, (64, 64)), batch=1)
 
 
 # ---------------------------------------------------------------------------------------- backbones
@@ -134,6 +136,7 @@ def make_backbone(name: str) -> Any:
 # --------------------------------------------------------------------------- attention layers alone
 
 DIMS, HEADS = 64, 2  # of stage 1
+VOCABULARY = 257  # bytes and padding
 
 
 class OnSquareGrid(nn.Module):
@@ -166,6 +169,27 @@ OPERATORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
         lambda tokens: build_peer("nystromformer", DIMS, HEADS, tokens),
     ),
 }
+
+
+# ------------------------------------------------------------------------- small sequence models
+
+# The model of the Long Range Arena with the attention of each, 64 landmarks for ours and
+# Nystromformer; labels as above.
+SEQUENCES: dict[str, tuple[str, str]] = {
+    "softpp": ("SOFT++", "soft"),
+    "softmax": ("full softmax", "softmax"),
+    "gaussian": ("exact Gaussian kernel", "gaussian"),
+    **{name: (OPERATORS[name][0], name) for name in ("linformer", "performer", "nystromformer")},
+    "none": ("no attention", "none"),
+}
+
+
+def make_sequence_model(name: str, tokens: int) -> nn.Module:
+    """Build one of ``SEQUENCES`` for so many tokens."""
+    attention = SEQUENCES[name][1]
+    return SequenceSOFTPlusPlus(
+        vocab_size=VOCABULARY, max_length=tokens, attention=attention, solver="direct"
+    )
 
 
 # ------------------------------------------------------------------- whole detectors and segmentors
@@ -245,6 +269,8 @@ def make_model(case: Case) -> Any:
     torch.manual_seed(0)
     if case.section == "backbone":
         model = make_backbone(case.name)
+    elif case.section == "sequence":
+        model = make_sequence_model(case.name, case.size[1])
     elif case.section == "operator":
         model = OPERATORS[case.name][1](case.size[0] * case.size[1])
     else:
@@ -283,7 +309,11 @@ def make_step(model: Any, case: Case) -> Callable[[], Any]:
         shape = (case.batch, case.size[0] * case.size[1], DIMS)
     else:
         shape = (case.batch, 3, *case.size)
-    x = torch.randn(shape, generator=generator).to(case.device)
+    if case.section == "sequence":
+        x = torch.randint(1, VOCABULARY, (case.batch, case.size[1]), generator=generator)
+    else:
+        x = torch.randn(shape, generator=generator)
+    x = x.to(case.device)
 
     def forward() -> Any:
         with torch.no_grad(), autocast():

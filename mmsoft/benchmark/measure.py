@@ -114,7 +114,8 @@ def measure_times(
 
 def model_key(case: Case) -> tuple:
     """Cases with the same key can share a model."""
-    size = case.size if case.section == "operator" else None  # Linformer's weights know the length
+    # Linformer's weights know the length, as do position embeddings.
+    size = case.size if case.section in ("operator", "sequence") else None
     return case.section, case.name, case.device, case.compiled, size
 
 

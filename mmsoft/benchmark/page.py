@@ -98,6 +98,27 @@ def targets(data: dict[str, Any]) -> list[Target]:
         for ours, peer in ((tiny, "pvtv2-b1"), (middle, "swin-tiny")):
             claim = f"{task}: images/s with {name(ours)} over those with {name(peer)}"
             found.append(Target(claim, faster(ours, peer, size, task=task), 1))
+    return found + sequence_targets(data["sequence"])
+
+
+def sequence_targets(entries: Sequence[Entry]) -> list[Target]:
+    """Those of sequence models; none where nothing was measured."""
+    times = {
+        (entry["name"], entry["tokens"], entry["mode"]): entry["median_ms"]
+        for entry in entries
+        if (entry["device"], entry["dtype"], entry["compiled"]) == ("cpu", "float32", False)
+    }
+    found = []
+    for name, tokens, mode in times:
+        if name == "softpp" and tokens >= 2048:
+            where, ours = f"{tokens} tokens, {mode}: SOFT++'s", times[name, tokens, mode]
+            if peer := times.get(("softmax", tokens, mode)):
+                claim = f"{where} speed over that of softmax attention"
+                found.append(Target(claim, peer / ours, 1))
+            if (first := times.get((name, 2048, mode))) and tokens > 2048:
+                share = ours / first / (tokens / 2048)
+                claim = f"{where} time per token over that at 2048"
+                found.append(Target(claim, share, 1.25, at_most=True))
     return found
 
 
@@ -121,10 +142,14 @@ HEADINGS = {
     "scaling": "Growth with the image",
     "whole": "Whole detectors and segmentors, test loop",
     "operator": "Attention layers alone",
+    "sequence": "Small models of sequences",
 }
 NOTES = {
     "operator": "64 channels, 2 heads, projections included; each package's own defaults, "
     "49 landmarks for ours.",
+    "sequence": "The model of the Long Range Arena (2 blocks, 64 channels, 2 heads) with each "
+    "attention: 64 landmarks for ours and Nyströmformer, the defaults of their packages for the "
+    "others.",
     "whole": "`model.test_step` on random images, pre- and postprocessing included, with 80 (COCO) "
     "and 150 (ADE20K) classes.",
 }

@@ -104,8 +104,8 @@ def draw_scaling(entries: Sequence[Entry]) -> Any:
     return figure
 
 
-def draw_operator(entries: Sequence[Entry]) -> Any:
-    """Time of the attention layers against the number of tokens."""
+def draw_tokens(entries: Sequence[Entry]) -> Any:
+    """Time of attention layers, or of sequence models, against the number of tokens."""
     modes = list(dict.fromkeys(entry["mode"] for entry in entries))
     figure = new_figure(5.5 * len(modes), 3.9)
     axes = figure.subplots(1, len(modes), squeeze=False)[0]
@@ -157,7 +157,7 @@ def plot(data: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, list
         names["results"].append(f"{prefix}backbones_{variant}.png")
         _save(draw_backbones(list(entries)), folder / names["results"][-1])
     for section, draw in dict(
-        scaling=draw_scaling, whole=draw_whole, operator=draw_operator
+        scaling=draw_scaling, whole=draw_whole, operator=draw_tokens, sequence=draw_tokens
     ).items():
         if data[section]:
             names[section].append(f"{prefix}{section}.png")
@@ -178,14 +178,18 @@ def plot_as_papers(data: dict[str, Any], folder: Path, prefix: str = "") -> dict
 
     ``memory.png`` (SOFT, figure 1): memory against tokens. ``tradeoff.png`` (figure 3): throughput
     as measured, against accuracy as the papers state it; none was measured here. Returns the file
-    of each section, ``operator`` and ``results``.
+    of each section, ``operator`` (``sequence`` likewise, ``sequence_memory.png``) and ``results``.
     """
     written = {}
-    operators = [entry for entry in data["operator"] if entry["peak_mib"]]
-    if operators:
-        operators = [e for e in operators if e["dtype"] == operators[0]["dtype"]]
-        figure = draw_memory(operators, title=f"Memory of one attention layer, {data['device']}")
-        written["operator"] = save_figure(figure, folder / f"{prefix}memory.png")
+    for section, what, name in (
+        ("operator", "one attention layer", "memory.png"),
+        ("sequence", "a small model of sequences", "sequence_memory.png"),
+    ):
+        entries = [entry for entry in data[section] if entry["peak_mib"]]
+        if entries:
+            entries = [e for e in entries if e["dtype"] == entries[0]["dtype"]]
+            figure = draw_memory(entries, title=f"Memory of {what}, {data['device']}")
+            written[section] = save_figure(figure, folder / f"{prefix}{name}")
     passes, accuracies = forward_passes(data), published()
     if any(entry["backbone"] in accuracies for entry in passes):
         first = passes[0]

@@ -9,16 +9,17 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mmsoft.benchmark.cases import BACKBONES, OPERATORS, published
+from mmsoft.benchmark.cases import BACKBONES, published
 from mmsoft.fileio import write_whole
 
 Entry = dict[str, Any]
-SECTIONS = ("results", "scaling", "whole", "operator")
-NEEDED = ("device", "threads", "versions", "date", "command", *SECTIONS)
+SECTIONS = ("results", "scaling", "whole", "operator", "sequence")
+NEEDED = ("device", "threads", "versions", "date", "command", *SECTIONS[:4])
 KIND = ("device", "dtype", "compiled", "mode", "batch")
 FIELDS = dict(
     results=(*KIND, "backbone", "size", "images_per_second"),
-    operator=(*KIND, "name", "tokens", "peak_mib"),
+    operator=(*KIND, "name", "label", "tokens", "peak_mib"),
+    sequence=(*KIND, "name", "label", "tokens", "peak_mib"),
 )
 
 
@@ -39,6 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
         if missing := [key for key in NEEDED if key not in data]:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        data.setdefault("sequence", [])  # which older files have not
         for section, fields in FIELDS.items():
             for entry in data[section]:
                 if missing := [key for key in fields if key not in entry]:
@@ -64,7 +66,7 @@ def of_kind(entry: Entry) -> tuple:
 def label_of(entry: Entry) -> str:
     """The display name."""
     if "tokens" in entry:
-        return OPERATORS[entry["name"]][0]
+        return entry["label"]
     name = entry["backbone"]
     return BACKBONES[name].label if name in BACKBONES else name
 

@@ -110,7 +110,7 @@ def test_peers_are_those_of_the_libraries(name):
 def test_a_run_writes_json_plots_and_docs(command, tmp_path):
     pytest.importorskip("mmseg")
     backbones = "--models softpp-tiny pvtv2-b1 --sizes 64 --modes forward train"
-    others = "--scaling 96 --operator 8 --whole 64 --repeats 1 --threads 1 --out out"
+    others = "--scaling 96 --operator 8 --sequence 96 --whole 64 --repeats 1 --threads 1 --out out"
     done = command(*backbones.split(), *others.split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert "round 1 of 1" in done.stdout
@@ -123,9 +123,10 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
     names = {e["name"] for e in data["operator"]}
     assert {"softpp", "softmax"} <= names
     for skipped in data["skipped"]:  # only packages that are not installed
-        assert skipped["section"] == "operator"
+        assert skipped["section"] in ("operator", "sequence")
         assert "pip install 'mmsoft[peers]'" in skipped["reason"]
-    for entry in [e for key in ("results", "scaling", "whole", "operator") for e in data[key]]:
+    assert {"softpp", "softmax", "gaussian", "none"} <= {e["name"] for e in data["sequence"]}
+    for entry in [e for key in report.SECTIONS for e in data[key]]:
         assert 0 < entry["q10_ms"] <= entry["median_ms"] <= entry["q90_ms"]
         assert entry["peak_mib"] is not None
     for entry in data["results"]:
@@ -134,7 +135,7 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
         assert entry["images_per_second"] == pytest.approx(1000 / entry["median_ms"])
     plots = {path.name for path in (tmp_path / "out").glob("*.png")}
     names = {"backbones_cpu_float32.png", "scaling.png", "whole.png", "operator.png"}
-    names |= {"memory.png", "tradeoff.png"}
+    names |= {"memory.png", "tradeoff.png", "sequence.png", "sequence_memory.png"}
     assert plots == names
 
     done = command("--write-docs", "out/benchmark.json", "--out", "docs")
@@ -206,9 +207,8 @@ def data():
         measured("swin-tiny", 400.0, 1.0, task="RetinaNet"),
     ]
     about = dict(device="a processor", threads=2, versions={"torch": "2"}, date="2026-01-01T00:00")
-    return dict(
-        about, command="x", results=results, scaling=scaling, whole=whole, operator=[], skipped=[]
-    )
+    sections = dict(results=results, scaling=scaling, whole=whole, operator=[], sequence=[])
+    return dict(about, command="x", skipped=[], **sections)
 
 
 def test_ratios_are_against_ours_of_the_same_size_and_kind(data):
@@ -255,6 +255,37 @@ def test_targets(data):
     rows = {row[0]: row[1:] for row in page.target_rows(data)}
     assert rows["800x1344: SOFT++ Tiny's speed over PVT-Tiny's"] == ["2.19", "≥ 2.2", "**no**"]
     assert rows["800x1344: SOFT++ Small's speed over PVTv2-B2's"] == ["-", "≥ 3", "not measured"]
+
+
+def test_targets_of_sequences(data):
+    kind = {key: data["results"][0][key] for key in report.KIND} | dict(peak_mib=1.0, label="")
+    times = dict(
+        softpp={512: 9.0, 2048: 10.0, 8192: 60.0}, softmax={512: 2.0, 2048: 11.0, 8192: 50.0}
+    )
+    data["sequence"] = [
+        dict(kind, name=name, tokens=tokens, median_ms=time, mode="train")
+        for name, found in times.items()
+        for tokens, time in found.items()
+    ]
+    found = {target.claim: (target.measured, target.met) for target in page.targets(data)}
+    mine = {claim: value for claim, value in found.items() if "tokens" in claim}
+    assert mine == {
+        "2048 tokens, train: SOFT++'s speed over that of softmax attention": (1.1, True),
+        "8192 tokens, train: SOFT++'s speed over that of softmax attention": (50 / 60, False),
+        "8192 tokens, train: SOFT++'s time per token over that at 2048": (1.5, False),
+    }
+
+
+@pytest.mark.parametrize("name", cases.SEQUENCES)
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_steps_of_sequence_models(name, mode):
+    case = cases.Case("sequence", name, (1, 96), mode=mode)
+    try:
+        model = cases.make_model(case)
+    except ImportError as error:
+        pytest.skip(str(error))
+    cases.make_step(model, case)()
+    assert model.max_length == 96
 
 
 @pytest.mark.parametrize(
