@@ -25,6 +25,7 @@ ORDER = (
     "engine",
     "visualization",
     "benchmark",
+    "rows",
 )
 
 

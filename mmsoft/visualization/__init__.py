@@ -3,6 +3,7 @@
 from .attention import draw_attention
 from .convergence import draw_convergence
 from .landmarks import draw_landmarks
+from .learning import draw_learning
 from .memory import draw_memory
 from .spectrum import draw_spectrum
 from .style import save_figure
@@ -12,6 +13,7 @@ __all__ = [
     "draw_attention",
     "draw_convergence",
     "draw_landmarks",
+    "draw_learning",
     "draw_memory",
     "draw_spectrum",
     "draw_tradeoff",

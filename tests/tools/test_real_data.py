@@ -18,6 +18,7 @@ from loading import load_tool
 from mmengine.config import Config
 
 from mmsoft.commands import mim, read_scalars
+from mmsoft.rows import timings
 
 ROOT = Path(__file__).parents[2]
 ARCHIVES = Path(os.environ.get("MMSOFT_REAL_DATA", ROOT.parent / "shared/data"))
@@ -138,8 +139,8 @@ def test_timings(tool):
         dict(step=30, time=2.0, loss=1),
         dict(step=30, mIoU=3),
     ]
-    assert tool.timings(entries, 34) == (1.5, 50 + 10 + 20 + 8)
-    assert tool.timings(entries[:1], 10) == (5.0, 50)
+    assert timings(entries, 34) == (1.5, 50 + 10 + 20 + 8)
+    assert timings(entries[:1], 10) == (5.0, 50)
 
 
 # ------------------------------------------------------------------------------------ training

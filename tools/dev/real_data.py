@@ -11,10 +11,7 @@ for a machine that other work shares, the row has no times. `table --check` only
 """
 
 import argparse
-import json
 import re
-import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,8 +21,17 @@ from typing import Any
 from mmengine.config import Config
 from tabulate import tabulate
 
-from mmsoft.commands import CommandError, read_scalars, train_and_test
+from mmsoft.commands import CommandError
 from mmsoft.fileio import write_whole
+from mmsoft.rows import (
+    FIELDS,
+    Row,
+    conditions,
+    measure_row,
+    read_rows,
+    seconds,
+    spread,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "real_data"
@@ -50,104 +56,29 @@ BACKBONES = {
     "swin-t": "Swin-T",
     "r18": "ResNet-18",
 }
-FIELDS = (
-    *("config", "seed", "commit", "iterations", "scheduled_iterations", "metrics", "parameters"),
-    *("seconds_per_iteration", "training_seconds", "testing_seconds", "peak_bytes", "threads"),
-    *("device", "versions"),
-)
 PACKAGES = ("python", "torch", "mmsoft", "mmengine", "mmcv", "mmdet", "mmsegmentation")
 NAME = re.compile(r"(?P<model>mask-rcnn|upernet|retinanet)_(?P<backbone>[^_]+)_\w+")
 
-Row = dict[str, Any]
-
 
 # ----------------------------------------------------------------------------------------- running
-
-
-def schedule(config: Config, iterations: int) -> list[str]:
-    """Changes that make ``iterations`` of a config's schedule; the warm-up keeps its length."""
-    end = config.train_cfg.max_iters
-    changes = [f"train_cfg.max_iters={iterations}"]
-    for number, scheduler in enumerate(config.param_scheduler):
-        if scheduler.end == end:
-            changes.append(f"param_scheduler.{number}.end={iterations}")
-    return changes
-
-
-def timings(entries: Sequence[Row], iterations: int) -> tuple[float, float]:
-    """Seconds of an iteration, the median without the first entry, and those of the whole loop.
-
-    Each entry has the mean time of the iterations since the one before.
-    """
-    steps = [(entry["step"], entry["time"]) for entry in entries if "loss" in entry]
-    times = [time for _, time in steps]
-    last, total = 0, 0.0
-    for step, time in steps:
-        total += (step - last) * time
-        last = step
-    total += (iterations - last) * times[-1]
-    return statistics.median(times[1:] or times), total
-
-
-def commit() -> str:
-    """The commit of this checkout, "-dirty" if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
-def count_parameters(config: Config) -> int:
-    """Parameters of a config's model, heads for training alone included."""
-    from mmsoft.builder import build_model
-
-    return sum(parameter.numel() for parameter in build_model(config).parameters())
 
 
 def run(
     path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path, timed: bool = True
 ) -> Path:
     """Train and test one row; gives the file of its figures."""
-    config = Config.fromfile(path, import_custom_modules=False)
-    scheduled = config.train_cfg.max_iters
-    iterations = iterations or scheduled
-    changes = [f"randomness.seed={seed}", *NO_VALIDATION]
-    name = f"{path.stem}_seed{seed}"
-    if iterations != scheduled:
-        changes += schedule(config, iterations)
-        name = f"{path.stem}_{iterations}-iterations_seed{seed}"
-    version = commit()  # of the files that are about to run
-    done = train_and_test(
-        name,
-        [config.default_scope, str(path), "--gpus", "0"],
-        work_dir.absolute(),
-        Path.cwd(),
-        training=["--cfg-options", *changes],
-    )
-    seconds, total = timings(read_scalars(work_dir), iterations)
-    import torch  # seconds, which the table does without
-
-    from mmsoft.benchmark.measure import device_name, versions
-
-    row = dict(
-        config=f"{path.absolute().parent.name}/{path.name}",
+    return measure_row(
+        Config.fromfile(path, import_custom_modules=False),
+        path.stem,
+        work_dir,
+        out,
+        root=ROOT,
         seed=seed,
-        commit=version,
         iterations=iterations,
-        scheduled_iterations=scheduled,
-        metrics=done.metrics,
-        parameters=count_parameters(config),
-        seconds_per_iteration=round(seconds, 4) if timed else None,
-        training_seconds=round(total, 1) if timed else None,
-        testing_seconds=round(done.testing.seconds, 1) if timed else None,
-        peak_bytes=done.training.peak_bytes,
-        threads=torch.get_num_threads(),
-        device=device_name("cpu"),
-        versions={name: version for name, version in versions().items() if name in PACKAGES},
+        timed=timed,
+        training=NO_VALIDATION,
+        packages=PACKAGES,
     )
-    target = out / f"{name}.json"
-    with write_whole(target) as partial:
-        partial.write_text(json.dumps(row, indent=1) + "\n")
-    return target
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -182,17 +113,7 @@ def read(folder: Path) -> list[Row]:
     Raises:
         ValueError: naming the file that is not one.
     """
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            row = json.loads(path.read_text())
-            if missing := [field for field in FIELDS if field not in row]:
-                raise ValueError(f"it lacks {', '.join(missing)}")
-            task_of(row)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a row of real_data.py: {error}") from None
-        rows.append(row)
-    return rows
+    return read_rows(folder, "real_data.py", task_of, FIELDS)
 
 
 def task_of(row: Row) -> tuple[str, str]:
@@ -213,23 +134,6 @@ def backbone_of(row: Row) -> str:
     match = NAME.match(row["config"].partition("/")[2])
     assert match  # as read() has checked
     return match["backbone"]
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and of several the lowest and the highest."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def seconds(values: Sequence[float | None]) -> str:
-    """Three digits of the mean of those that were timed."""
-    timed = [value for value in values if value is not None]
-    if not timed:
-        return "-"
-    mean = statistics.mean(timed)
-    return f"{mean:.{2 if mean < 10 else 0}f}"
 
 
 def cells(rows: Sequence[Row]) -> list[str]:
@@ -267,23 +171,6 @@ def table(rows: Sequence[Row], key: Callable[[Row], Any]) -> str:
     body = [cells(group) for group in lines.values()]
     align = ["left"] + ["right"] * (len(header) - 1)
     return tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
-
-
-def conditions(rows: Sequence[Row]) -> str:
-    """Where and with what the rows were measured."""
-    devices = sorted({f"{row['device']}, {count(row['threads'], 'thread')}" for row in rows})
-    versions: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        for name, version in row["versions"].items():
-            versions[name].add(version)
-    used = ", ".join(f"{name} {' and '.join(sorted(versions[name]))}" for name in versions)
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    return f"\n{'; '.join(devices)}; {used}; commit {commits}.\n"
-
-
-def count(number: int, noun: str) -> str:
-    """A number and what it counts."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def render(rows: Sequence[Row]) -> str:

@@ -1,0 +1,16 @@
+_base_ = "./_base_/lra.py"
+
+dataset = dict(type="mmsoft.Pathfinder32", data_root="data/pathfinder32")
+train_dataloader = dict(batch_size=256, dataset=dataset)
+val_dataloader = dict(batch_size=256, dataset=dataset)
+test_dataloader = dict(batch_size=256, dataset=dataset)
+
+model = dict(
+    backbone=dict(vocab_size=257, max_length=1024),
+    head=dict(num_classes=2),
+)
+train_cfg = dict(max_iters=62400)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.04, by_epoch=False, end=312),
+    dict(type="LinearLR", start_factor=1, end_factor=0, by_epoch=False, begin=312, end=62400),
+]
