@@ -21,6 +21,7 @@ def small(path, root, work_dir, changes):
     for split in ("train", "val", "test"):
         if loader := config[f"{split}_dataloader"]:
             loader.update(batch_size=4, num_workers=0, persistent_workers=False)
+            loader.setdefault("collate_fn", dict(type="default_collate"))  # as MMPreTrain's tools
             loader.dataset.data_root = root
     config.train_cfg.update(max_iters=3, val_interval=3)
     config.default_hooks.logger.interval = 1

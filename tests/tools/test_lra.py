@@ -133,7 +133,7 @@ def test_a_run_writes_its_row(tool, tmp_path, attention):
     (found,) = tool.read(tmp_path / "rows")
     assert (tmp_path / f"rows/listops_{attention}_1002-iterations_seed3.json").exists()
     assert (found["attention"], found["seed"], found["iterations"]) == (attention, 3, 1002)
-    assert found["loss"][0][0] == 50
+    assert {50, 1000} <= {step for step, _ in found["loss"]}
     assert found["validation"][0][0] == 1000
     assert found["seconds_per_iteration"] is None
     assert 0 <= found["metrics"]["accuracy/top1"] <= 100

@@ -15,6 +15,7 @@ train_dataloader = dict(
     batch_size=32,
     num_workers=1,
     persistent_workers=True,
+    collate_fn=dict(type="pseudo_collate"),  # the preprocessor pads
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(split="train", pipeline=pipeline),
 )
@@ -22,6 +23,7 @@ val_dataloader = dict(
     batch_size=32,
     num_workers=1,
     persistent_workers=True,
+    collate_fn=dict(type="pseudo_collate"),
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(split="val", pipeline=pipeline),
 )
@@ -29,6 +31,7 @@ test_dataloader = dict(
     batch_size=32,
     num_workers=1,
     persistent_workers=True,
+    collate_fn=dict(type="pseudo_collate"),
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(split="test", pipeline=pipeline),
 )
