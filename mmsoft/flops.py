@@ -50,8 +50,6 @@ def tikhonov_solve_macs(a: list[int], b: list[int]) -> int:
 def landmark_choice_macs(candidates: list[int], budget: int) -> int:
     """Of every step, a row of the Gram matrix and its product with the rows before it.
 
-    Then the scalar products of all candidates with the chosen, which tell the nearest.
-
     As if the budget were used up; on a CPU the choice ends when its tolerance is reached.
 
     Args:
@@ -59,7 +57,7 @@ def landmark_choice_macs(candidates: list[int], budget: int) -> int:
         budget: the largest number of landmarks.
     """
     kept = min(candidates[2], budget)
-    return 2 * prod(candidates) * kept + prod(candidates[:3]) * kept * (kept - 1) // 2
+    return prod(candidates) * kept + prod(candidates[:3]) * kept * (kept - 1) // 2
 
 
 def scaled_dot_product_attention_macs(q: list[int], k: list[int], v: list[int]) -> int:

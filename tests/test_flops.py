@@ -105,16 +105,17 @@ def test_attention_layer(solver, budget, m):
 @pytest.mark.parametrize("budget", [None, 7])
 def test_layer_with_landmarks_by_content(budget):
     """No convolution; the means of all 4x6 candidates, then of those that were chosen."""
-    options = dict(normalize=True, max_landmarks=budget, landmarks="content", solver="direct")
+    options = dict(normalize=True, max_landmarks=budget, landmarks="content")
     layer = SoftmaxFreeAttention(64, 2, 4, 5, **options)
     n, heads, d, candidates = 16 * 24, 2, 32, 24
     m = budget or candidates
     found = macs_of_layer(layer, (1, n, 64), (16, 24))
-    chosen = 2 * heads * candidates * m * d + heads * candidates * m * (m - 1) // 2
+    chosen = heads * candidates * m * d + heads * candidates * m * (m - 1) // 2
     assert found["landmark_choice"] == chosen
     assert found["linear"] == 3 * n * 64 * 64
-    assert found["gaussian_kernel_product"] == 2 * heads * n * m * (d + d)
-    assert found["tikhonov_solve"] == heads * (m**3 + m**3 // 6 + m * m * d)
+    means = heads * (candidates + m) * 4 * 4 * d
+    assert found["matmul"] == means + 2 * heads * n * m * (d + d)
+    assert found.keys() == {"landmark_choice", "linear", "matmul", "conv"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

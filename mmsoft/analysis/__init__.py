@@ -5,7 +5,13 @@ Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from them.
 
 from .capture import BlockState, attention_blocks, capture, choose_block
 from .inference import ModelImage, capture_image, load_image, load_model
-from .rows import attention_rows, nystromformer_rows, performer_rows, softmax_rows
+from .rows import (
+    attention_rows,
+    landmark_rows,
+    nystromformer_rows,
+    performer_rows,
+    softmax_rows,
+)
 from .spectra import inverse_filter, landmark_regions, newton_residuals, spectrum
 from .usage import Usage, attention_usage
 
@@ -21,6 +27,7 @@ __all__ = [
     "choose_block",
     "inverse_filter",
     "landmark_regions",
+    "landmark_rows",
     "load_image",
     "load_model",
     "newton_residuals",

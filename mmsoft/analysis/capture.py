@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmsoft.models.attention import SoftmaxFreeAttention
 
-from .rows import attention_rows
+from .rows import attention_rows, landmark_rows
 from .spectra import newton_residuals
 
 BlockId = tuple[int, int]
@@ -31,7 +31,7 @@ class BlockState:
     q: Tensor
     v: Tensor
     landmarks: Tensor
-    counts: Tensor | None = None  # of landmarks by content, [B, heads, m]
+    present: Tensor | None = None  # which landmarks by content there are, [B, heads, m]
     index: Tensor | None = None  # of their patches, [B, heads, m]
 
     @property
@@ -43,16 +43,25 @@ class BlockState:
     def attention_rows(self, queries: Sequence[int]) -> Tensor:
         """Rows of the matrix by which the layer multiplies its values: ``[B, heads, n, N]``.
 
-        Those of :func:`mmsoft.analysis.attention_rows`, times the layer's factor.
+        Those of :func:`mmsoft.analysis.attention_rows`, times the layer's factor; of landmarks by
+        content, those of :func:`mmsoft.analysis.landmark_rows`.
         """
-        rows = attention_rows(self.q, self.landmarks, queries, self.counts, **self.options)
+        if self.layer.by_content:
+            return landmark_rows(self.q, self.landmarks, queries, self.present)
+        rows = attention_rows(self.q, self.landmarks, queries, **self.options)
         return rows * self.layer.attention_scale(self.landmarks, self.hw_shape)
 
     def newton_residuals(self, **options: Any) -> Tensor:
-        """Those of the layer's inverse, see :func:`mmsoft.analysis.newton_residuals`."""
+        """Those of the layer's inverse, see :func:`mmsoft.analysis.newton_residuals`.
+
+        Raises:
+            ValueError: landmarks by content have no inverse.
+        """
         layer = self.layer
+        if layer.by_content:
+            raise ValueError("landmarks='content' have no inverse: nothing converges")
         options |= dict(normalize=layer.normalize, steps=layer.newton_steps)
-        return newton_residuals(self.landmarks, self.counts, **options)
+        return newton_residuals(self.landmarks, **options)
 
 
 def attention_blocks(model: nn.Module) -> dict[BlockId, SoftmaxFreeAttention]:

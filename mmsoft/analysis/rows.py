@@ -5,13 +5,14 @@ that ``q_i . q_j`` is the usual scaled dot product; keys equal queries, as in SO
 float64 ``[B, heads, n, N]`` for ``n`` query tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmsoft.builder import require
-from mmsoft.ops import softmax_free_attention
+from mmsoft.ops import landmark_attention, softmax_free_attention
 
 
 def _check_queries(q: Tensor, queries: Sequence[int]) -> list[int]:
@@ -26,51 +27,63 @@ def _check_queries(q: Tensor, queries: Sequence[int]) -> list[int]:
     return queries
 
 
-@torch.no_grad()
-def attention_rows(
-    q: Tensor,
-    landmarks: Tensor,
-    queries: Sequence[int],
-    counts: Tensor | None = None,
-    *,
-    normalize: bool | str = True,
-    solver: str = "newton",
-    steps: int = 20,
-) -> Tensor:
-    """Rows of ``K1 D^-1/2 A^+ D^-1/2 K1^T`` (SOFT++; SOFT leaves out ``D``), in float64.
-
-    The operator is linear in the values, so row ``i`` is the gradient of its ``i``-th output with
-    respect to them: ``[N, m]`` is streamed and nothing of size ``[N, N]`` appears. Entries may be
-    negative and rows do not sum to 1.
-
-    Args:
-        q: ``[B, heads, N, d]``.
-        landmarks: ``[B, heads, m, d]``.
-        queries: token numbers, row by row of the grid.
-        counts: see :func:`mmsoft.ops.softmax_free_attention`.
-        normalize: likewise; see :func:`mmsoft.ops.softmax_free_attention`.
-        solver: as for ``normalize``.
-        steps: as for ``normalize``.
-
-    Raises:
-        ValueError: a query is not a token, or the shapes do not match.
-    """
+def _rows(q: Tensor, queries: Sequence[int], attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Rows of a matrix as gradients of its products with values: nothing ``[N, N]`` appears."""
     queries = _check_queries(q, queries)
     unit = torch.zeros(q.shape[2], len(queries), dtype=torch.float64, device=q.device)
     unit[queries, range(len(queries))] = 1
     unit = unit.expand(*q.shape[:2], -1, -1)
     with torch.enable_grad():
         values = torch.zeros_like(unit, requires_grad=True)
-        out = softmax_free_attention(
-            q.double(),
-            values,
-            landmarks.double(),
-            counts,
-            normalize=normalize,
-            solver=solver,
-            steps=steps,
-        )
+        out = attend(q.detach().double(), values)
     return torch.autograd.grad(out, values, unit)[0].mT
+
+
+def landmark_rows(
+    q: Tensor, landmarks: Tensor, queries: Sequence[int], present: Tensor | None = None
+) -> Tensor:
+    """Rows of the matrix of :func:`mmsoft.ops.landmark_attention`: not negative, sums of 1.
+
+    Args:
+        q: ``[B, heads, N, d]``.
+        landmarks: ``[B, heads, m, d]``.
+        queries: token numbers, row by row of the grid.
+        present: ``[B, heads, m]``, which landmarks there are.
+
+    Raises:
+        ValueError: a query is not a token, or the shapes do not match.
+    """
+    landmarks = landmarks.detach().double()
+    return _rows(q, queries, lambda q, v: landmark_attention(q, v, landmarks, present))
+
+
+def attention_rows(
+    q: Tensor,
+    landmarks: Tensor,
+    queries: Sequence[int],
+    *,
+    normalize: bool = True,
+    solver: str = "newton",
+    steps: int = 20,
+) -> Tensor:
+    """Rows of ``K1 D^-1/2 A^+ D^-1/2 K1^T`` (SOFT++; SOFT leaves out ``D``), in float64.
+
+    Entries may be negative and rows do not sum to 1.
+
+    Args:
+        q: ``[B, heads, N, d]``.
+        landmarks: ``[B, heads, m, d]``.
+        queries: token numbers, row by row of the grid.
+        normalize: see :func:`mmsoft.ops.softmax_free_attention`.
+        solver: as for ``normalize``.
+        steps: as for ``normalize``.
+
+    Raises:
+        ValueError: a query is not a token, or the shapes do not match.
+    """
+    landmarks = landmarks.detach().double()
+    options = dict[str, Any](normalize=normalize, solver=solver, steps=steps)
+    return _rows(q, queries, lambda q, v: softmax_free_attention(q, v, landmarks, **options))
 
 
 @torch.no_grad()

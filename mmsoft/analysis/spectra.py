@@ -38,9 +38,8 @@ def _norm(x: Tensor, norm: str) -> Tensor:
 @torch.no_grad()
 def newton_residuals(
     landmarks: Tensor,
-    counts: Tensor | None = None,
     *,
-    normalize: bool | str = True,
+    normalize: bool = True,
     steps: int = 20,
     rule: str = "mmsoft",
     norm: str = "2",
@@ -52,7 +51,6 @@ def newton_residuals(
 
     Args:
         landmarks: ``[B, heads, m, d]``.
-        counts: ``[B, heads, m]``; a landmark of count 0 is absent.
         normalize: False for the step rule of SOFT, else that of SOFT++.
         steps: iterations ``T``.
         rule: ``'mmsoft'``, or ``'released'``: SOFT++'s maxima then run over the whole batch, and
@@ -67,12 +65,12 @@ def newton_residuals(
     """
     _check(landmarks, rule=(rule, STEP_RULES), norm=(norm, NORMS))
     with no_autocast(landmarks):
-        a = gaussian_gram(landmarks.to(compute_dtype(landmarks)), counts)
+        a = gaussian_gram(landmarks.to(compute_dtype(landmarks)))
         if rule == "released" and normalize:
             alpha, cubic = step_size(a.flatten(0, 1)[None], guarded=True)
             cubic = torch.zeros_like(cubic)
         else:
-            alpha, cubic = step_size(a, guarded=bool(normalize))
+            alpha, cubic = step_size(a, guarded=normalize)
         if not normalize:
             a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         exact = a.double()
@@ -83,22 +81,18 @@ def newton_residuals(
 
 
 @torch.no_grad()
-def spectrum(landmarks: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Eigenvalues of ``A``, ascending: ``[B, heads, m, d] -> [B, heads, m]``, float64.
-
-    Each landmark whose ``counts [B, heads, m]`` are 0 is absent, and adds an eigenvalue of 1.
-    """
+def spectrum(landmarks: Tensor) -> Tensor:
+    """Eigenvalues of ``A``, ascending: ``[B, heads, m, d] -> [B, heads, m]``, float64."""
     _check(landmarks)
-    return torch.linalg.eigvalsh(gaussian_gram(landmarks.double(), counts))
+    return torch.linalg.eigvalsh(gaussian_gram(landmarks.double()))
 
 
 @torch.no_grad()
 def inverse_filter(
     landmarks: Tensor,
     eigenvalues: Tensor,
-    counts: Tensor | None = None,
     *,
-    normalize: bool | str = True,
+    normalize: bool = True,
     solver: str = "newton",
     steps: int = 20,
 ) -> Tensor:
@@ -107,7 +101,6 @@ def inverse_filter(
     Args:
         landmarks: ``[B, heads, m, d]``, which decide the step size, or the regularization.
         eigenvalues: of ``A``, where ``g`` is wanted: ``[n]``.
-        counts: ``[B, heads, m]``; a landmark of count 0 is absent.
         normalize: see :func:`mmsoft.ops.softmax_free_attention`.
         solver: ``'newton'`` or ``'direct'``.
         steps: Newton-Raphson steps.
@@ -119,12 +112,12 @@ def inverse_filter(
         ValueError: an argument is invalid.
     """
     _check(landmarks, solver=(solver, SOLVERS))
-    a = gaussian_gram(landmarks.double(), counts)
+    a = gaussian_gram(landmarks.double())
     x = eigenvalues.to(a).expand(*a.shape[:2], -1)
     if solver == "direct":
         mu = TIKHONOV * a.sum(-1).amax(-1)[..., None]
         return x / (x.square() + mu.square())
-    alpha, cubic = step_size(a, guarded=bool(normalize))
+    alpha, cubic = step_size(a, guarded=normalize)
     if not normalize:
         x = x + RIDGE_SOFT
     # The iteration acts on each eigenvalue separately, as on a 1 x 1 matrix.

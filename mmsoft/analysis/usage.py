@@ -36,9 +36,9 @@ def attention_usage(state: BlockState) -> Usage:
     """Measure a layer that :func:`mmsoft.analysis.capture` has recorded, in float64."""
     kernel = gaussian_kernel(state.q.double(), state.landmarks.double())
     count = kernel.new_full(kernel.shape[:2], kernel.shape[-1])
-    if state.counts is not None:
-        kernel = kernel * (state.counts[:, :, None] > 0)
-        count = (state.counts > 0).double().sum(-1)
+    if state.present is not None:
+        kernel = kernel * state.present[:, :, None]
+        count = state.present.double().sum(-1)
     energy = torch.linalg.eigvalsh(kernel.mT @ kernel).clamp(min=0)
     rank = energy.sum(-1).square() / energy.square().sum(-1)
     q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from mmsoft.ops import (
     choose_landmarks,
+    landmark_attention,
     landmark_grid,
     landmark_patches,
     salient_mean,
+    softmax_attention,
     softmax_free_attention,
 )
 from mmsoft.ops.island import compute_dtype
-from mmsoft.ops.mode import cpu_shortcut, forward_mode, traced
+from mmsoft.ops.mode import cpu_shortcut, traced
 
 from .plain import is_plain
 
@@ -100,7 +102,8 @@ class SoftmaxFreeAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
         self.landmark_stride = landmark_stride
-        self.normalize: bool | str = normalize
+        self.normalize = normalize
+        self.by_content = False
         self.max_landmarks = max_landmarks
         self.solver = solver
         self.newton_steps = newton_steps
@@ -149,11 +152,6 @@ class SoftmaxFreeAttention(nn.Module):
         """Tokens of a patch."""
         return self.landmark_stride**2
 
-    @property
-    def by_content(self) -> bool:
-        """Whether landmarks are made and chosen by content, see :meth:`sample_landmarks`."""
-        return self.normalize == "mean"
-
     def use_landmarks(self, landmarks: str) -> None:
         """Become the layer for which weights were trained: ``'released'`` or ``'content'``.
 
@@ -161,12 +159,12 @@ class SoftmaxFreeAttention(nn.Module):
             ValueError: by content, without normalization.
         """
         if landmarks == "released" and self.by_content:
-            self.normalize = True
+            self.by_content = False
             del self.content_landmarks
         elif landmarks == "content" and not self.by_content:
             if not self.normalize:
                 raise ValueError("landmarks='content' are normalized: use SOFT++, not SOFT")
-            self.normalize = "mean"
+            self.by_content = True
             # In the state dict, so that weights tell for which landmarks they were trained.
             flag = torch.ones((), dtype=torch.uint8, device=self.landmark_norm.weight.device)
             self.register_buffer("content_landmarks", flag)
@@ -202,8 +200,8 @@ class SoftmaxFreeAttention(nn.Module):
         :func:`~mmsoft.ops.choose_landmarks` keeps those that explain the others.
 
         Returns:
-            ``[B, heads, m, d]`` and, by content, the counts and the numbers of the patches, row by
-            row, both ``[B, heads, m]``.
+            ``[B, heads, m, d]`` and, by content, which of them there are (bool) and the numbers of
+            their patches, row by row, both ``[B, heads, m]``.
         """
         grid = (hw_shape, self.num_heads, self.landmark_stride)
         if not self.by_content:
@@ -215,9 +213,9 @@ class SoftmaxFreeAttention(nn.Module):
             valid = self._inside(hw_shape, q.device)
             every = salient_mean(landmark_patches(q, *grid), centre, valid).transpose(1, 2)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
-            index, counts = choose_landmarks(every, budget)
+            index, present = choose_landmarks(every, budget)
         chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
-        return chosen.transpose(1, 2) + self._nothing(), counts, index
+        return chosen.transpose(1, 2) + self._nothing(), present, index
 
     def _nothing(self) -> Tensor | float:
         """0 that depends on the parameters of released landmarks, which those by content lack.
@@ -265,14 +263,11 @@ class SoftmaxFreeAttention(nn.Module):
         return self.drop(self.proj(out))
 
     def attention_scale(self, landmarks: Tensor, hw_shape: tuple[int, int]) -> float:
-        """The factor of the attention term, which keeps its size whatever the image's.
+        """The factor of the softmax-free term, which keeps its size whatever the image's.
 
-        Released: the share of the possible landmarks that a budget left, because the term goes like
-        N / m; exactly 1 where the budget is not reached. By content: one over the tokens of a
-        patch, because the counts are of patches.
+        The share of the possible landmarks that a budget left, because the term goes like N / m;
+        exactly 1 where the budget is not reached.
         """
-        if self.by_content:
-            return 1 / self.patch_tokens
         if self.max_landmarks is None:
             return 1.0
         if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
@@ -282,18 +277,41 @@ class SoftmaxFreeAttention(nn.Module):
 
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
+        landmarks, present, _ = self.sample_landmarks(q, hw_shape)
+        scale = 1.0 if self.by_content else self.attention_scale(landmarks, hw_shape)
+        return self.operate(q, v, landmarks, present, scale=scale)
+
+    def operate(
+        self,
+        q: Tensor,
+        v: Tensor,
+        landmarks: Tensor,
+        present: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        landmark_mask: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """The layer's operator on ``[B, N, C]`` with landmarks ``[B, heads, m, d]``.
+
+        ``present`` is of landmarks by content, ``landmark_mask`` and ``scale`` of released ones.
+        """
         split = (self.num_heads, self.head_dims)
-        landmarks, counts, _ = self.sample_landmarks(q, hw_shape)
-        out = softmax_free_attention(
-            q.unflatten(2, split).transpose(1, 2),
-            v.unflatten(2, split).transpose(1, 2),
-            landmarks,
-            counts,
-            normalize=self.normalize,
-            solver=self.solver,
-            steps=self.newton_steps,
-            scale=self.attention_scale(landmarks, hw_shape),
-        )
+        q, v = (t.unflatten(2, split).transpose(1, 2) for t in (q, v))
+        if self.by_content:
+            out = landmark_attention(q, v, landmarks, present, mask=mask)
+        else:
+            out = softmax_free_attention(
+                q,
+                v,
+                landmarks,
+                mask=mask,
+                landmark_mask=landmark_mask,
+                normalize=self.normalize,
+                solver=self.solver,
+                steps=self.newton_steps,
+                scale=scale,
+            )
         return out.transpose(1, 2).flatten(2)
 
 
@@ -334,12 +352,7 @@ class SoftmaxAttention(nn.Module):
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
         )
-        # Fused attention has no tangents, and get_flops, which traces, no counter for it.
-        if torch.jit.is_tracing() or forward_mode():
-            logits = (q * q.shape[-1] ** -0.5) @ k.mT
-            out = (logits if bias is None else logits + bias).softmax(-1) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5)
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _keys(self, x: Tensor, hw_shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,6 @@ from mmsoft.ops import (
     choose_landmarks,
     gaussian_kernel_product,
     salient_mean,
-    softmax_free_attention,
 )
 from mmsoft.ops.gaussian import leave_out
 from mmsoft.ops.island import compute_dtype
@@ -106,21 +105,8 @@ class SequenceAttention(SoftmaxFreeAttention):
         self, q: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, N, C]``."""
-        split = (self.num_heads, self.head_dims)
-        landmarks, counts, present = self.sample_landmarks(q, mask)
-        out = softmax_free_attention(
-            q.unflatten(2, split).transpose(1, 2),
-            v.unflatten(2, split).transpose(1, 2),
-            landmarks,
-            counts,
-            mask=mask,
-            landmark_mask=present if counts is None else None,
-            normalize=self.normalize,
-            solver=self.solver,
-            steps=self.newton_steps,
-            scale=1 / self.patch_tokens if self.by_content else 1.0,
-        )
-        return out.transpose(1, 2).flatten(2)
+        landmarks, present, patches = self.sample_landmarks(q, mask)
+        return self.operate(q, v, landmarks, present, mask=mask, landmark_mask=patches)
 
     def sample_landmarks(  # type: ignore[override]
         self, q: Tensor, mask: Tensor | None = None
@@ -128,8 +114,8 @@ class SequenceAttention(SoftmaxFreeAttention):
         """Landmarks of queries ``[B, N, C]`` that are 0 in padding.
 
         Returns:
-            ``[B, heads, m, d]``; by content their counts ``[B, heads, m]``; and which patches have
-            a token that is not padding, ``[B, M]``, ``None`` for all.
+            ``[B, heads, m, d]``; by content which of them there are, ``[B, heads, m]``; else which
+            have a token that is not padding, ``[B, m]``, ``None`` for all.
         """
         stride = self.landmark_stride
         filled = -q.shape[1] % stride
@@ -140,10 +126,10 @@ class SequenceAttention(SoftmaxFreeAttention):
         else:
             mask = torch.ones_like(q[..., 0], dtype=torch.bool) if mask is None else mask
             valid = F.pad(mask, (0, filled)).unflatten(1, (-1, stride))  # [B, M, r]
-        present = None if valid is None else valid.any(-1)
+        there = None if valid is None else valid.any(-1)
         if not self.by_content:
             sampled = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
-            return F.gelu(self.landmark_norm(sampled)).transpose(1, 2), None, present
+            return F.gelu(self.landmark_norm(sampled)).transpose(1, 2), None, there
         with torch.no_grad():
             total = q.to(compute_dtype(q)).sum(1)
             count = q.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
@@ -151,7 +137,7 @@ class SequenceAttention(SoftmaxFreeAttention):
             of_patch = None if valid is None else valid[:, :, None]
             every = salient_mean(patches, centre, of_patch).transpose(1, 2)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
-            index, counts = choose_landmarks(every, budget, mask=present)
+            index, present = choose_landmarks(every, budget, mask=there)
         patches = patches.transpose(1, 2)  # [B, heads, M, r, d]
         where = index[..., None, None].expand(-1, -1, -1, *patches.shape[3:])
         chosen = patches.gather(2, where).transpose(1, 2)
@@ -159,7 +145,7 @@ class SequenceAttention(SoftmaxFreeAttention):
             heads = valid[:, None].expand(-1, self.num_heads, -1, -1)
             of_patch = heads.gather(2, where[..., 0]).transpose(1, 2)
         landmarks = salient_mean(chosen, centre, of_patch)
-        return landmarks.transpose(1, 2) + self._nothing(), counts, present
+        return landmarks.transpose(1, 2) + self._nothing(), present, None
 
 
 class _Compared(nn.Module):

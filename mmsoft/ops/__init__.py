@@ -11,18 +11,21 @@ from .landmarks import (
     landmark_patches,
     salient_mean,
 )
+from .softmax import landmark_attention, softmax_attention
 
 __all__ = [
     "choose_landmarks",
     "gaussian_gram",
     "gaussian_kernel",
     "gaussian_kernel_product",
+    "landmark_attention",
     "landmark_centres",
     "landmark_grid",
     "landmark_patches",
     "newton_iterates",
     "newton_raphson_pinv",
     "salient_mean",
+    "softmax_attention",
     "softmax_free_attention",
     "step_size",
     "tikhonov_pinv_product",

@@ -1,9 +1,9 @@
-"""``softmax_free_attention``: the one public operator that the layers call."""
+"""``softmax_free_attention``: the operator as published."""
 
 import torch
 from torch import Tensor
 
-from .checks import check_attention
+from .checks import check_mask, check_solver, check_tokens
 from .gaussian import gaussian_gram, leave_out, unit_of
 from .gaussian.pair import PAIR
 from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
@@ -15,11 +15,10 @@ def softmax_free_attention(
     q: Tensor,
     v: Tensor,
     landmarks: Tensor,
-    counts: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     landmark_mask: Tensor | None = None,
-    normalize: bool | str = True,
+    normalize: bool = True,
     solver: str = "newton",
     steps: int = 20,
     scale: float = 1.0,
@@ -30,9 +29,6 @@ def softmax_free_attention(
         c\, K\, D^{-1/2} A^\dagger D^{-1/2} K^\top v, \quad
         K = e^{-\|q_i - l_j\|^2 / 2},\ A = e^{-\|l_i - l_j\|^2 / 2},\ D = \mathrm{diag}(A 1)
 
-    or, with ``normalize='mean'``, ``c K N^-1 A^+ K^T v``: each landmark carries the mean of the
-    values that it stands for, ``N`` the diagonal matrix of the counts (``docs/method.md``).
-
     Keys equal queries. Linear in ``N``: no ``[N, m]`` matrix is ever stored, but for one of at most
     2 MiB where there is no backward pass. The arithmetic runs in float32 (float64 for float64
     arguments) whatever autocast says.
@@ -41,16 +37,12 @@ def softmax_free_attention(
         q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.
         v: values ``[B, heads, N, d_v]``, dtype of ``q``.
         landmarks: ``[B, heads, m, d]``, dtype of ``q`` or float32.
-        counts: ``[B, heads, m]``, how many candidates each landmark stands for, from
-            :func:`choose_landmarks`. They take the place of ``D``'s diagonal; a landmark of count 0
-            is left out. A constant in the backward pass. ``None``: all landmarks, with ``D``.
         mask: ``[B, N]``, bool, False for tokens that are padding. The result is that of the tokens
             without them; what they hold, NaN included, changes no bit of it, nor of a gradient.
             Their own outputs and gradients are 0. ``None``: there is no padding.
         landmark_mask: ``[B, m]``, bool, False for landmarks that are left out in the same way, also
-            from ``D``. With ``counts``, 0 says so.
-        normalize: True for SOFT++; False for SOFT, which drops ``D`` and inverts ``A + 0.01 I``;
-            ``'mean'`` divides once, by the counts.
+            from ``D``.
+        normalize: True for SOFT++; False for SOFT, which drops ``D`` and inverts ``A + 0.01 I``.
         solver: ``'newton'``, the paper's iteration, which released weights need; ``'direct'``, a
             regularized solve that is faster and as stable, for training from scratch. See
             :mod:`mmsoft.ops.inverse`.
@@ -71,56 +63,42 @@ def softmax_free_attention(
         ValueError: ranks, batch, heads, tokens, head dimension or device disagree, or ``solver`` or
             ``steps`` is unknown.
     """
-    check_attention(q, v, landmarks, counts, mask, landmark_mask, normalize, solver, steps)
+    check_tokens(q, v, landmarks)
+    check_mask("mask", mask, q)
+    check_mask("landmark_mask", landmark_mask, landmarks)
+    check_solver(solver, steps)
     if mask is not None:
         mask = mask[:, None, :, None]
         q, v = leave_out(q, mask), v.masked_fill(~mask, 0)
     with no_autocast(q):
         landmarks = landmarks.to(compute_dtype(q, landmarks))
         unit = unit_of(v, landmarks.dtype)
-        present = counts
+        present = None
         if landmark_mask is not None:
             landmarks = leave_out(landmarks, landmark_mask[:, None, :, None])
-            present = landmark_mask[:, None].expand(landmarks.shape[:3]).to(landmarks.dtype)
+            present = landmark_mask[:, None].expand(landmarks.shape[:3])
         if landmarks.requires_grad and not transformed():  # their gradient, see product_in_units
             landmarks = landmarks.detach() + unit * (landmarks - landmarks.detach())
         a = gaussian_gram(landmarks, present)
         kernel = PAIR(q, landmarks, unit)
         s = kernel.gather(v)  # K^T v: [B, heads, m, d_v]
-        left, right = _factors(a, counts, present, normalize)
-        if right is not None:
-            s = right * s
+        root = a.sum(-1, keepdim=True).rsqrt() if normalize else None
+        if present is not None:
+            there = present[..., None].to(a.dtype)
+            root = there if root is None else root * there
+        if root is not None:
+            s = root * s
         if solver == "direct":
             s = tikhonov_pinv_product(a, s)
         else:
-            alpha, cubic = step_size(a, guarded=bool(normalize))
+            alpha, cubic = step_size(a, guarded=normalize)
             if not normalize:
                 a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
             s = matmul(newton_raphson_pinv(a, alpha, cubic, steps), s)
-        s = scale * s if left is None else scale * left * s
+        s = scale * s if root is None else scale * root * s
         out = kernel.spread(s)
         if mask is not None:
             out = torch.where(mask, out, 0)  # unlike masked_fill, keeps the memory's order
     if v.dtype == torch.float16:  # the only dtype of smaller range than the arithmetic
         out = out.clamp(-65504, 65504)
     return out.to(v.dtype)
-
-
-def _factors(
-    a: Tensor, counts: Tensor | None, present: Tensor | None, normalize: bool | str
-) -> tuple[Tensor | None, Tensor | None]:
-    """What multiplies the landmarks' rows after and before the inverse."""
-    if present is not None:
-        present = (present.detach()[..., None] > 0).to(a.dtype)
-    if not normalize:
-        return present, present
-    if counts is None:
-        root = a.sum(-1, keepdim=True).rsqrt()
-        root = root if present is None else root * present
-        return root, root
-    assert present is not None
-    counts = counts.detach().to(a.dtype)[..., None]
-    inverse = present / counts.clamp(min=1)
-    if normalize == "mean":
-        return inverse, present
-    return inverse.sqrt(), inverse.sqrt()

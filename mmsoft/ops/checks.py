@@ -6,18 +6,8 @@ from torch import Tensor
 SOLVERS = ("newton", "direct")
 
 
-def check_attention(
-    q: Tensor,
-    v: Tensor,
-    landmarks: Tensor,
-    counts: Tensor | None,
-    mask: Tensor | None,
-    landmark_mask: Tensor | None,
-    normalize: bool | str,
-    solver: str,
-    steps: int,
-) -> None:
-    """Of :func:`mmsoft.ops.softmax_free_attention`."""
+def check_tokens(q: Tensor, v: Tensor, landmarks: Tensor) -> None:
+    """Of the attention operators."""
     for name, tensor in (("q", q), ("v", v), ("landmarks", landmarks)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -52,30 +42,31 @@ def check_attention(
                 f"{name} must have at least one token, head and channel, "
                 f"got shape {tuple(tensor.shape)}"
             )
-    if normalize not in (True, False, "mean"):
-        raise ValueError(f"normalize must be True, False or 'mean', got {normalize!r}")
-    if normalize == "mean" and counts is None:
-        raise ValueError("normalize='mean' needs counts")
-    if counts is not None and (
-        counts.shape != landmarks.shape[:3] or not counts.is_floating_point()
+
+
+def check_landmarks(landmarks: Tensor, present: Tensor | None) -> None:
+    """Of :func:`mmsoft.ops.landmark_attention`."""
+    if present is not None and (
+        present.shape != landmarks.shape[:3] or present.dtype != torch.bool
     ):
         raise ValueError(
-            f"counts must be floating-point of shape {tuple(landmarks.shape[:3])}, as landmarks, "
-            f"got {counts.dtype} of shape {tuple(counts.shape)}"
+            f"present must be bool of shape {tuple(landmarks.shape[:3])}, as landmarks, "
+            f"got {present.dtype} of shape {tuple(present.shape)}"
         )
-    for name, value, tokens in (("mask", mask, q), ("landmark_mask", landmark_mask, landmarks)):
-        if value is not None:
-            check_mask(name, value, tokens)
-    if landmark_mask is not None and counts is not None:
-        raise ValueError("counts already say which landmarks there are: leave landmark_mask out")
+
+
+def check_solver(solver: str, steps: int) -> None:
+    """Of :func:`mmsoft.ops.softmax_free_attention`."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
-def check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
+def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
     """Raise unless ``mask`` is a bool tensor ``[B, n]`` for ``tokens [B, heads, n, d]``."""
+    if mask is None:
+        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, True for what is not padding, got {kind}")
@@ -102,8 +93,7 @@ def check_choice(
         raise ValueError(f"budget must be a positive integer, got {budget!r}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance!r}")
-    if mask is not None:
-        check_mask("mask", mask, candidates)
+    check_mask("mask", mask, candidates)
 
 
 def check_patches(

@@ -90,7 +90,7 @@ def choose_landmarks(
     batch, heads, total, _ = candidates.shape
     kept = min(total, budget)
     index = torch.zeros(batch, heads, kept, dtype=torch.long)
-    counts = candidates.new_zeros(batch, heads, kept)
+    present = torch.zeros(batch, heads, kept, dtype=torch.bool)
     for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
         numbers = torch.arange(total) if mask is None else mask[b].nonzero()[:, 0]
         if len(numbers) == 0:
@@ -106,10 +106,8 @@ def choose_landmarks(
             explained = torch.linalg.solve(gram[chosen][:, chosen], gram[chosen])
             score = residual = 1 - (gram[chosen] * explained).sum(0)
         index[b, h, : len(chosen)] = numbers[chosen]
-        distances = (points[chosen][:, None] - points).square().sum(-1)
-        nearest = distances.argmin(0)
-        counts[b, h, : len(chosen)] = nearest.bincount(minlength=len(chosen)).to(counts.dtype)
-    return index, counts
+        present[b, h, : len(chosen)] = True
+    return index, present
 
 
 def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -126,19 +124,17 @@ def softmax_free_attention(
     q: Tensor,
     v: Tensor,
     landmarks: Tensor,
-    counts: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     landmark_mask: Tensor | None = None,
-    normalize: bool | str = True,
+    normalize: bool = True,
     solver: str = "newton",
     steps: int = 20,
     scale: float = 1.0,
 ) -> Tensor:
     """:func:`mmsoft.ops.softmax_free_attention` as defined, with ``[N, m]`` stored.
 
-    A landmark of count 0 is absent: infinitely far from all tokens and landmarks. Padding is cut
-    off, sample by sample, before anything is computed; its outputs are 0.
+    Padding is cut off, sample by sample, before anything is computed; its outputs are 0.
     """
     if mask is not None or landmark_mask is not None:
         options: dict[str, Any] = dict(normalize=normalize, solver=solver, steps=steps, scale=scale)
@@ -146,13 +142,11 @@ def softmax_free_attention(
         for b in range(len(q)):
             tokens = torch.arange(q.shape[2]) if mask is None else mask[b].nonzero()[:, 0]
             kept = slice(None) if landmark_mask is None else landmark_mask[b]
-            count = None if counts is None else counts[b, None]
             if len(tokens) and landmarks[b, :, kept].shape[1]:
                 result = softmax_free_attention(
                     q[b, None, :, tokens],
                     v[b, None, :, tokens],
                     landmarks[b, None, :, kept],
-                    count,
                     **options,
                 )
                 heads = torch.arange(q.shape[1])[:, None]
@@ -160,11 +154,6 @@ def softmax_free_attention(
         return out
     kernel = gaussian_kernel(q, landmarks)
     a = gaussian_kernel(landmarks, landmarks)
-    if counts is not None:
-        present = counts.detach()[..., None] > 0
-        counts = counts.detach().clamp(min=1)
-        kernel = kernel * present.mT
-        a = torch.where(present & present.mT, a, torch.eye(a.shape[-1], dtype=a.dtype))
     if solver == "direct":
         mu = TIKHONOV * a.detach().sum(-1).amax(-1)[..., None, None]
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -176,13 +165,42 @@ def softmax_free_attention(
         alpha = step_size_soft(a.detach())
         ridged = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         pinv = with_theoretical_gradient(ridged, newton_raphson(ridged.detach(), alpha, steps))
-    if normalize == "mean":
-        assert counts is not None
-        pinv = pinv / counts[..., None]
-    elif normalize:
-        root = (a.sum(-1) if counts is None else counts).rsqrt()
+    if normalize:
+        root = a.sum(-1).rsqrt()
         pinv = root[..., :, None] * pinv * root[..., None, :]
     return scale * kernel @ (pinv @ (kernel.mT @ v))
+
+
+def landmark_attention(
+    q: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    present: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`mmsoft.ops.landmark_attention` as defined: kernels, weights, row sums."""
+    if present is None:
+        present = torch.ones_like(landmarks[..., 0], dtype=torch.bool)
+    if mask is not None:
+        out = torch.zeros_like(v)
+        for b, tokens in enumerate(mask):
+            if tokens.any():
+                queries, values = (t[b, None][:, :, tokens] for t in (q, v))
+                result = landmark_attention(queries, values, landmarks[b, None], present[b, None])
+                heads = torch.arange(q.shape[1])[:, None]
+                out = out.index_put((torch.tensor(b), heads, tokens.nonzero()[:, 0]), result[0])
+        return out
+
+    def normalized(x: Tensor, y: Tensor, there: Tensor) -> Tensor:
+        exponent = -(x[..., :, None, :] - y[..., None, :, :]).square().sum(-1) / 2
+        exponent = exponent + y.square().sum(-1)[..., None, :] / 2
+        exponent = exponent.masked_fill(~there[..., None, :], -torch.inf)
+        weights = (exponent - exponent.detach().amax(-1, keepdim=True)).exp()
+        return weights / weights.sum(-1, keepdim=True)
+
+    every = torch.ones_like(q[..., 0], dtype=torch.bool)
+    return normalized(q, landmarks, present) @ (normalized(landmarks, q, every) @ v)
 
 
 def attention_matrix(q: Tensor, landmarks: Tensor, **kwargs: Any) -> Tensor:

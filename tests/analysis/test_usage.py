@@ -23,8 +23,8 @@ def test_usage_is_the_definition(landmarks):
             found = []
             for b in range(3):
                 landmarks = state.landmarks[b, h].double()
-                if state.counts is not None:
-                    landmarks = landmarks[state.counts[b, h] > 0]
+                if state.present is not None:
+                    landmarks = landmarks[state.present[b, h]]
                 kernel = reference.gaussian_kernel(state.q[b, h].double(), landmarks)
                 s = torch.linalg.svdvals(kernel)
                 rows = state.attention_rows(every)[b, h]
@@ -56,7 +56,7 @@ def test_rank_of_equal_and_of_unlike_rows():
     (state,) = states.values()
     state.q = torch.zeros_like(state.q)
     state.landmarks = torch.zeros_like(state.landmarks)
-    state.counts = None
+    state.present = None
     torch.testing.assert_close(attention_usage(state).rank, torch.ones(1).double())
     state.q = 9 * torch.eye(4, 32).repeat_interleave(64, 0).expand(1, 1, 256, 32)
     state.landmarks = 9 * torch.eye(4, 32)[None, None]

@@ -6,7 +6,13 @@ from metrics import error
 from operators import VARIANTS, jvp_of_duals
 from torch.library import opcheck
 
-from mmsoft.ops import choose_landmarks, reference, salient_mean, softmax_free_attention
+from mmsoft.ops import (
+    choose_landmarks,
+    landmark_attention,
+    reference,
+    salient_mean,
+    softmax_free_attention,
+)
 from mmsoft.ops.gaussian import eager
 
 LENGTHS = (63, 1, 40)  # of 63 tokens; one sample has no padding
@@ -39,11 +45,6 @@ def run(function, tensors, *args, **kwargs):
     return [out.detach(), *(t.grad for t in tensors)]
 
 
-def with_counts(landmark_mask):
-    counts = 1 + 4 * torch.rand(3, 2, 9, generator=torch.Generator().manual_seed(1)).double()
-    return counts.masked_fill(~landmark_mask[:, None], 0)
-
-
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
 def test_the_definition_cuts_padding_off(normalize, solver):
     """In float64: outputs and gradients of each sample are those without padding, and 0 in it."""
@@ -64,20 +65,38 @@ def test_the_definition_cuts_padding_off(normalize, solver):
     torch.testing.assert_close(ours[0][2, None, :, : LENGTHS[2]], alone)
 
 
-@pytest.mark.parametrize(
-    ("normalize", "solver"), [*VARIANTS, ("mean", "newton"), ("mean", "direct")]
-)
-def test_with_counts(normalize, solver):
-    """Landmarks that are left out by their counts."""
-    tensors, mask, landmark_mask = padded()
+def through_landmarks(fill, dtype):
+    tensors, mask, landmark_mask = padded(dtype, fill)
     tensors[2] = torch.where(landmark_mask[:, None, :, None], tensors[2], 0.1)
-    args = (with_counts(landmark_mask),)
-    options = dict(mask=mask, normalize=normalize, solver=solver)
-    for ours, truth in zip(
-        run(softmax_free_attention, tensors, *args, **options),
-        run(reference.softmax_free_attention, tensors, *args, **options),
-    ):
-        torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-9 * float(truth.abs().max()))
+    return tensors, landmark_mask[:, None].expand(-1, 2, -1), mask
+
+
+def test_through_landmarks_the_definition_cuts_padding_off():
+    tensors, present, mask = through_landmarks(torch.nan, torch.float64)
+    ours = run(landmark_attention, tensors, present, mask=mask)
+    for mine, truth in zip(ours, run(reference.landmark_attention, tensors, present, mask=mask)):
+        torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-11)
+    for result in ours[:3]:
+        assert not result.transpose(1, 2)[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_through_landmarks_what_padding_holds_changes_no_bit(dtype):
+    results = []
+    for fill in (torch.nan, torch.inf, 0.0, 6e4):
+        tensors, present, mask = through_landmarks(fill, dtype)
+        results.append(run(landmark_attention, tensors, present, mask=mask))
+        assert all(map(torch.equal, results[0], results[-1]))
+    assert all(t.isfinite().all() for t in results[0])
+
+
+def test_through_landmarks_a_sample_of_padding_alone_is_zero():
+    tensors, present, mask = through_landmarks(torch.nan, torch.float32)
+    whole = run(landmark_attention, tensors, present, mask=mask)
+    mask[1], present = False, present.index_fill(0, torch.tensor(1), False)
+    for result, before in zip(run(landmark_attention, tensors, present, mask=mask), whole):
+        assert not result[1].any()
+        assert torch.equal(result[::2], before[::2])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +183,7 @@ def test_memory_is_as_without_a_mask():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_candidates_of_padding_are_not_there(dtype):
-    """The choice is that of the others alone, in the same order, with the same counts."""
+    """The choice is that of the others alone, in the same order."""
     candidates, lengths = normal(3, 2, 50, 8, scale=0.5, dtype=dtype), (50, 3, 21)
     mask = first(lengths, 50)
     mask[2] = mask[2].flip(0)
@@ -173,27 +192,26 @@ def test_candidates_of_padding_are_not_there(dtype):
         filled = candidates.masked_fill(~mask[:, None, :, None], fill)
         found.append(choose_landmarks(filled, 12, mask=mask))
         assert all(map(torch.equal, found[0], found[-1]))
-    index, counts = found[0]
-    expected, truth = reference.choose_landmarks(candidates.double(), 12, mask=mask)
-    assert torch.equal(index, expected)
-    torch.testing.assert_close(counts.double(), truth)
+    index, present = found[0]
+    truth = reference.choose_landmarks(candidates.double(), 12, mask=mask)
+    assert all(map(torch.equal, found[0], truth))
     for b, numbers in enumerate(mask):
         chosen, alone = choose_landmarks(candidates[b, None][:, :, numbers], 12)
         kept = chosen.shape[2]
-        assert torch.equal(counts[b, :, :kept], alone[0])
-        assert not counts[b, :, kept:].any()
+        assert torch.equal(present[b, :, :kept], alone[0])
+        assert not present[b, :, kept:].any()
         numbers = numbers.nonzero()[:, 0]
-        assert torch.equal(index[b, :, :kept], torch.where(alone[0] > 0, numbers[chosen[0]], 0))
+        assert torch.equal(index[b, :, :kept], torch.where(alone[0], numbers[chosen[0]], 0))
     with torch.no_grad():
         opcheck(torch.ops.mmsoft.landmark_choice, (filled, 6, 0.03, mask))
 
 
 def test_no_candidate_at_all():
-    index, counts = choose_landmarks(
+    index, present = choose_landmarks(
         torch.full((2, 1, 7, 4), torch.nan), 3, mask=torch.zeros(2, 7, dtype=torch.bool)
     )
     assert not index.any()
-    assert not counts.any()
+    assert not present.any()
 
 
 def test_salient_means_of_patches_with_padding():
@@ -222,11 +240,6 @@ def test_salient_means_of_patches_with_padding():
         ),
         (dict(landmark_mask=torch.ones(3, 2, 9).bool()), ValueError, r"landmark_mask .* \(3, 9\)"),
         (dict(mask=torch.ones(3, 63, device="meta").bool()), ValueError, "on cpu, got .* on meta"),
-        (
-            dict(landmark_mask=torch.ones(3, 9).bool(), counts=torch.ones(3, 2, 9)),
-            ValueError,
-            "leave landmark_mask out",
-        ),
     ],
 )
 def test_invalid_masks(options, kind, message):

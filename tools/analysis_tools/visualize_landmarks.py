@@ -3,8 +3,8 @@
 
     python tools/analysis_tools/visualize_landmarks.py CONFIG IMAGE CHECKPOINT --stage 1
 
-Writes two pictures: the regions, each token with the landmark of largest `K1`; and the eigenvalues
-of the landmarks' Gram matrix `A` with the spectral filter of its inverse.
+Writes the regions, each token with the landmark of largest `K1`; and, where the landmarks' Gram
+matrix `A` is inverted, its eigenvalues with the spectral filter of the inverse.
 """
 
 import argparse
@@ -54,13 +54,13 @@ def draw(args: argparse.Namespace) -> list[Path]:
     where = f"stage {block[0]}, block {block[1]}"
     head, landmarks = f"{where}, head {args.head}", state.landmarks
     centres = landmark_centres(*state.hw_shape, layer.landmark_stride, layer.max_landmarks)
-    if state.counts is not None and state.index is not None:  # each head has its own
-        chosen = state.counts[0, args.head] > 0
+    if state.present is not None and state.index is not None:  # each head has its own
+        chosen = state.present[0, args.head]
         centres = landmark_centres(*state.hw_shape, layer.landmark_stride)
         centres = centres[state.index[0, args.head][chosen].cpu()]
         state.q = state.q[:, [args.head]]
         landmarks = landmarks[:, [args.head]][:, :, chosen]
-        where, args.head = head, 0
+        args.head = 0
     regions, strength = landmark_regions(state.q, landmarks)
     regions, strength = (
         t[0, args.head].unflatten(0, state.hw_shape).cpu().numpy() for t in (regions, strength)
@@ -74,6 +74,8 @@ def draw(args: argparse.Namespace) -> list[Path]:
         title=head,
     )
     regions_path = save_figure(figure, args.out)
+    if layer.by_content:  # without an inverse
+        return [regions_path]
 
     eigenvalues = spectrum(landmarks)[0].cpu()
     largest = float(eigenvalues.max())

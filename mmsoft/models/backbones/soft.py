@@ -52,7 +52,7 @@ class SOFT(Backbone):
         solver: ``'newton'`` or ``'direct'``, see :func:`mmsoft.ops.softmax_free_attention`.
         newton_steps: Newton-Raphson steps, part of the model; 20 in the release.
         landmarks: ``'released'``; or ``'content'``, landmarks among the queries, of which those are
-            kept that explain the others: experimental, SOFT++ only, for training from scratch. See
+            kept that explain the others: SOFT++ only, for training from scratch; no inverse. See
             :meth:`~mmsoft.models.attention.SoftmaxFreeAttention.sample_landmarks`. Weights switch a
             backbone to the landmarks that they were trained with, and the log says so.
         landmark_sampling: ``'conv'`` or ``'avg'``.

@@ -65,19 +65,19 @@ def _near_zero(x: Tensor, y: Tensor) -> Tensor:
     return exponent.clamp_(max=0).exp_()
 
 
-def gaussian_gram(x: Tensor, counts: Tensor | None = None) -> Tensor:
+def gaussian_gram(x: Tensor, present: Tensor | None = None) -> Tensor:
     """The kernel matrix of ``x [..., m, d]`` with itself, ``[..., m, m]``: its diagonal exactly 1.
 
     Rounding leaves the distance of a large point from itself positive, and without a diagonal a row
-    may sum to 0. A point whose ``counts [..., m]`` are 0 is absent: far from all others.
+    may sum to 0. A point that is not ``present [..., m]``, bool, is far from all others.
     """
     x = x.clamp(-COORDINATE_MAX, COORDINATE_MAX)
     x = x - centre(x)
     eye = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
     gram = _near_zero(x, x).masked_fill(eye, 1)
-    if counts is None:
+    if present is None:
         return gram
-    present = counts[..., None] > 0
+    present = present[..., None]
     return torch.where(present & present.mT, gram, eye.to(gram.dtype))
 
 

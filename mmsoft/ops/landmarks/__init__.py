@@ -77,8 +77,8 @@ def choose_landmarks(
 
     Returns:
         ``index``, ``[B, h, k]`` in the order of the choice, int64, ``k = min(M, budget)``; and
-        ``counts``, how many candidates have this landmark as their nearest, at least 1, float32
-        (float64 for float64). Both are 0 where fewer landmarks suffice. No gradient.
+        ``present``, bool, likewise: False, with index 0, where fewer landmarks suffice. Each head
+        has at least one.
 
     Raises:
         TypeError, ValueError: an argument is invalid.

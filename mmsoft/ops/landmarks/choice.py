@@ -30,10 +30,8 @@ def choose(
     factor = half.new_zeros(half.shape[0], kept, total)
     columns = torch.cat((points, torch.ones_like(half), -half, factor), 1)
     factor, width = columns[:, d + 2 :], columns.shape[1]
-    one = torch.ones_like(half[:, 0])
-    residual, nearness = one, -half[:, 0]  # residual: of a candidate's own kernel value
+    residual, nearness = torch.ones_like(half[:, 0]), -half[:, 0]  # of its own kernel value
     if there is not None:
-        one = one * there
         residual = residual.masked_fill(~there, -1)
         nearness = nearness.masked_fill(~there, -torch.inf)
     left, pivot = residual.amax(1, keepdim=True), nearness.argmax(1, keepdim=True)
@@ -56,12 +54,6 @@ def choose(
         residual = torch.addcmul(residual, row, row, value=-1).scatter_(1, pivot, -1.0)
         left, pivot = residual.max(1, keepdim=True)
     chosen, taken = torch.cat(pivots, 1), torch.cat(present, 1)
-    with no_autocast(points):
-        near = points.gather(2, chosen[:, None].expand(-1, d, -1)).mT @ points
-    near = near - half[:, 0].gather(1, chosen)[..., None]  # largest for the nearest landmark
-    owner = near.masked_fill(~taken[..., None], -torch.inf).argmax(1)
-    counts = torch.zeros_like(half[:, 0, :kept]).scatter_add(1, owner, one)
     chosen, taken = (F.pad(t, (0, kept - t.shape[1])) for t in (chosen, taken))
-    counts = torch.where(taken, counts.clamp(min=1), 0)
     index = torch.where(taken, chosen, 0)
-    return index.unflatten(0, (batch, heads)), counts.unflatten(0, (batch, heads))
+    return index.unflatten(0, (batch, heads)), taken.unflatten(0, (batch, heads))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
-from ..island import compute_dtype
 from ..mode import forward_mode, transformed
 from . import choice, eager
 from .grid import landmark_grid
@@ -129,7 +128,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     shape = (*candidates.shape[:2], torch.sym_min(candidates.shape[2], budget))
     index = candidates.new_empty(shape, dtype=torch.long)
-    return index, candidates.new_empty(shape, dtype=compute_dtype(candidates))
+    return index, candidates.new_empty(shape, dtype=torch.bool)
 
 
 def choose(

@@ -1,0 +1,94 @@
+"""Attention whose weights are a softmax: PyTorch's fused one, and the one through landmarks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_landmarks, check_mask, check_tokens
+from .gaussian import leave_out
+from .mode import forward_mode
+
+# Their products and sums are within float32's range.
+QUERY_MAX, VALUE_MAX = 1e17, 1e30
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    """``softmax(scale q k^T + bias) v``, fused but where fused attention lacks tangents or FLOPs.
+
+    Args:
+        q: queries ``[B, heads, n, d]``.
+        k: keys ``[B, heads, N, d]``.
+        v: values ``[B, heads, N, d_v]``.
+        bias: broadcasts to ``[B, heads, n, N]``.
+        scale: of the products.
+    """
+    if torch.jit.is_tracing() or forward_mode():  # get_flops traces
+        logits = (q * scale) @ k.mT
+        return (logits if bias is None else logits + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def landmark_attention(
+    q: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    present: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Gaussian kernel attention through landmarks, its rows normalized, its keys weighted.
+
+    .. math::
+        \tilde K(q, l)\, \tilde K(l, k)\, v, \quad
+        \tilde K(x, y)_{ij} \propto e^{-\|x_i - y_j\|^2 / 2}\, e^{\|y_j\|^2 / 2},
+        \quad \tilde K 1 = 1
+
+    Keys ``k`` equal queries. Each landmark carries a mean of the values of the tokens that it
+    resembles, each token a mean of its landmarks': no inverse, and no output beyond the values'
+    range. The kernel times the weight is ``e^{x_i y_j}`` up to a factor that rows lose, so fused
+    softmax attention computes both. Why keys are weighted: ``docs/method.md``.
+
+    Args:
+        q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.
+        v: values ``[B, heads, N, d_v]``, dtype of ``q``.
+        landmarks: ``[B, heads, m, d]``, dtype of ``q`` or float32.
+        present: ``[B, heads, m]``, bool, from :func:`choose_landmarks`: which landmarks there are,
+            at least one for each head that has tokens; ``None`` for all.
+        mask: ``[B, N]``, bool, False for tokens that are padding. What they hold changes no bit of
+            the others' results and gradients; their own are 0. ``None``: there is no padding.
+
+    Returns:
+        ``[B, heads, N, d_v]`` in the dtype of ``v``, or of autocast. Finite: coordinates count as
+        at most 1e17, values as at most 1e30 (1e100 and 1e300 in float64). Linear in ``N``.
+
+    Raises:
+        TypeError: an argument has another dtype.
+        ValueError: shapes or devices disagree.
+    """
+    check_tokens(q, v, landmarks)
+    check_landmarks(landmarks, present)
+    check_mask("mask", mask, q)
+    padding = None
+    if mask is not None:
+        q, v = leave_out(q, mask[:, None, :, None]), v.masked_fill(~mask[:, None, :, None], 0)
+        padding = _bias(mask | ~mask.any(1, keepdim=True), q.dtype)[:, None, None]
+        padding = padding.expand(-1, q.shape[1], landmarks.shape[2], -1)
+    landmarks = landmarks.to(q.dtype)
+    if q.dtype != torch.float16:  # which has no number as large
+        limit, most = (1e100, 1e300) if q.dtype == torch.float64 else (QUERY_MAX, VALUE_MAX)
+        q, landmarks = q.clamp(-limit, limit), landmarks.clamp(-limit, limit)
+        v = v.clamp(-most, most)
+    absent = None
+    if present is not None:
+        present = present | ~present.any(-1, keepdim=True)
+        absent = _bias(present, q.dtype)[:, :, None].expand(-1, -1, q.shape[2], -1)
+    means = softmax_attention(landmarks, q, v, padding)
+    out = softmax_attention(q, landmarks, means, absent)
+    return out if mask is None else torch.where(mask[:, None, :, None], out, 0)
+
+
+def _bias(there: Tensor, dtype: torch.dtype) -> Tensor:
+    """What takes from the softmax what is not there."""
+    return torch.zeros_like(there, dtype=dtype).masked_fill_(~there, -torch.inf)
