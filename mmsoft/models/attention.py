@@ -1,9 +1,12 @@
 """The attention layers: softmax-free (stages 1 to 3) and ordinary (stage 4)."""
 
+import logging
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmsoft.ops import (
@@ -19,6 +22,19 @@ from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.mode import cpu_shortcut, traced
 
 from .plain import is_plain
+
+MANY_LANDMARKS = 256
+
+
+@cache  # once
+def _warn_of_many_landmarks() -> None:
+    print_log(
+        f"a backbone has more than {MANY_LANDMARKS} landmarks and solver='newton', whose cost "
+        "grows with the cube of their number and can take most of the time. max_landmarks=49 limits them "
+        "at any image size, solver='direct' costs less (docs/options.md)",
+        logger="current",
+        level=logging.WARNING,
+    )
 
 
 def _inverse_gelu(y: float) -> float:
@@ -278,6 +294,9 @@ class SoftmaxFreeAttention(nn.Module):
     def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
         landmarks, present, _ = self.sample_landmarks(q, hw_shape)
+        newton = self.solver == "newton" and not self.by_content
+        if newton and not traced(q) and landmarks.shape[2] > MANY_LANDMARKS:
+            _warn_of_many_landmarks()
         scale = 1.0 if self.by_content else self.attention_scale(landmarks, hw_shape)
         return self.operate(q, v, landmarks, present, scale=scale)
 

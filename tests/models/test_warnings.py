@@ -1,4 +1,4 @@
-"""One warning where BatchNorm is kept in evaluation mode with statistics that nothing has set."""
+"""Warnings in the log: BatchNorm that nothing has trained, Newton-Raphson of many landmarks."""
 
 import logging
 
@@ -8,7 +8,7 @@ from mmengine.logging import MMLogger
 from released import ARCH
 from torch import nn
 
-from mmsoft.models import SOFTPlusPlus
+from mmsoft.models import SOFTPlusPlus, attention
 
 NORMS = 6  # three in the stem, one before each later stage
 
@@ -99,3 +99,18 @@ def test_only_those_kept_in_evaluation_count(statistic, warnings):
 def test_without_data():
     with torch.device("meta"):
         SOFTPlusPlus(ARCH, norm_eval=True).train()
+
+
+@torch.no_grad()
+def test_one_warning_of_newton_with_many_landmarks(warnings):
+    attention._warn_of_many_landmarks.cache_clear()
+    model, x = SOFTPlusPlus(ARCH).eval(), torch.randn(1, 3, 32 * 16, 32 * 17)
+    for quiet in (dict(solver="direct"), dict(max_landmarks=49), dict(landmarks="content")):
+        SOFTPlusPlus(ARCH, **quiet).eval()(x)
+    model(x[..., :-32])  # 256
+    assert warnings == []
+    for _ in range(2):
+        model(x)
+    (message,) = warnings
+    assert "more than 256 landmarks and solver='newton'" in message
+    assert "max_landmarks=49" in message
