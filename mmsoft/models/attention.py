@@ -30,8 +30,8 @@ MANY_LANDMARKS = 256
 def _warn_of_many_landmarks() -> None:
     print_log(
         f"a backbone has more than {MANY_LANDMARKS} landmarks and solver='newton', whose cost "
-        "grows with the cube of their number and can take most of the time. max_landmarks=49 limits them "
-        "at any image size, solver='direct' costs less (docs/options.md)",
+        "grows with the cube of their number and can take most of the time. max_landmarks=49 "
+        "limits them at any image size, solver='direct' costs less (docs/options.md)",
         logger="current",
         level=logging.WARNING,
     )
