@@ -1,6 +1,7 @@
 """The generator of the demo's data set."""
 
 import contextlib
+import json
 import resource
 import subprocess
 import sys
@@ -164,6 +165,66 @@ def test_colour_does_not_depend_on_the_class():
     for own in colours:
         error = overall.std(0) / len(own) ** 0.5
         assert (abs(np.mean(own, 0) - overall.mean(0)) < 3.5 * error).all()
+
+
+def hue(picture, mask):
+    """Mean hue of the pixels well inside a mask, as a point of the circle."""
+    inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3))) > 0
+    angle = cv2.cvtColor(picture, cv2.COLOR_BGR2HSV)[..., 0][inside] * (np.pi / 90)
+    return np.array([np.cos(angle).mean(), np.sin(angle).mean()])
+
+
+@pytest.fixture(scope="module")
+def legends():
+    """Of scenes: for each shape its class, whether it is a square of the legend, and its hue."""
+    found = []
+    for number in range(24):
+        picture, index, shapes, _ = make_shapes.draw_scene([0, 0, number], 128, legend=True)
+        scene = []
+        for place, shape in enumerate(shapes[::-1]):  # as they were drawn: the legend first
+            mask = np.zeros(index.shape, np.uint8)
+            for ring in shape["segmentation"]:
+                cv2.fillPoly(mask, [np.reshape(ring, (-1, 2)).round().astype(np.int32)], 1)
+            scene.append((shape["category_id"], place < 3, hue(picture, mask)))
+        found.append((scene, index))
+    return found
+
+
+def test_a_legend_shows_each_material_once(legends):
+    for scene, index in legends:
+        assert [label for label, square, _ in scene if square] == [1, 2, 3]
+        assert len(scene) > 6
+        assert set(np.unique(index)) == {1, 2, 3, 4}
+
+
+def test_a_plain_shape_is_of_the_class_of_the_square_of_its_colour(legends):
+    for scene, _ in legends:
+        squares = {label: colour for label, square, colour in scene if square}
+        for label, square, colour in scene:
+            if not square:
+                distances = {other: np.linalg.norm(colour - c) for other, c in squares.items()}
+                assert min(distances, key=distances.get) == label
+
+
+def test_neither_colour_nor_place_in_the_legend_tells_the_class(legends):
+    """Hues of each class spread over the circle; every class is as frequent as the others."""
+    plain = [
+        (label, colour) for scene, _ in legends for label, square, colour in scene if not square
+    ]
+    for label in (1, 2, 3):
+        own = [colour for other, colour in plain if other == label]
+        assert np.linalg.norm(np.mean(own, 0)) < 0.5
+        assert 0.2 < len(own) / len(plain) < 0.47
+
+
+def test_legend_data_set(tmp_path):
+    small = call(tmp_path / "s", "--legend", "--size", 96)
+    assert small.returncode == 2
+    assert "--legend needs a --size of at least 128, got 96" in small.stderr
+    arguments = ["--legend", "--size", "128", "--train", "1", "--val", "1"]
+    assert call(tmp_path / "s", *arguments).returncode == 0
+    content = (tmp_path / "s/coco/annotations/instances_val2017.json").read_text()
+    assert [c["name"] for c in json.loads(content)["categories"]] == list(make_shapes.MATERIALS)
 
 
 def test_second_call_keeps_a_complete_set_and_refuses_another(tmp_path):

@@ -15,9 +15,16 @@ Polygons, areas and boxes describe what is *visible* of a shape, and every shape
 is annotated. Index PNGs follow ADE20K: 0 is "unlabelled" (and never occurs here), 1 the
 background, 2 and up the shapes, so `reduce_zero_label=True` gives the classes 0 to 5.
 
+With `--legend` what a shape is can be told only by finding its like elsewhere in the picture. Three
+squares, anywhere, show a material each (stripes down or across, checks), each in a colour of its
+own; all other shapes are plain, and of the class of the square of their colour. Which colour goes
+with which material is drawn anew for every scene. Sizes are in pixels whatever `--size` is; larger
+pictures hold more shapes.
+
 The folder gets its name when it is complete; a complete one with the same parameters is kept.
 """
 
+import colorsys
 import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -30,8 +37,9 @@ from mmsoft.conversion import at_least, generate, generator_parser, track, write
 
 VERSION = 2  # raise it when the same parameters no longer give the same pictures
 CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
+MATERIALS = ("upright", "level", "checked")  # of the legend
 SUPERSAMPLE = 4  # outlines are drawn this much finer than the picture
-MIN_SIZE = 64
+MIN_SIZE, LEGEND_SIZE = 64, 128
 SPLITS = {"train": ("train2017", "training"), "val": ("val2017", "validation")}
 
 
@@ -109,6 +117,19 @@ def surface(
         colour = vivid(rng)
     contrast = np.float32(rng.uniform(0.25, 0.4))
     return colour * (1 + contrast * pattern(rng, len(picture), name)[..., None])
+
+
+def palette(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """So many vivid colours [3] that cannot be taken for each other, of six hues."""
+    hues = rng.permutation(6)[:count] / 6 + rng.uniform(-0.01, 0.01, count)
+    return [np.array(colorsys.hsv_to_rgb(hue % 1, 0.9, 0.9), np.float32) for hue in hues]
+
+
+def material(size: int, name: str) -> np.ndarray:
+    """A pattern of the legend as lightness [size, size], 0.5 or 1, periods of 6 pixels."""
+    stripes = np.broadcast_to(np.arange(size) // 3 % 2, (size, size))
+    dark = {"upright": stripes, "level": stripes.T, "checked": stripes ^ stripes.T}[name]
+    return (1 - 0.5 * dark).astype(np.float32)
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -203,6 +224,34 @@ def place(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndarray]]:
     return shapes
 
 
+def place_legend(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndarray]]:
+    """The legend's squares, one for each material, then plain shapes; none overlaps another.
+
+    Of the plain ones those are left out that find no place.
+    """
+    side, taken, count = size * SUPERSAMPLE, np.zeros((size, size), bool), len(MATERIALS)
+    square = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    shapes: list[tuple[int, np.ndarray]] = []
+    for number in range(count + round(6 * (size / 128) ** 2)):
+        legend = number < count
+        width = 28 if legend else int(rng.integers(22, 30))
+        for _ in range(1000 if legend else 30):
+            x, y = rng.integers(0, size - width + 1, 2)
+            if not taken[max(y - 2, 0) : y + width + 2, max(x - 2, 0) : x + width + 2].any():
+                break
+        else:
+            continue
+        taken[y : y + width, x : x + width] = True
+        points = square
+        if not legend and rng.random() < 0.5:
+            points = outline(rng, "disc")
+        elif not legend:
+            points = 0.75 * square @ rotation(rng.uniform(0, math.tau))
+        points = (points * width / 2 + [x + width / 2, y + width / 2]) * SUPERSAMPLE
+        shapes.append((number if legend else int(rng.integers(count)), fill(points, side)))
+    return shapes
+
+
 def polygons(mask: np.ndarray) -> list[list[float]]:
     """The outlines of a supersampled mask in picture coordinates, as COCO writes them.
 
@@ -243,23 +292,31 @@ def photograph(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def draw_scene(seed: list[int], size: int) -> tuple[np.ndarray, np.ndarray, list[dict], int]:
+def draw_scene(
+    seed: list[int], size: int, legend: bool = False
+) -> tuple[np.ndarray, np.ndarray, list[dict], int]:
     """Draw one scene: picture (BGR), index map, COCO annotations (no ids), JPEG quality."""
     cv2.setNumThreads(1)  # the scenes share the cores already
     rng = np.random.default_rng(seed)
     shapes: list[tuple[int, np.ndarray]] = []
     while not shapes:
-        shapes = place(rng, size)
+        shapes = place_legend(rng, size) if legend else place(rng, size)
+    colours = palette(rng, len(MATERIALS)) if legend else []
     picture = background(rng, size)
     covers = np.zeros((len(CLASSES) + 1, size, size), np.float32)
     sun = rng.uniform(0, math.tau)
-    for label, mask in shapes:
+    for number, (label, mask) in enumerate(shapes):
         alpha = coverage(mask, size)
         reach = size * rng.uniform(0.005, 0.03)
         shift = np.array([[1, 0, reach * math.cos(sun)], [0, 1, reach * math.sin(sun)]], np.float32)
         shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (size, size)), (0, 0), reach + 0.5)
         picture *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
-        coat = surface(rng, picture, alpha, CLASSES[label])
+        if not legend:
+            coat = surface(rng, picture, alpha, CLASSES[label])
+        elif number < len(MATERIALS):
+            coat = colours[label] * material(size, MATERIALS[label])[..., None]
+        else:
+            coat = np.tile(colours[label], (size, size, 1))
         coat *= (1 - rng.uniform(0, 0.25) * plane(size, sun))[..., None]
         picture += alpha[..., None] * (coat - picture)
 
@@ -295,7 +352,13 @@ def save(path: Path, image: np.ndarray, options: tuple[int, ...] = ()) -> None:
 
 
 def write_split(
-    pool: ProcessPoolExecutor, root: Path, split: str, count: int, size: int, seed: int
+    pool: ProcessPoolExecutor,
+    root: Path,
+    split: str,
+    count: int,
+    size: int,
+    seed: int,
+    legend: bool,
 ) -> None:
     """Write one split in both layouts."""
     coco, ade = SPLITS[split]
@@ -305,7 +368,7 @@ def write_split(
     print(f"{split}: drawing {count} scenes")
     # One random generator per scene: a scene depends on neither the others nor the order.
     seeds = [[seed, len(split), number] for number in range(1, count + 1)]
-    scenes = pool.map(draw_scene, seeds, [size] * count, chunksize=4)
+    scenes = pool.map(draw_scene, seeds, [size] * count, [legend] * count, chunksize=4)
     for number, (picture, index, shapes, quality) in enumerate(track(scenes, count), 1):
         jpeg = root / "coco" / coco / f"{number:012d}.jpg"
         name = f"ADE_{split}_{number:08d}"
@@ -313,19 +376,26 @@ def write_split(
         shutil.copyfile(jpeg, root / "ade/images" / ade / f"{name}.jpg")
         save(root / "ade/annotations" / ade / f"{name}.png", index)
         results.append(({"file_name": jpeg.name, "width": size, "height": size}, shapes))
-    write_coco(root / f"coco/annotations/instances_{coco}.json", results, CLASSES)
+    write_coco(root / f"coco/annotations/instances_{coco}.json", results, class_names(legend))
 
 
-def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> bool:
+def class_names(legend: bool) -> tuple[str, ...]:
+    """Of the shapes, in the order of their numbers."""
+    return MATERIALS if legend else CLASSES
+
+
+def make_dataset(
+    out: Path, train: int, val: int, size: int, seed: int, legend: bool = False
+) -> bool:
     """Write the data set to the folder `out`, whole or not at all; False if it was there."""
     numbers = dict(version=VERSION, train=train, val=val, size=size, seed=seed)
 
     def write(folder: Path) -> None:
         with ProcessPoolExecutor() as pool:
             for split, count in (("train", train), ("val", val)):
-                write_split(pool, folder, split, count, size, seed)
+                write_split(pool, folder, split, count, size, seed, legend)
 
-    return write_once(out, numbers | {"classes": list(CLASSES)}, write)
+    return write_once(out, numbers | {"classes": list(class_names(legend))}, write)
 
 
 def main() -> None:
@@ -333,7 +403,10 @@ def main() -> None:
     parser = generator_parser(__doc__, dict(train=1000, val=120), "images")
     size = "height and width of an image in pixels (160)"
     parser.add_argument("--size", type=at_least(MIN_SIZE), default=160, help=size)
+    parser.add_argument("--legend", action="store_true", help="the data set that needs attention")
     args = parser.parse_args()
+    if args.legend and args.size < LEGEND_SIZE:
+        parser.error(f"--legend needs a --size of at least {LEGEND_SIZE}, got {args.size}")
     generate(args.out, lambda: make_dataset(**vars(args)))
 
 
