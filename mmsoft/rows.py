@@ -24,8 +24,15 @@ Row = dict[str, Any]
 
 
 def schedule(config: Config, iterations: int) -> list[str]:
-    """Changes that make ``iterations`` of a config's schedule; the warm-up keeps its length."""
+    """Changes that make ``iterations`` of a config's schedule; the warm-up keeps its length.
+
+    Raises:
+        ValueError: there are not more iterations than those of the warm-up.
+    """
     end = config.train_cfg.max_iters
+    warmup = max(scheduler.get("begin", 0) for scheduler in config.param_scheduler)
+    if iterations <= warmup:
+        raise ValueError(f"iterations must be more than the warm-up's {warmup}, got {iterations}")
     changes = [f"train_cfg.max_iters={iterations}"]
     for number, scheduler in enumerate(config.param_scheduler):
         if scheduler.end == end:

@@ -20,6 +20,8 @@ STYLES = {  # colour, marker, line
     "linformer": (ORANGE, "^", "-."),
     "performer": (GREEN, "D", ":"),
     "nystromformer": (PURPLE, "v", "--"),
+    "gaussian": (SKY, "P", "-."),
+    "none": (GREY, "X", ":"),
     "softpp-tiny": (BLUE, "o", "-"),
     "softpp-small": (VERMILLION, "s", "--"),
 }

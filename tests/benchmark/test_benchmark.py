@@ -9,7 +9,7 @@ import torch
 from metrics import error
 from released import ARCH, images, outputs, state_dict
 
-from mmsoft.benchmark import cases, page, report
+from mmsoft.benchmark import cases, page, plots, report
 from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models.attention import SoftmaxFreeAttention
@@ -274,6 +274,21 @@ def test_targets_of_sequences(data):
         "8192 tokens, train: SOFT++'s speed over that of softmax attention": (50 / 60, False),
         "8192 tokens, train: SOFT++'s time per token over that at 2048": (1.5, False),
     }
+
+
+def test_plots_of_every_operator_and_sequence_model(data, tmp_path):
+    kind = {key: data["results"][0][key] for key in report.KIND} | dict(peak_mib=1.0)
+    for section, table in (("operator", cases.OPERATORS), ("sequence", cases.SEQUENCES)):
+        data[section] = [
+            dict(kind, name=name, label=label, tokens=tokens, median_ms=tokens / 100)
+            for name, (label, _) in table.items()
+            for tokens in (512, 1024)
+        ]
+    names = plots.plot(dict(data, results=[], scaling=[], whole=[]), tmp_path)
+    assert names["sequence"] == ["sequence.png", "sequence_memory.png"]
+    assert names["operator"] == ["operator.png", "memory.png"]
+    for name in (*names["sequence"], *names["operator"]):
+        assert cv2.imread(str(tmp_path / name)).std() > 10
 
 
 @pytest.mark.parametrize("name", cases.SEQUENCES)

@@ -117,6 +117,7 @@ def test_every_task_trains_and_tests(train):
         assert len(line["losses"]) == 3
         assert all(0 < loss < 10 for loss in line["losses"])
         assert 0 <= line["metrics"]["accuracy/top1"] <= 100
+        assert line["steps"] == ([] if "text" in line["config"] else [3])  # of the validations
         assert line["kept"] == ["iter_2.pth", "iter_3.pth"]
 
 

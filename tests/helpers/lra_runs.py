@@ -48,9 +48,14 @@ def main():
         runner.train()
         metrics = runner.test()
         scalars = min(work_dir.glob("*/vis_data/scalars.json")).read_text().splitlines()
-        losses = [entry["loss"] for entry in map(json.loads, scalars) if "loss" in entry]
+        entries = [json.loads(line) for line in scalars]
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        steps = [entry["step"] for entry in entries if "accuracy/top1" in entry]
         kept = sorted(file.name for file in work_dir.glob("*.pth"))
-        print(json.dumps(dict(config=path, metrics=metrics, losses=losses, kept=kept)), flush=True)
+        print(
+            json.dumps(dict(config=path, metrics=metrics, losses=losses, kept=kept, steps=steps)),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

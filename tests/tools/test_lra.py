@@ -121,6 +121,13 @@ def test_every_attention_changes_the_config(tool):
     assert len(seen) == len(tool.ATTENTIONS)
 
 
+def test_a_schedule_shorter_than_its_warm_up_is_refused_before_any_work(tool, tmp_path):
+    path = ROOT / "configs/lra/softpp_listops.py"
+    with pytest.raises(ValueError, match="iterations must be more than the warm-up's 1000, got 9"):
+        tool.run(path, "soft++", 0, tmp_path / "work", 9, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("attention", ["soft++", "content", "none"])
 def test_a_run_writes_its_row(tool, tmp_path, attention):

@@ -50,7 +50,7 @@ optim_wrapper = dict(
     ),
 )
 default_hooks = dict(
-    logger=dict(interval=50),
+    logger=dict(interval=50, log_metric_by_epoch=False),
     checkpoint=dict(type="mmsoft.CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=2),
 )
 log_processor = dict(by_epoch=False)
