@@ -14,6 +14,7 @@ from mmsoft.ops import (
     choose_landmarks,
     gaussian_kernel_product,
     salient_mean,
+    softmax_attention,
 )
 from mmsoft.ops.gaussian import leave_out
 from mmsoft.ops.island import compute_dtype
@@ -198,8 +199,11 @@ class SoftmaxSequenceAttention(_Compared):
     def attend(self, x: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The attention term alone."""
         q, k, v = self.heads(self.query(x)), self.heads(self.key(x)), self.heads(v)
-        keys = None if mask is None else mask[:, None, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        bias = None
+        if mask is not None:
+            bias = q.new_zeros(len(q), 1, 1, q.shape[2])
+            bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
+        out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5)
         return out.transpose(1, 2).flatten(2)
 
 
