@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv/bin
 
-.PHONY: help setup triton demo test test-long fuzz lint format typecheck docs wheel clean distclean
+.PHONY: help setup triton demo test test-long test-versions fuzz lint format typecheck docs wheel clean distclean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test-long: setup triton  ## Run the tests marked `long`, which take minutes
 
 fuzz: setup  ## Try the public API on random arguments for ten minutes
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest tests/faults/test_fuzz.py --hypothesis-profile fuzz
+
+test-versions: setup  ## Test operators, models and a detector on torch 2.1 to the newest (an hour)
+	$(VENV)/python tools/dev/test_versions.py
 
 lint: setup  ## Check style and formatting
 	$(VENV)/ruff check .

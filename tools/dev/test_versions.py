@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""Run the tests of operators and models, and a detector's training step, on several torch.
+
+    python tools/dev/test_versions.py                  # every row whose Python is at hand
+    python tools/dev/test_versions.py 2.1.2 --jobs 1   # one, compiling mmcv with one process
+    python tools/dev/test_versions.py --lite           # no compiling, and no training step
+
+Each row gets an environment of its own below `--folder`, which is kept: torch, NumPy and what the
+tests need from the package index, mmcv compiled against that torch. That takes minutes and
+gigabytes for each; PyPI's torch is a CUDA build. The table in `docs/installation.md` is written
+from what was run; rows that were not run keep their results.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "installation.md"
+CONFIG = "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
+NOT_RUN = "not run"
+# Python, torch, NumPy: the oldest that are supported, those in between, the newest.
+ROWS = (
+    ("3.10", "2.1.2", "1.26.4"),
+    ("3.11", "2.4.1", "1.26.4"),
+    ("3.10", "2.6.0", "2.2.6"),
+    ("3.11", "2.13.0", "2.4.6"),
+    ("3.12", "2.15.0", "2.4.6"),
+)
+PACKAGES = (
+    "hypothesis", "loralib", "mmengine==0.10.7", "opencv-python-headless<5", "opencv-python<5",
+    "packaging", "pytest", "tabulate",
+)  # fmt: skip
+HEADER = "| Python | torch | NumPy | `tests/ops`, `tests/models` | training step of a detector |"
+
+
+class RowError(Exception):
+    """A row could not be run; the message is one line."""
+
+
+def find_python(version: str) -> str:
+    """An interpreter of this version: on the path, or pyenv's.
+
+    Raises:
+        RowError: there is none.
+    """
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv", "versions")
+    found = [str(p) for p in sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    for candidate in (f"python{version}", *found):
+        path = shutil.which(candidate)
+        command = [str(path), "-c", "import sys, venv; print('%d.%d' % sys.version_info[:2])"]
+        if (
+            path
+            and subprocess.run(command, capture_output=True, text=True).stdout.strip() == version
+        ):
+            return path
+    raise RowError(f"no Python {version}")
+
+
+def run(command: list[str], log: Path, **environment: str) -> str:
+    """Run a command, its output to the log's end; gives the output.
+
+    Raises:
+        RowError: it failed.
+    """
+    cleared = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**cleared, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+    if done.returncode:
+        raise RowError(f"`{' '.join(command[1:4])} ...` failed, see {log}")
+    return done.stdout
+
+
+def build(folder: Path, python: str, torch: str, numpy: str, jobs: int | None, log: Path) -> str:
+    """Make the environment, or go on where it was left; gives its Python.
+
+    Without ``jobs`` to compile mmcv with, it gets mmcv-lite and no MMDetection.
+
+    Raises:
+        RowError: a step failed.
+    """
+    inside = str(folder / "bin" / "python")
+    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    mmcv = ["--no-cache-dir", "--no-deps", "--no-build-isolation", "mmcv==2.1.0"]
+    flags = dict(CFLAGS="-g0", CXXFLAGS="-g0", MAX_JOBS=str(jobs or 1), MMCV_WITH_OPS="1")
+    pins = [f"torch=={torch}", f"numpy=={numpy}"]
+    steps: dict[str, tuple[list[str], dict[str, str]]] = {
+        "venv": ([python, "-m", "venv", str(folder)], {}),
+        "torch": ([*pip, *pins, "setuptools==79.0.1", "wheel", "ninja"], {}),
+        "packages": ([*pip, *pins, *PACKAGES], {}),
+    }
+    if jobs is None:
+        steps["mmcv-lite"] = ([*pip, *pins, "mmcv-lite==2.1.0"], {})
+    else:
+        steps["mmdet"] = ([*pip, *pins, "mmdet==3.3.0"], {})
+        steps["mmcv"] = ([*pip, *mmcv], dict(flags, FORCE_CUDA="0", CUDA_VISIBLE_DEVICES=""))
+    for name, (command, environment) in steps.items():
+        mark = folder / f"done-{name}"
+        if not mark.exists():
+            print(f"   {name}", flush=True)
+            run(command, log, **environment)
+            mark.touch()
+    return inside
+
+
+def test(python: str, log: Path, lite: bool) -> tuple[str, str]:
+    """Run the tests, and unless ``lite`` the training step; gives both results."""
+    environment = dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    try:
+        output = run([*command, "tests/ops", "tests/models"], log, **environment)
+    except RowError:
+        output = log.read_text().splitlines()[-2]
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", output)
+    counts = {kind: number for number, kind in found}
+    tests = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "did not start"
+    if lite:
+        return tests, NOT_RUN
+    command = [python, "tests/helpers/train_step.py", "mmdet", CONFIG]
+    try:
+        output = run(command, log, **environment)
+    except RowError:
+        return tests, "failed"
+    return tests, "passed" if '"problems": []' in output else "failed"
+
+
+def row_of(cells: list[str]) -> str:
+    """A row of the table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def read_results(text: str) -> dict[str, list[str]]:
+    """The results on the page: torch -> the cells of its row."""
+    table = re.search("<!-- versions -->\n\n(.*?)\n<!-- /versions -->", text, re.DOTALL)
+    lines = table[1].splitlines()[2:] if table else []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+    return {row[1]: row for row in rows}
+
+
+def write_results(results: dict[str, list[str]]) -> None:
+    """Write the table into the page, whole."""
+    rows = [results.get(t, [p, t, n, NOT_RUN, NOT_RUN]) for p, t, n in ROWS]
+    table = "\n".join([HEADER, "| --- | --- | --- | --- | --- |", *map(row_of, rows)])
+    text = PAGE.read_text()
+    before, rest = text.split("<!-- versions -->")
+    *_, after = rest.split("<!-- /versions -->")
+    partial = PAGE.with_suffix(".partial")
+    partial.write_text(f"{before}<!-- versions -->\n\n{table}\n\n<!-- /versions -->{after}")
+    partial.replace(PAGE)
+
+
+def main() -> int:
+    """Run the command line; the number of rows that did not pass."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("torch", nargs="*", help="versions of torch, of the rows of the table")
+    parser.add_argument("--lite", action="store_true", help="mmcv-lite: nothing is compiled")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="to compile mmcv with")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/mmsoft/versions")
+    args = parser.parse_args()
+    if unknown := set(args.torch) - {torch for _, torch, _ in ROWS}:
+        parser.error(f"no row for torch {', '.join(sorted(unknown))}")
+    failed = 0
+    for version, torch, numpy in ROWS:
+        if args.torch and torch not in args.torch:
+            continue
+        print(f"== Python {version}, torch {torch}, NumPy {numpy}", flush=True)
+        log = args.folder / f"py{version}-torch{torch}.log"
+        args.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            python = find_python(version)
+            jobs = None if args.lite else args.jobs
+            python = build(log.with_suffix(""), python, torch, numpy, jobs, log)
+        except RowError as error:
+            print(f"   {error}", flush=True)
+            failed += 1
+            continue
+        tests, step = test(python, log, args.lite)
+        print(f"   {tests}; training step {step}", flush=True)
+        failed += "failed" in f"{tests} {step}"
+        known = read_results(PAGE.read_text())
+        write_results({**known, torch: [version, torch, numpy, tests, step]})
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
