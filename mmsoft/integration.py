@@ -4,26 +4,24 @@ Nothing here changes what other models, configs or checkpoints do. What replaces
 is enabled by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoint.loader`.
 """
 
-import argparse
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable
 from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-# Import name -> (distributions that provide it, versions). From torch 2.6 on loading a checkpoint
-# runs no code from it, and safe globals can be named (see allow_checkpoints); mmdet and
-# mmseg refuse mmcv 2.2.
+from mmsoft.safe_globals import RESTRICTED, safe_globals
+
+# Import name -> (distributions that provide it, versions). mmdet and mmseg refuse mmcv 2.2.
 CORE_DEPENDENCIES: dict[str, tuple[tuple[str, ...], str]] = {
-    "torch": (("torch",), ">=2.6"),
+    "torch": (("torch",), ">=2.1"),
     "mmengine": (("mmengine", "mmengine-lite"), ">=0.10.4,<1.0"),
     "mmcv": (("mmcv", "mmcv-lite"), ">=2.0.0,<2.2.0"),
 }
@@ -118,37 +116,10 @@ def allow_checkpoints() -> None:
 
     Since torch 2.6 ``torch.load`` accepts only listed globals, and MMEngine (up to 0.10.7) neither
     lists what its message hub pickles nor requests the old behaviour, so it cannot resume or test
-    from its own files (open-mmlab/mmengine issue 1655). The list here is what such files need and
-    no more: the history buffer with its four statistics, and NumPy arrays and scalars of numbers.
-    Released files need ``argparse.Namespace``, which only holds attributes.
+    from its own files (open-mmlab/mmengine issue 1655). Before, MMEngine loads anything.
     """
-    import numpy as np
-    import torch
-    from mmengine.logging import HistoryBuffer
-
-    # Where NumPy 2 keeps the functions that rebuild arrays and scalars, and where NumPy 1 did.
-    multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
-    rebuilders = [
-        (getattr(multiarray, function), f"numpy.{core}.multiarray.{function}")
-        for function in ("_reconstruct", "scalar")
-        for core in ("core", "_core")
-    ]
-    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
-    statistic = (_history_statistic, "builtins.getattr")
-    classes = [argparse.Namespace, HistoryBuffer, np.ndarray, np.dtype]
-    torch.serialization.add_safe_globals([*classes, *dtypes, *rebuilders, statistic])
-
-
-def _history_statistic(owner: type, name: str) -> Callable[..., float]:
-    """Replace `getattr` in the pickle of a history buffer, which looks up its methods.
-
-    The real `getattr` in the list would let a crafted file reach any attribute of listed objects.
-    """
-    from mmengine.logging import HistoryBuffer
-
-    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
-        return getattr(HistoryBuffer, name)
-    raise UnpicklingError(f"refused getattr of a {type(owner).__name__} in a checkpoint")
+    if RESTRICTED:
+        torch.serialization.add_safe_globals(safe_globals())
 
 
 class _InferencersKnowOurNames(importlib.abc.MetaPathFinder):

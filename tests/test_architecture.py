@@ -13,6 +13,7 @@ ORDER = (
     "registry",
     "fileio",
     "datasets",
+    "safe_globals",
     "conversion",
     "builder",
     "ops",

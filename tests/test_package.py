@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 import torch
 from crafted_pickles import Call
 from mmengine.config import Config
+from operators import before_torch
 
 import mmsoft
-from mmsoft import integration
+from mmsoft import integration, safe_globals
+from mmsoft.checkpoint import read_checkpoint
 from mmsoft.registry import MODELS
+from mmsoft.safe_globals import load
 
 EXTRAS = ("mmdet", "mmseg", "mmpretrain")
 DISTRIBUTIONS = ("mmdet", "mmsegmentation", "mmpretrain")
@@ -54,7 +58,7 @@ def fake_versions(monkeypatch, **versions):
 @pytest.mark.parametrize(
     ("name", "found", "wanted"),
     [
-        ("torch", "2.5.1+cu121", "torch>=2.6"),
+        ("torch", "2.0.1+cu117", "torch>=2.1"),
         ("mmengine", "0.10.3", "mmengine>=0.10.4,<1.0"),
         ("mmengine", "1.0.0", "mmengine>=0.10.4,<1.0"),
         ("mmcv", "1.7.2", "mmcv>=2.0.0,<2.2.0"),
@@ -75,7 +79,7 @@ def test_missing_dependency(monkeypatch, name):
         integration.check_versions()
 
 
-@pytest.mark.parametrize("version", ["2.6.0a0+git1", "2.6", "2.13.0+cpu", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.1.0a0+git1", "2.1.2+cu121", "2.13.0+cpu", "3.0.0"])
 def test_torch_in_range(monkeypatch, version):
     fake_versions(monkeypatch, torch=version)
     integration.check_versions()
@@ -89,8 +93,7 @@ def test_torch_in_range(monkeypatch, version):
     ],
 )
 def test_the_command_for_mmcv_fits_the_torch(monkeypatch, torch, advice):
-    fake_versions(monkeypatch, torch=torch, mmcv=None, **{"mmcv-lite": None})
-    monkeypatch.setitem(integration.CORE_DEPENDENCIES, "torch", (("torch",), ">=2.1"))
+    fake_versions(monkeypatch, torch=torch, mmcv=None, mmdet="3.3.0", **{"mmcv-lite": None})
     with pytest.raises(ImportError, match=f"mmcv is not installed.*{advice}"):
         integration.check_versions()
     monkeypatch.setattr(metadata, "files", lambda name: [Path("mmcv/__init__.py")])
@@ -134,12 +137,12 @@ def test_wrong_version_is_named_when_the_registry_imports_us(run_outside):
     program = (
         "from importlib import metadata\n"
         "real = metadata.version\n"
-        "metadata.version = lambda name: '2.5.1' if name == 'torch' else real(name)\n"
+        "metadata.version = lambda name: '2.0.1' if name == 'torch' else real(name)\n"
         "from mmengine.registry import MODELS\n"
         "MODELS.build(dict(type='mmsoft.SOFT'))\n"
     )
     error = run_outside("-c", program).stderr
-    assert error.rstrip().endswith("mmsoft needs torch>=2.6, but torch 2.5.1 is installed.")
+    assert error.rstrip().endswith("mmsoft needs torch>=2.1, but torch 2.0.1 is installed.")
 
 
 def test_registry_is_a_child_of_mmengines_with_its_locations():
@@ -184,7 +187,7 @@ def test_checkpoint_of_another_numpy_loads(tmp_path):
     with zipfile.ZipFile(tmp_path / "theirs.pth", "w") as theirs:
         for name, data in members.items():
             theirs.writestr(name, data.replace(*modules))
-    assert torch.load(tmp_path / "theirs.pth", weights_only=True).tolist() == [0, 1, 2]
+    assert load(str(tmp_path / "theirs.pth"), "cpu").tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["__init__", "__class__", "_set_default_statistics"])
@@ -195,7 +198,18 @@ def test_getattr_is_limited_to_the_statistics(tmp_path, name):
 
     torch.save(Call(getattr, HistoryBuffer, name), tmp_path / "crafted.pth")
     with pytest.raises(UnpicklingError, match="refused getattr"):
-        torch.load(tmp_path / "crafted.pth", weights_only=True)
+        load(str(tmp_path / "crafted.pth"), "cpu")
+
+
+@pytest.mark.skipif(not before_torch("2.6"), reason="for torch before 2.6")
+def test_older_torch_warns_once_of_files_that_are_not_trusted(monkeypatch, tmp_path):
+    safe_globals._warn.cache_clear()
+    torch.save(dict(weight=torch.ones(1)), tmp_path / "some.pth")
+    with pytest.warns(UserWarning, match=r"does not protect .*CVE-2025-32434.*update torch"):
+        read_checkpoint(tmp_path / "some.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_checkpoint(tmp_path / "some.pth")
 
 
 # ------------------------------------------------------------------------------------ wheel

@@ -13,6 +13,8 @@ from typing import Any
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.runner.checkpoint import load_from_local as _mmengine_load_from_local
 
+from mmsoft.safe_globals import RESTRICTED, load
+
 from .reading import HTTP, check_claims, download, refusals
 from .released import convert_released, is_released
 
@@ -28,7 +30,10 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     with refusals(path):
         if path.is_file():  # else MMEngine raises
             check_claims(path)
-        checkpoint = _mmengine_load_from_local(filename, map_location)
+        if RESTRICTED or not path.is_file():
+            checkpoint = _mmengine_load_from_local(filename, map_location)
+        else:
+            checkpoint = load(str(path), map_location)
     return convert_released(checkpoint) if is_released(checkpoint) else checkpoint
 
 

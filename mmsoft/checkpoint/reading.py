@@ -3,6 +3,7 @@
 import mmap
 import os
 import re
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from urllib.parse import urlparse
 import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.runner.checkpoint import CheckpointLoader
+
+from mmsoft.safe_globals import load
 
 from .unpickling import ClaimCheck
 
@@ -41,7 +44,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = 
     path = download(path) if str(path).startswith(HTTP) else Path(path).expanduser()
     with refusals(path):
         lazily = check_claims(path) and lazily
-        return torch.load(str(path), map_location=map_location, weights_only=True, mmap=lazily)
+        return load(str(path), map_location, mmap=lazily)
 
 
 def download(url: str | Path) -> Path:
@@ -78,6 +81,8 @@ def check_claims(path: Path) -> bool:
                 raise UnpicklingError("refused: its content unpacks to more than the file's size")
             check.follow(BytesIO(reader.get_record("data.pkl")))
             return True
+        if tarfile.is_tarfile(path):
+            raise UnpicklingError("refused: torch's format of 2016, a tar file")
         if path.suffix != ".safetensors":  # torch's older format: five pickles before the tensors
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 for _ in range(5):

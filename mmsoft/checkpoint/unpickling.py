@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mmsoft.safe_globals import RESTRICTED
+
 _ELEMENT_BYTES = dict(
     Untyped=1, Byte=1, Char=1, Bool=1, QInt8=1, QUInt8=1, QUInt4x2=1, QUInt2x4=1, Half=2,
     BFloat16=2, Short=2, Float=4, Int=4, QInt32=4, Double=8, Long=8, ComplexFloat=8,
@@ -136,8 +138,10 @@ class ClaimCheck:
                     self._build(stack[-1], state)
                 case "BINPERSID":
                     stack.append(self._storage(*stack.pop()))
-                case _:
+                case _ if RESTRICTED:  # where torch stops too
                     return
+                case _:
+                    raise _refusal(f"torch writes no {opcode.name}")
 
     def _claim(self, kind: str, amount: int, reason: str) -> None:
         self.claimed[kind] += amount

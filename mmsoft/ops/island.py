@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .library import custom_op
 from .mode import forward_mode, transformed
 
 
@@ -31,7 +32,7 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 # An operator, so that a compiler too leaves its backward pass alone.
-_matmul = torch.library.custom_op("mmsoft::matmul", _multiply, mutates_args=())
+_matmul = custom_op("mmsoft::matmul")(_multiply)
 
 
 @_matmul.register_fake

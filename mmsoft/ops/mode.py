@@ -1,10 +1,32 @@
 """How a program runs: under transforms, traced, or for its result alone."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental import proxy_tensor
+
+if hasattr(torch.compiler, "is_compiling"):
+    is_compiling = torch.compiler.is_compiling
+else:  # before torch 2.3
+    is_compiling = torch._dynamo.is_compiling
+
+if hasattr(torch.library, "custom_op"):
+    transforms_active = torch._C._are_functorch_transforms_active
+else:  # torch.compile of before torch 2.4 knows no transforms, and does not understand the question
+
+    def transforms_active() -> bool:
+        """Whether a transform of ``torch.func`` is at work."""
+        return not is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+get_proxy_mode: Callable[[], Any] = (
+    getattr(proxy_tensor, "get_proxy_mode", None)
+    or proxy_tensor.__dict__["get_innermost_proxy_mode"]
+)  # before torch 2.3
 
 
 def forward_mode() -> bool:
@@ -21,7 +43,7 @@ def transformed() -> bool:
 
     Custom operators know neither: they raise, drop tangents, or run once for each sample.
     """
-    return torch._C._are_functorch_transforms_active() or forward_mode()
+    return transforms_active() or forward_mode()
 
 
 def traced(x: Tensor) -> bool:
@@ -29,7 +51,7 @@ def traced(x: Tensor) -> bool:
 
     By ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx`` or with a fake ``x``.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_compiling() or torch.jit.is_tracing():
         return True
     return isinstance(x, FakeTensor) or get_proxy_mode() is not None
 

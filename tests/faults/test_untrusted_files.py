@@ -23,6 +23,7 @@ from metrics import same
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from operators import before_torch
 from released import SMALL
 from torch import nn
 
@@ -244,6 +245,7 @@ def history():
 
 
 LARGE = torch.arange(3000.0).reshape(3, 1000)
+NEWER = [] if before_torch("2.6") else [torch.float8_e4m3fn, torch.uint16]
 HELD = {
     "values": dict(a=[1, 2.5, None, True, "x", b"bytes", (1, (2,)), {1, 2}, 1 << 70, 1j], b={}),
     "keys": {1: 2, "a": 3, (1, "b"): 4, None: 5, b"c": 6},
@@ -252,8 +254,8 @@ HELD = {
     "arrays": [np.arange(6.0).reshape(2, 3), np.arange(3, dtype=">f8"),
                np.ones(3, np.float32), np.asfortranarray(np.arange(6).reshape(2, 3))],
     "history": history(),
-    "types": [torch.ones(2, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.int8,
-              torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16)],
+    "types": [torch.ones(2).to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.int8,
+              torch.bool, torch.complex64, *NEWER)],
     "views": [LARGE, LARGE.t(), LARGE[1:, ::2], LARGE[0, :1].expand(40, 50), LARGE[:0]],
     "shapes": [torch.tensor(1.0), torch.ones(0, 4), torch.Size([1, 2]), torch.device("cpu")],
     "parameters": [nn.Parameter(LARGE), nn.Parameter(torch.ones(1), requires_grad=False)],
@@ -266,7 +268,7 @@ HELD = {
 @pytest.mark.parametrize("kind", HELD)
 def test_values_that_checkpoints_hold_load(kind, legacy, tmp_path):
     torch.save(HELD[kind], tmp_path / "held.pth", _use_new_zipfile_serialization=not legacy)
-    if legacy and kind == "types":  # torch itself cannot
+    if legacy and kind == "types" and NEWER:  # torch itself cannot
         with pytest.raises(ValueError, match=r"held.pth cannot be read as a checkpoint"):
             read_checkpoint(tmp_path / "held.pth")
         return

@@ -11,9 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 VARIANTS = [(True, "newton"), (False, "newton"), (True, "direct"), (False, "direct")]
 
 
-needs_torch_2_9 = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.9"), reason="needs torch >= 2.9"
+def before_torch(version):
+    """Whether torch is older."""
+    return Version(torch.__version__) < Version(version)
+
+
+needs_torch_2_6 = pytest.mark.skipif(
+    before_torch("2.6"), reason="one graph, or torch.export, needs torch >= 2.6"
 )
+needs_torch_2_9 = pytest.mark.skipif(before_torch("2.9"), reason="needs torch >= 2.9")
+
+
+def opcheck(*args, **kwargs):
+    """``torch.library.opcheck``, or skip the rest of the test."""
+    if not hasattr(torch.library, "opcheck"):
+        pytest.skip("opcheck needs torch >= 2.4")
+    return torch.library.opcheck(*args, **kwargs)
 
 
 class Calls(TorchDispatchMode):

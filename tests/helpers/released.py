@@ -36,7 +36,8 @@ def state_dict(ill_conditioned: bool = False, seed: int = 0) -> dict[str, Tensor
         elif "pos_embed" in name or "cls_token" in name:
             z = 0.2 * z
         else:
-            z = z / np.sqrt(np.prod(shape[1:])) * (1.5 if "W_q" in name else 1)
+            # In float64, as NumPy 2 does it by itself.
+            z = z.astype(np.float64) / np.sqrt(np.prod(shape[1:])) * (1.5 if "W_q" in name else 1)
         z = np.asarray(z, dtype=np.float32)
         if ill_conditioned and name.endswith("Qnorm_act.0.weight"):
             z = z * np.float32(0.3)

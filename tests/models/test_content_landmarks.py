@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from loading import load_tool
+from operators import needs_torch_2_6
 from released import ARCH
 from torch import nn
 
@@ -130,6 +131,7 @@ def test_without_normalization_is_refused():
         SOFT(ARCH, landmarks="content")
 
 
+@needs_torch_2_6
 @pytest.mark.parametrize("solver", ["direct", "newton"])
 def test_exported_program_of_any_size(solver):
     model, x = backbone(solver=solver).eval(), torch.randn(1, 3, 96, 128)
@@ -142,6 +144,7 @@ def test_exported_program_of_any_size(solver):
                 torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
+@needs_torch_2_6
 @pytest.mark.long
 def test_compiled_program():
     """Of fixed sizes: with dynamic ones torch 2.13's inductor fails by itself."""

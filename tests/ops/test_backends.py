@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from metrics import same
+from operators import needs_torch_2_6
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -148,6 +149,7 @@ def test_unknown_names_list_the_known(fake):
         use_backend(EAGER, "solve").__enter__()
 
 
+@needs_torch_2_6
 @pytest.mark.parametrize("solver", ["newton", "direct"])
 def test_a_compiled_program_chooses_anew_at_each_call(fake, solver):
     expected = both_passes(solver=solver)
@@ -170,6 +172,7 @@ def test_a_compiled_program_chooses_anew_at_each_call(fake, solver):
     assert counter.frame_count == 1
 
 
+@needs_torch_2_6
 def test_an_exported_program_chooses_anew_at_each_call(fake):
     class Module(torch.nn.Module):
         def forward(self, q, v, landmarks):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.library import opcheck
+from operators import opcheck
 
 from mmsoft.ops import gaussian_gram, gaussian_kernel, gaussian_kernel_product
 from mmsoft.ops.gaussian import eager
@@ -135,7 +135,7 @@ def peak_elements(function) -> int:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(out):
+            for t in torch.utils._pytree.tree_flatten(out)[0]:
                 if isinstance(t, torch.Tensor):
                     self.elements = max(self.elements, t.untyped_storage().nbytes() // 4)
             return out

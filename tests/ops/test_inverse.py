@@ -3,7 +3,7 @@
 import pytest
 import torch
 from metrics import error
-from torch.library import opcheck
+from operators import opcheck
 
 from mmsoft.ops import (
     gaussian_kernel,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operators import VARIANTS
+from operators import VARIANTS, needs_torch_2_6
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -42,6 +42,7 @@ def test_backward_inside_autocast(normalize, solver, forward_inside):
             torch.testing.assert_close(c, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+@needs_torch_2_6
 @pytest.mark.parametrize("solver", ["newton", "direct"])
 def test_compiled_backward_inside_autocast(solver):
     """Both passes of a training step with automatic mixed precision."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
+from operators import opcheck
 
 from mmsoft.ops import landmark_centres, landmark_grid, landmark_patches
 

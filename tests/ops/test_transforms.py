@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operators import JVPS, VARIANTS, needs_torch_2_9
+from operators import JVPS, VARIANTS, needs_torch_2_6, needs_torch_2_9
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -177,6 +177,7 @@ def test_second_derivatives_in_every_mode(normalize, solver):
 
 
 # The compiler of torch 2.6 refuses the backward pass of an autograd.Function under grad.
+@needs_torch_2_6
 @pytest.mark.parametrize(
     "transform", ["jvp", "vmap", "hvp", pytest.param("grad", marks=needs_torch_2_9)]
 )

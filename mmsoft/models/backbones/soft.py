@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
+from mmsoft.ops.library import autocast_enabled
 from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention
@@ -308,7 +309,7 @@ class SOFT(Backbone):
             )
         stage: Any = self.stages[0]
         dtype = stage.pos_embed.dtype
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        autocast = not x.is_meta and autocast_enabled(x.device.type)
         if x.dtype != dtype and not (autocast and x.is_floating_point()):
             raise TypeError(f"x must be {dtype}, as the weights, got {x.dtype}")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backends import EAGER, Implementation, Operation
 from ..island import compute_dtype, matmul, no_autocast
 from ..launch import TRITON, lazily, refusal
+from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import eager
 from .kernel import empty_gradients, empty_like_tokens, gaussian_kernel
@@ -36,7 +37,7 @@ BACKWARD = Operation(
 )
 
 
-@torch.library.custom_op("mmsoft::gaussian_kernel_product", mutates_args=())
+@custom_op("mmsoft::gaussian_kernel_product")
 def _product(
     x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
 ) -> Tensor:
@@ -48,7 +49,7 @@ def _(x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool 
     return empty_like_tokens(x, w.shape[-1], compute_dtype(x, y, w))
 
 
-@torch.library.custom_op("mmsoft::gaussian_kernel_product_backward", mutates_args=())
+@custom_op("mmsoft::gaussian_kernel_product_backward")
 def _product_backward(
     grad: Tensor,
     x: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
 from ..island import for_func, matmul, no_autocast
+from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import eager
 
@@ -14,7 +15,7 @@ NEWTON = Operation("newton_raphson_pinv", Implementation(EAGER, eager.newton))
 SOLVE = Operation("tikhonov_solve", Implementation(EAGER, eager.solve))
 
 
-@torch.library.custom_op("mmsoft::newton_raphson_pinv", mutates_args=())
+@custom_op("mmsoft::newton_raphson_pinv")
 def _newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
     return NEWTON(a, alpha, cubic, steps)
 
@@ -50,7 +51,7 @@ def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
         return torch.linalg.inv(eye + x @ (a - a.detach())) @ x
 
 
-@torch.library.custom_op("mmsoft::tikhonov_solve", mutates_args=())
+@custom_op("mmsoft::tikhonov_solve")
 def _solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     return SOLVE(a, mu, b)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
+from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import choice, eager
 from .grid import landmark_grid
@@ -15,7 +16,7 @@ BACKWARD = Operation("landmark_patches_backward", Implementation(EAGER, eager.sc
 CHOICE = Operation("landmark_choice", Implementation(EAGER, choice.choose))
 
 
-@torch.library.custom_op("mmsoft::landmark_patches", mutates_args=())
+@custom_op("mmsoft::landmark_patches")
 def _patches(
     q: Tensor,
     height: int,
@@ -43,7 +44,7 @@ def _(
     return q.new_empty(q.shape[0], count, heads, stride * stride, q.shape[2] // heads)
 
 
-@torch.library.custom_op("mmsoft::landmark_patches_backward", mutates_args=())
+@custom_op("mmsoft::landmark_patches_backward")
 def _patches_backward(
     grad: Tensor,
     height: int,
@@ -115,7 +116,7 @@ def patches(
     return gather(q, height, width, heads, stride, max_landmarks, index)
 
 
-@torch.library.custom_op("mmsoft::landmark_choice", mutates_args=())
+@custom_op("mmsoft::landmark_choice")
 def _choice(
     candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

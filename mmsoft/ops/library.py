@@ -1,0 +1,99 @@
+"""What this package needs of torch that its older versions, from 2.1 on, have elsewhere or lack."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is at work on a type of device."""
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
+
+
+# ----------------------------------------------------------------------------- custom operators
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    bool: "bool",
+    Sequence[bool]: "bool[]",
+}
+
+
+def _schema(function: Callable) -> str:
+    signature = inspect.signature(function)
+    arguments = []
+    for name, parameter in signature.parameters.items():
+        default = "" if parameter.default is parameter.empty else f"={parameter.default}"
+        arguments.append(f"{_TYPES[parameter.annotation]} {name}{default}")
+    returned = signature.return_annotation
+    results = [_TYPES[kind] for kind in getattr(returned, "__args__", (returned,))]
+    return f"({', '.join(arguments)}) -> ({', '.join(results)})"
+
+
+class CustomOperator:
+    """What ``torch.library.custom_op`` gives, for torch before 2.4, as far as we use it.
+
+    Args:
+        name: ``'namespace::name'``.
+        function: with annotated arguments, which computes it.
+    """
+
+    libraries: ClassVar[dict[str, torch.library.Library]] = {}  # registered while they are held
+
+    def __init__(self, name: str, function: Callable):
+        namespace, self.name = name.split("::")
+        if namespace not in self.libraries:
+            self.libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+        self.library = self.libraries[namespace]
+        self.signature = inspect.signature(function)
+        self.library.define(self.name + _schema(function))
+        self.overload = getattr(torch.ops, namespace).__getattr__(self.name).default
+        self.library.impl(self.name, self._complete(function), "CompositeExplicitAutograd")
+
+    def _complete(self, function: Callable) -> Callable:
+        """The dispatcher leaves out arguments that equal their defaults."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            bound = self.signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return function(*bound.args)
+
+        return run
+
+    def register_fake(self, function: Callable) -> Callable:
+        """Say what shapes and dtypes the results have."""
+        self.library.impl(self.name, self._complete(function), "Meta")
+        return function
+
+    def register_autograd(
+        self, backward: Callable, *, setup_context: Callable = lambda *_: None
+    ) -> None:
+        """Say how gradients are computed."""
+        overload = self.overload
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = overload(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        static = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+        function: Any = type(self.name, (torch.autograd.Function,), static)
+        self.library.impl(self.name, self._complete(function.apply), "Autograd")
+
+
+def custom_op(name: str) -> Callable[[Callable], Any]:
+    """Make a custom operator of a function that changes none of its arguments."""
+    if hasattr(torch.library, "custom_op"):
+        return torch.library.custom_op(name, mutates_args=())
+    return lambda function: CustomOperator(name, function)
