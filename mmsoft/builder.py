@@ -12,7 +12,15 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
-_EXTRAS = dict(mmdet="det", mmseg="seg", mmpretrain="cls")  # ours that bring a package; else peers
+# Ours that bring a package; else peers.
+_EXTRAS = dict(
+    mmdet="det",
+    mmseg="seg",
+    mmpretrain="cls",
+    onnx="deploy",
+    onnxruntime="deploy",
+    onnxscript="deploy",
+)
 
 
 def require(package: str) -> None:

@@ -23,6 +23,7 @@ ORDER = (
     "commands",
     "models",
     "analysis",
+    "export",
     "engine",
     "visualization",
     "benchmark",

@@ -60,7 +60,8 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
     candidates = alpha[..., None] * torch.exp2(-halvings)  # [B, 1, 1, 10]
     off_diagonal = (columns - diagonal)[..., None]
     norm = (1 - candidates * diagonal[..., None]).abs() + candidates * off_diagonal
-    rejected = (norm.amax((1, 2)) > _GUARD).to(a.dtype).cumprod(-1).sum(-1)[:, None, None]  # [B]
+    accepted = 1 - (norm.amax((1, 2)) > _GUARD).to(a.dtype)
+    rejected = (accepted.cumsum(-1) == 0).to(a.dtype).sum(-1)[:, None, None]  # [B]
     alpha = alpha * torch.exp2(-rejected)
     cubic = torch.where(rejected == 0, alpha.square() / 4, 0)
     return alpha[..., None], cubic[..., None]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..gaussian.kernel import COORDINATE_MAX, centre
 from ..island import compute_dtype, no_autocast
-from ..mode import readable
+from ..mode import may_decide
 
 
 def choose(
@@ -36,7 +36,7 @@ def choose(
         nearness = nearness.masked_fill(~there, -torch.inf)
     left, pivot = residual.amax(1, keepdim=True), nearness.argmax(1, keepdim=True)
     pivots, present = [], []
-    stops = readable(candidates)
+    stops = may_decide(candidates)
     for j in range(kept):
         new = left > tolerance
         if j and stops and not new.any():

@@ -1,0 +1,150 @@
+"""Our custom operators as functions of ONNX: where it takes loops, and has no linear algebra.
+
+Written in onnxscript, which reads the source: the annotations tell the types, and every name has
+to be the operator set's, an argument or a constant. Functions of one definition, called once for
+each layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnxscript
+import torch
+from onnxscript import BOOL, FLOAT, INT64
+from onnxscript import opset18 as op
+
+from mmsoft.ops.inverse import TIKHONOV
+
+_OURS = onnxscript.values.Opset("mmsoft", 1)
+
+
+def _scales(smallest: float) -> list[float]:
+    """Factors by which Newton's iterates for eigenvalues in ``[smallest, 1]`` converge fastest.
+
+    Scaled by ``2 / (l + u)`` the eigenvalues of ``M X`` lie evenly around 1, and a step maps
+    ``[1 - e, 1 + e]`` to ``[1 - e^2, 1]`` (Pan and Schreiber 1991). Ten for 1e-4, to below 1e-8.
+    """
+    low, scales = smallest, list[float]()
+    while low < 1 - 1e-8:
+        scales.append(2 / (low + 1))
+        low = 1 - ((1 - low) / (1 + low)) ** 2
+    return scales
+
+
+SCALES = _scales(TIKHONOV**2 / (1 + TIKHONOV**2))
+
+
+@onnxscript.script(_OURS, default_opset=op)
+def newton_raphson_pinv(a: FLOAT, alpha: FLOAT, cubic: FLOAT, steps: INT64) -> FLOAT:
+    """``mmsoft.ops.newton_raphson_pinv``."""
+    x = alpha * a - cubic * op.MatMul(a, op.MatMul(a, a))
+    for _i in range(steps):
+        x = 2.0 * x - op.MatMul(x, op.MatMul(a, x))
+    return x
+
+
+@onnxscript.script(_OURS, default_opset=op)
+def tikhonov_solve(a: FLOAT, mu: FLOAT, b: FLOAT, scales: FLOAT) -> FLOAT:
+    """``(A^2 + mu^2 I)^-1 b``, for ``mu`` = 0.01 times the largest row sum, by products alone.
+
+    Newton's iteration for the inverse, then two corrections of the solution, whose residual is
+    formed with ``A``, not ``A^2``: closer to the exact result than Cholesky's factor in float32.
+    """
+    ridge = mu * mu
+    largest = ridge * 10001.0
+    rows = op.Slice(op.Shape(a), [-1], [10], [0])
+    eye = op.CastLike(
+        op.Equal(
+            op.Unsqueeze(op.Range(0, op.Squeeze(rows), 1), [1]),
+            op.Unsqueeze(op.Range(0, op.Squeeze(rows), 1), [0]),
+        ),
+        a,
+    )
+    m = (op.MatMul(a, a) + ridge * eye) / largest
+    x = op.Expand(eye, op.Shape(a))
+    for i in range(10):
+        scale = op.Gather(scales, i)
+        x = scale * (2.0 * x - scale * op.MatMul(x, op.MatMul(m, x)))
+    solution = op.MatMul(x, b / largest)
+    for _j in range(2):
+        residual = b - op.MatMul(a, op.MatMul(a, solution)) - ridge * solution
+        solution = solution + op.MatMul(x, residual / largest)
+    return solution
+
+
+@onnxscript.script(_OURS, default_opset=op)
+def landmark_choice(candidates: FLOAT, budget: INT64, tolerance: FLOAT) -> tuple[INT64, BOOL]:
+    """``mmsoft.ops.choose_landmarks``, without the early end: what is idle is absent."""
+    shape = op.Shape(candidates)
+    total = op.Gather(shape, 2)
+    kept = op.Min(total, budget)
+    points = op.Reshape(candidates, op.Concat([-1], op.Slice(shape, [2], [4]), axis=0))
+    points = op.Clip(points, -1e9, 1e9)
+    squared = op.ReduceSumSquare(points, [2], keepdims=1)
+    near = op.CastLike(squared <= 16.0 * op.ReduceMin(squared, [1], keepdims=1), points)
+    middle = op.ReduceSum(near * points, [1], keepdims=1) / op.ReduceSum(near, [1], keepdims=1)
+    points = points - middle  # [P, M, d]
+    half = op.Squeeze(op.ReduceSumSquare(points, [2], keepdims=1), [2]) * 0.5  # [P, M]
+    # The exponents are products of [p, 1, -half] with [p, -half, 1], as elsewhere.
+    column = op.Unsqueeze(half, [2])
+    ones = column * 0.0 + 1.0
+    left_side = op.Concat(points, ones, -column, axis=2)
+    right_side = op.Transpose(op.Concat(points, -column, ones, axis=2), perm=[0, 2, 1])
+
+    everyone = op.Unsqueeze(op.Range(0, total, 1), [0])  # [1, M]
+    # Rows of the factor and, below them, what they do not explain: one variable, because two may
+    # change places in a loop of onnxscript 0.7.
+    lines = op.Unsqueeze(op.Range(0, kept + 1, 1), [0, 2])  # [1, k + 1, 1]
+    last = op.CastLike(lines == kept, half)
+    state = last + 0.0 * op.Unsqueeze(half, [1])  # [P, k + 1, M]
+    for j in range(kept):
+        residual = op.ReduceSum(last * state, [1], keepdims=0)  # [P, M]
+        pivot = op.ArgMax(op.Where(j == 0, -half, residual), axis=1, keepdims=1)  # [P, 1]
+        at_pivot = everyone == pivot  # [P, M]
+        left = op.ReduceSum(op.Where(at_pivot, residual, 0.0), [1], keepdims=1)
+        chosen = op.Unsqueeze(op.CastLike(at_pivot, half), [1])  # [P, 1, M]
+        row = op.MatMul(op.MatMul(chosen, left_side), right_side)
+        row = op.Exp(op.Min(op.Squeeze(row, [1]), 0.0))
+        row = op.Where(at_pivot, 1.0, row)
+        at_pivot_before = (1.0 - last) * op.MatMul(state, op.Transpose(chosen, perm=[0, 2, 1]))
+        explained = op.MatMul(op.Transpose(at_pivot_before, perm=[0, 2, 1]), state)
+        row = row - op.Squeeze(explained, [1])
+        row = op.Where(left > tolerance, row / op.Sqrt(op.Max(left, 1e-12)), 0.0)
+        residual = op.Where(at_pivot, -1.0, residual - row * row)
+        state = op.Where(lines == j, op.Unsqueeze(row, [1]), state)
+        state = op.Where(lines == kept, op.Unsqueeze(residual, [1]), state)
+    factor = op.Slice(state, [0], op.Unsqueeze(kept, [0]), [1])  # [P, k, M]
+    pivots = op.ArgMax(factor, axis=2, keepdims=0)  # [P, k]: a row is largest at its pivot
+    taken = op.ReduceMax(factor, [2], keepdims=0) > 0.0
+    index = op.Where(taken, pivots, 0)
+    result = op.Concat(op.Slice(shape, [0], [2]), [-1], axis=0)
+    return op.Reshape(index, result), op.Reshape(taken, result)
+
+
+def _number(value: Any) -> Any:
+    """A number of tokens or landmarks: of this program, or an expression of its sizes."""
+    return op.Constant(value_int=value) if isinstance(value, int) else value
+
+
+def _newton(a: Any, alpha: Any, cubic: Any, steps: Any) -> Any:
+    return newton_raphson_pinv(a, alpha, cubic, _number(steps))
+
+
+def _solve(a: Any, mu: Any, b: Any) -> Any:
+    return tikhonov_solve(a, mu, b, op.Constant(value_floats=SCALES))
+
+
+def _choice(candidates: Any, budget: Any, tolerance: float, mask: Any = None) -> Any:
+    if mask is not None:
+        raise NotImplementedError("the choice of landmarks of padded sequences is not exported")
+    return landmark_choice(candidates, _number(budget), op.Constant(value_float=tolerance))
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """For ``torch.onnx.export``: custom operator -> the function that stands for it."""
+    ops = torch.ops.mmsoft
+    return {
+        ops.newton_raphson_pinv.default: _newton,
+        ops.tikhonov_solve.default: _solve,
+        ops.landmark_choice.default: _choice,
+    }

@@ -1,0 +1,125 @@
+"""A module from images to tensors for each kind of model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PARTS = ("model", "backbone")
+
+
+class _Part(nn.Module):
+    """What all have: names of the outputs, and the stride of the coarsest features."""
+
+    names: Sequence[str] = ("logits",)
+    coarsest = 32
+
+
+class _Backbone(_Part):
+    """Features, or the class token."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.backbone = model.backbone
+        if getattr(self.backbone, "out_type", "featmap") == "cls_token":
+            self.names = ["cls_token"]
+        else:
+            self.names = [f"stage{i + 1}" for i in self.backbone.out_indices]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.backbone(images))
+
+
+class _Classifier(_Part):
+    """Logits ``[B, classes]``."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.model(images, mode="tensor"),)
+
+
+class _Segmentor(_Part):
+    """Logits ``[B, classes, H, W]`` of whole images."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.backbone = model.backbone
+        self.neck = model.neck if model.with_neck else nn.Identity()
+        self.decode_head = model.decode_head
+        self.align_corners = model.align_corners
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        logits = self.decode_head(self.neck(self.backbone(images)))
+        size = images.shape[2:]
+        # The cheapest place for it: the classes are few, and what follows is the argmax.
+        return (F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners),)
+
+
+class _Detector(_Part):
+    """What the dense head says of every anchor, level by level, before any post-processing.
+
+    A two-stage detector's dense head is that of its proposals; its features come too, from which a
+    program of its own has to pool regions.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.backbone = model.backbone
+        self.neck = model.neck if model.with_neck else nn.Identity()
+        self.two_stage = bool(getattr(model, "with_rpn", False))
+        self.head = model.rpn_head if self.two_stage else model.bbox_head
+        strides = [max(stride) for stride in self.head.prior_generator.strides]
+        self.coarsest, levels = max(strides), len(strides)
+        names = ["features"] if self.two_stage else []
+        names += ["cls_scores", "bbox_preds"]
+        self.names = [f"{name}_{level}" for name in names for level in range(levels)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = tuple(self.neck(self.backbone(images)))
+        scores, boxes = self.head(features)
+        return (*(features if self.two_stage else ()), *scores, *boxes)
+
+
+def exportable(model: Any, part: str = "model") -> Any:
+    """The part of a model that leaves as a program: from images ``[B, 3, H, W]`` to tensors.
+
+    Args:
+        model: a classifier, segmentor or detector in evaluation mode, from
+            :func:`mmsoft.analysis.load_model`. Images are as its data preprocessor hands them over:
+            normalized and padded.
+        part: ``'model'`` for logits of a classifier, logits of a segmentor at the size of the
+            image, or what a detector's dense head says before post-processing; ``'backbone'`` for
+            its features.
+
+    Returns:
+        A module that returns a tuple, and the names of what is in it as ``module.names``.
+
+    Raises:
+        ValueError: ``part`` is unknown, or the model is of no kind that can be exported.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {PARTS}, got {part!r}")
+    if model.training:
+        raise ValueError("the model must be in evaluation mode: call model.eval()")
+    if part == "backbone":
+        module: _Part = _Backbone(model)
+    elif hasattr(model, "decode_head"):
+        if not hasattr(model, "align_corners"):
+            raise ValueError(
+                f"{type(model).__name__} has several decode heads; export its backbone"
+            )
+        module = _Segmentor(model)
+    elif hasattr(getattr(model, "bbox_head", getattr(model, "rpn_head", None)), "prior_generator"):
+        module = _Detector(model)
+    elif hasattr(model, "head"):
+        module = _Classifier(model)
+    else:
+        raise ValueError(
+            f"{type(model).__name__} is no classifier, encoder-decoder or detector with a dense "
+            "head; export its backbone (part='backbone') and the rest by yourself"
+        )
+    return module.eval()

@@ -1,0 +1,78 @@
+"""ONNX files, compared with the model by onnxruntime before they get their name."""
+
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from mmsoft.builder import require
+from mmsoft.fileio import write_whole
+
+from .program import TOLERANCE, Difference, Input, compare, record, refuse, size_limits
+
+OPSET = 18
+
+
+def export_onnx(
+    module: Any, inputs: Input, path: str | os.PathLike, *, tolerance: float = TOLERANCE
+) -> list[Difference]:
+    """Write an ONNX file of opset 18, which holds its weights.
+
+    The inverses and the choice of landmarks are functions of the file, in its domain ``mmsoft``.
+
+    Args:
+        module: from :func:`exportable`, on the CPU.
+        inputs: the images.
+        path: of the file, ``.onnx``; written whole, or not at all.
+        tolerance: how far an output may be from the module's, relative to its largest value.
+
+    Returns:
+        How far they are in onnxruntime, for each output and several sizes.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+        ValueError: the file's outputs differ by more.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package)
+    from .functions import translations
+
+    program = record(module, inputs, linear_algebra=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of onnxscript and torch, about each other
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=list(module.names),
+            opset_version=OPSET,
+            custom_translation_table=translations(),
+            external_data=False,
+        )
+    assert converted is not None
+    with write_whole(path) as partial:
+        converted.save(partial, external_data=False)
+        differences = []
+        session = start(partial)
+        for images in inputs.checked(size_limits(module)):
+            with torch.no_grad():
+                expected = module(images)
+            found = session.run(None, {"images": images.numpy()})
+            differences += compare(module.names, images, expected, found)
+        refuse(differences, tolerance)
+    return differences
+
+
+def start(path: str | os.PathLike) -> Any:
+    """An onnxruntime session on the CPU, with as many threads as torch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # it warns of every constant that it folds
+    return onnxruntime.InferenceSession(
+        os.fspath(path), options, providers=["CPUExecutionProvider"]
+    )

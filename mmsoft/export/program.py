@@ -1,0 +1,234 @@
+"""``torch.export`` of a module from images to tensors, and the file that it gives."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mmsoft.fileio import write_whole
+from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
+
+from .bodies import PlainTorch
+
+STRIDE = 32  # pixels: one token of stage 4, one landmark in each of the others
+LARGEST = 4096  # of a dynamic height and width
+TOLERANCE = 1e-4  # of the largest output
+
+
+@dataclass(frozen=True)
+class Input:
+    """The images that a program takes: ``[batch, 3, height, width]``.
+
+    Attributes:
+        shape: (height, width) in pixels, of the sample that the program is recorded with.
+        batch: images in it.
+        dynamic_batch: take any number of images.
+        dynamic_size: take heights and widths that are multiples of 32: at least 64 pixels, more
+            than the stride of a detector's coarsest level; at most 4096, or what ``max_keys``
+            leaves alone.
+    """
+
+    shape: tuple[int, int] = (224, 224)
+    batch: int = 1
+    dynamic_batch: bool = False
+    dynamic_size: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < STRIDE:
+            raise ValueError(f"shape must be at least {STRIDE} pixels a side, got {self.shape}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+
+    def images(self, batch: int, shape: tuple[int, int]) -> Tensor:
+        """Smooth random images: of pure noise, every patch is like every other."""
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.randn(batch, 3, 9, 9, generator=generator)
+        images = torch.nn.functional.interpolate(coarse, shape, mode="bicubic")
+        return images + 0.1 * torch.randn(images.shape, generator=generator)
+
+    def recorded(self, limits: tuple[int, int]) -> Tensor:
+        """The sample. Where it may change, a number unlike any in the model.
+
+        torch takes 1 for a constant, and a size that equals another number for that number: a
+        detector recorded at 96 pixels, with 96 channels, held for 96 pixels only (torch 2.13).
+        """
+        batch = 7 if self.dynamic_batch else self.batch
+        shape = self.shape
+        if self.dynamic_size:
+            shape = (min(11 * STRIDE, limits[1]), min(13 * STRIDE, limits[1]))
+        return self.images(batch, shape)
+
+    def checked(self, limits: tuple[int, int]) -> list[Tensor]:
+        """Images of all sizes and numbers for which to compare program and model."""
+        shapes = [self.shape]
+        if self.dynamic_size:
+            height, width = self.shape
+            shapes.append((limits[0], min(width + 3 * STRIDE, limits[1])))
+            shapes.append((min(height + STRIDE, limits[1]), limits[0] + STRIDE))
+        batches = [self.batch, self.batch + 1] if self.dynamic_batch else [self.batch]
+        return [self.images(batch, shape) for batch in batches for shape in shapes]
+
+    def dims(self, limits: tuple[int, int]) -> dict[int, Any]:
+        """For ``torch.export``."""
+        dims: dict[int, Any] = {}
+        if self.dynamic_batch:
+            dims[0] = Dim("batch", min=1, max=1024)
+        if self.dynamic_size:
+            low, high = (limit // STRIDE for limit in limits)
+            # Of other sizes torch cannot tell that patches of landmarks fit into the tokens.
+            dims[2] = STRIDE * Dim("rows", min=low, max=high)
+            dims[3] = STRIDE * Dim("columns", min=low, max=high)
+        return dims
+
+
+def size_limits(module: Any) -> tuple[int, int]:
+    """Between which sides, multiples of 32, a program of any size holds.
+
+    Below, a level of the features has one row, which torch takes for a constant. Above,
+    ``max_keys`` changes what stage 4 computes.
+    """
+    keys = [
+        math.isqrt(layer.max_keys) * STRIDE
+        for layer in module.modules()
+        if isinstance(layer, SoftmaxAttention) and layer.max_keys is not None
+    ]
+    return module.coarsest + STRIDE, min([LARGEST, *keys])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a program's output differs from the model's."""
+
+    images: tuple[int, ...]  # shape
+    name: str
+    shape: tuple[int, ...]
+    error: float  # largest absolute difference over the largest absolute value
+
+
+def compare(
+    names: list[str], images: Tensor, expected: tuple[Tensor, ...], found: list[Any]
+) -> list[Difference]:
+    """One :class:`Difference` for each output."""
+    result = []
+    for name, ours, theirs in zip(names, expected, found, strict=True):
+        other = torch.as_tensor(theirs)
+        if other.shape != ours.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(other.shape)}, the model's {tuple(ours.shape)}"
+            )
+        scale = ours.abs().max().clamp(min=torch.finfo(ours.dtype).tiny)
+        error = float((other - ours).abs().max() / scale)
+        error = error if math.isfinite(error) else math.inf
+        result.append(Difference(tuple(images.shape), name, tuple(ours.shape), error))
+    return result
+
+
+def refuse(differences: list[Difference], tolerance: float) -> None:
+    """Raise ValueError if one of them is too large."""
+    worst = max(differences, key=lambda difference: difference.error)
+    if not worst.error <= tolerance:
+        raise ValueError(
+            f"the program's {worst.name} differs from the model's by {worst.error:.1e} of its "
+            f"largest value for images {worst.images}, more than {tolerance:g}; nothing was written"
+        )
+
+
+class _Plain(nn.Module):
+    """The module, recorded without our custom operators."""
+
+    def __init__(self, module: nn.Module, linear_algebra: bool):
+        super().__init__()
+        self.module = module
+        self.linear_algebra = linear_algebra
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        with PlainTorch(self.linear_algebra):
+            return self.module(images)
+
+
+@torch.no_grad()
+def record(module: nn.Module, inputs: Input, *, linear_algebra: bool) -> ExportedProgram:
+    """The program of a module from :func:`exportable`, in plain torch.
+
+    Args:
+        module: on the CPU, in evaluation mode.
+        inputs: the images.
+        linear_algebra: False leaves the inverses and the choice of landmarks as custom operators.
+
+    Raises:
+        ValueError: no program of any size takes images of this one.
+    """
+    limits = size_limits(module)
+    if inputs.dynamic_size:
+        for side in inputs.shape:
+            if side % STRIDE or not limits[0] <= side <= limits[1]:
+                raise ValueError(
+                    f"a program of any size takes multiples of {STRIDE} pixels from {limits[0]} to "
+                    f"{limits[1]} a side, but shape is {inputs.shape}: change it, or fix the size"
+                )
+    dims = inputs.dims(limits)
+    return torch.export.export(
+        _Plain(module, linear_algebra),
+        (inputs.recorded(limits),),
+        dynamic_shapes={"images": dims} if dims else None,
+        strict=False,
+    )
+
+
+def export_program(
+    module: Any, inputs: Input, path: str | os.PathLike, *, tolerance: float = TOLERANCE
+) -> list[Difference]:
+    """Write a ``torch.export`` program that any process with torch alone can load and run.
+
+    The program is compared with the module in a process that has not imported MMSOFT.
+
+    Args:
+        module: from :func:`exportable`, on the CPU.
+        inputs: the images.
+        path: of the file, ``.pt2``; written whole, or not at all.
+        tolerance: how far an output may be from the module's, relative to its largest value.
+
+    Returns:
+        How far they are, for each output and several sizes.
+
+    Raises:
+        ValueError: the program's outputs differ by more, or this module has no program of any size.
+    """
+    layers = [m for m in module.modules() if isinstance(m, SoftmaxFreeAttention)]
+    if inputs.dynamic_size and any(layer.by_content for layer in layers):
+        raise ValueError(
+            "landmarks by content are chosen in a loop that torch.export records for one size: "
+            "export without a dynamic size, or to ONNX"
+        )
+    program = record(module, inputs, linear_algebra=True).run_decompositions({})
+    cases = inputs.checked(size_limits(module))
+    with torch.no_grad():
+        expected = [module(images) for images in cases]
+    with write_whole(path) as partial:
+        torch.export.save(program, partial)
+        differences = []
+        for images, outputs, found in zip(cases, expected, run_elsewhere(partial, cases)):
+            differences += compare(module.names, images, outputs, found)
+        refuse(differences, tolerance)
+    return differences
+
+
+def run_elsewhere(program: Path, cases: list[Tensor]) -> list[list[Tensor]]:
+    """Outputs of a saved program for each case, from a process without MMSOFT."""
+    with TemporaryDirectory() as folder:
+        files = Path(folder, "cases.pt"), Path(folder, "outputs.pt")
+        torch.save(cases, files[0])
+        script = Path(__file__).with_name("standalone.py")
+        command = [sys.executable, *map(str, (script, os.path.abspath(program), *files))]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"the program does not run without mmsoft: {done.stderr[-500:]}")
+        return torch.load(files[1])

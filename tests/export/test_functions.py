@@ -1,0 +1,82 @@
+"""The operators as functions of ONNX, run by onnxruntime, against those of `mmsoft.ops`."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmsoft.ops import choose_landmarks, gaussian_gram, newton_raphson_pinv, step_size
+from mmsoft.ops.inverse import TIKHONOV
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from mmsoft.export import functions  # noqa: E402  (needs onnxscript)
+
+FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+
+
+def run(function, *arguments):
+    """Call a function of the domain `mmsoft` in a model of its own."""
+    body = function.to_function_proto()
+    node = onnx.helper.make_node(body.name, body.input, body.output, domain=body.domain)
+    arrays = [np.asarray(argument) for argument in arguments]
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, FLOAT if array.dtype == np.float32 else INT, None)
+        for name, array in zip(body.input, arrays)
+    ]
+    outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in body.output]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "call", inputs, outputs),
+        functions=[body],
+        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(body.domain, 1)],
+        ir_version=10,
+    )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, dict(zip(body.input, arrays, strict=True)))
+    return [torch.from_numpy(array) for array in found]
+
+
+def error(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("m", [1, 7, 63])
+def test_newton(m):
+    a = gaussian_gram(torch.randn(2, 3, m, 16) * 0.3)
+    alpha, cubic = step_size(a, guarded=True)
+    (found,) = run(functions.newton_raphson_pinv, a, alpha, cubic, np.int64(20))
+    expected = newton_raphson_pinv(a.double(), alpha.double(), cubic.double())
+    assert error(found, expected) < 1e-3  # of the largest entries; 4e-5 measured
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 0.3, 1, 3])
+@pytest.mark.parametrize("m", [1, 7, 63, 256])
+def test_solve_is_as_good_as_a_cholesky_factorization(m, spread):
+    """From matrices of ones, nearly, to the identity."""
+    a = gaussian_gram(torch.randn(2, 3, m, 16).double() * spread)
+    b = torch.randn(2, 3, m, 32).double()
+    mu = TIKHONOV * a.sum(-1).amax(-1)[..., None, None]
+    eye = torch.eye(m, dtype=torch.float64)
+    expected = torch.linalg.solve(a @ a + mu**2 * eye, a @ b)
+    a, mu, b = a.float(), mu.float(), b.float()
+    (found,) = run(functions.tikhonov_solve, a, mu, a @ b, np.float32(functions.SCALES))
+    factored = torch.ops.mmsoft.tikhonov_solve(a, mu, a @ b)
+    assert error(found, expected) <= 2 * error(factored, expected) + 1e-6
+    assert error(found, expected) < 3e-3  # 7e-4 measured, at a spread of 0.01
+
+
+def test_scales_are_those_of_the_loop():
+    assert len(functions.SCALES) == 10
+
+
+@pytest.mark.parametrize(
+    ("candidates", "budget", "tolerance"),
+    [(1, 5, 0.1), (7, 3, 0.1), (100, 20, 1e-3), (300, 300, 1e-2), (525, 49, 0.1)],
+)
+@pytest.mark.parametrize("spread", [0.1, 1])
+def test_choice(candidates, budget, tolerance, spread):
+    points = torch.randn(2, 3, candidates, 16) * spread + 5
+    found = run(functions.landmark_choice, points, np.int64(budget), np.float32(tolerance))
+    for ours, expected in zip(found, choose_landmarks(points, budget, tolerance=tolerance)):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)

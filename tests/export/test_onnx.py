@@ -1,0 +1,194 @@
+"""ONNX files of the smallest models, run by onnxruntime."""
+
+import pytest
+import torch
+from mini_models import LIBRARIES, import_library
+from mmengine.config import Config, ConfigDict
+from released import SMALL
+
+from mmsoft.analysis import load_model
+from mmsoft.builder import build_model
+from mmsoft.export import Input, export_onnx, exportable
+from mmsoft.export.program import Difference, refuse
+from mmsoft.models import SOFT, SOFTPlusPlus
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+DYNAMIC = dict(dynamic_batch=True, dynamic_size=True)
+long = pytest.mark.long
+
+
+class Model(torch.nn.Module):
+    """A backbone where OpenMMLab's models have it."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+
+def build(library, **backbone):
+    """The smallest model of a library, with one block a stage."""
+    import_library(library)
+    model = LIBRARIES[library](**backbone)
+    model["backbone"]["arch"] = SMALL
+    config = ConfigDict(default_scope=library, model=model)
+    torch.manual_seed(0)
+    return build_model(config).eval()
+
+
+def check(module, inputs, path, tolerance=2e-5):
+    """Export, and read the file as another program would."""
+    differences = export_onnx(module, inputs, path)
+    assert {difference.name for difference in differences} == set(module.names)
+    # 4e-6 measured, and 2e-5 by content with the direct solver, whose Cholesky factor is the worse.
+    assert max(difference.error for difference in differences) < tolerance
+    file = onnx.load(path)
+    onnx.checker.check_model(file)
+    assert [(opset.domain, opset.version) for opset in file.opset_import if not opset.domain] == [
+        ("", 18)
+    ]
+    assert [value.name for value in file.graph.input] == ["images"]
+    assert [value.name for value in file.graph.output] == list(module.names)
+    domains = {node.domain for node in file.graph.node}
+    assert domains <= {"", "mmsoft"}
+    return file, differences
+
+
+def test_backbone_of_one_size(tmp_path):
+    module = exportable(Model(SOFT(SMALL, newton_steps=7)).eval(), "backbone")
+    _, differences = check(module, Input((64, 97)), tmp_path / "soft.onnx")
+    assert {d.images for d in differences} == {(1, 3, 64, 97)}
+    assert [d.name for d in differences] == ["stage1", "stage2", "stage3", "stage4"]
+
+
+def test_backbone_of_any_size_by_content(tmp_path):
+    """The choice of landmarks is a loop; 9 of them, fewer and more than there are patches."""
+    options = dict(landmarks="content", solver="direct", max_landmarks=9, out_indices=(0,))
+    backbone = SOFTPlusPlus(SMALL, **options)
+    module = exportable(Model(backbone).eval(), "backbone")
+    inputs = Input((128, 160), batch=2, **DYNAMIC)
+    _, differences = check(module, inputs, tmp_path / "content.onnx", 1e-4)
+    batches, sizes = zip(*((d.images[0], d.images[2:]) for d in differences))
+    assert set(batches) == {2, 3}
+    assert len(set(sizes)) == 3
+
+
+@long
+@pytest.mark.parametrize("options", [dict(), dict(max_landmarks=16, max_keys=64)], ids=str)
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_backbones_of_any_size(tmp_path, options, solver):
+    module = exportable(Model(SOFTPlusPlus(SMALL, solver=solver, **options)).eval(), "backbone")
+    check(module, Input((128, 160), **DYNAMIC), tmp_path / "any.onnx", 1e-4)
+
+
+def test_classifier(tmp_path):
+    module = exportable(build("mmpretrain"))
+    _, (difference,) = check(module, Input((64, 64)), tmp_path / "classifier.onnx")
+    assert difference.shape == (1, 3)
+
+
+def test_segmentor_gives_logits_at_the_size_of_the_image(tmp_path):
+    model = build("mmseg", max_landmarks=9)
+    module = exportable(model)
+    _, (difference,) = check(module, Input((64, 96)), tmp_path / "segmentor.onnx")
+    assert difference.shape == (1, 2, 64, 96)
+    images = torch.randn(1, 3, 64, 96)
+    meta = [dict(ori_shape=(64, 96), img_shape=(64, 96))]
+    with torch.no_grad():
+        (ours,), expected = module(images), model.inference(images, meta)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_detector_gives_what_its_dense_head_says(tmp_path):
+    model = build("mmdet")
+    module = exportable(model)
+    _, differences = check(module, Input((64, 96)), tmp_path / "detector.onnx")
+    assert [d.name for d in differences][::5] == ["cls_scores_0", "bbox_preds_0"]
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        scores, boxes = model(images, mode="tensor")
+        for ours, expected in zip(module(images), (*scores, *boxes), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+@long
+@pytest.mark.parametrize("library", ["mmdet", "mmseg", "mmpretrain"])
+def test_models_of_any_size(tmp_path, library):
+    module = exportable(build(library, max_landmarks=9))
+    check(module, Input((192, 160), **DYNAMIC), tmp_path / "any.onnx")
+
+
+def test_two_stage_detector_gives_features_and_proposals(root):
+    config = Config.fromfile(root / "configs/demo/mask-rcnn_softpp-mini_fpn_shapes.py")
+    module = exportable(load_model(config))
+    assert module.names[::3] == ["features_0", "cls_scores_0", "bbox_preds_0"]
+    with torch.no_grad():
+        outputs = module(torch.randn(1, 3, 64, 64))
+    assert len(outputs) == len(module.names)
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
+    """Newton-Raphson of another number of steps."""
+    from mmsoft.export import functions
+
+    monkeypatch.setattr(functions, "_number", lambda value: functions.op.Constant(value_int=3))
+    path = tmp_path / "wrong.onnx"
+    path.write_text("an earlier file")
+    module = exportable(Model(SOFTPlusPlus(SMALL, out_indices=(0,))).eval(), "backbone")
+    with pytest.raises(
+        ValueError, match=r"stage1 differs from the model's by .* nothing was written"
+    ):
+        export_onnx(module, Input((64, 64)), path)
+    assert path.read_text() == "an earlier file"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["wrong.onnx"]
+
+
+def test_not_a_number_is_a_difference():
+    for error in (2e-4, float("inf")):
+        with pytest.raises(ValueError, match="differs"):
+            refuse([Difference((1,), "a", (1,), 0), Difference((1,), "b", (1,), error)], 1e-4)
+
+
+def test_invalid_inputs():
+    with pytest.raises(ValueError, match="at least 32 pixels a side"):
+        Input((31, 64))
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        Input(batch=0)
+    with pytest.raises(ValueError, match="part must be one of"):
+        exportable(Model(SOFT(SMALL)).eval(), "neck")
+    with pytest.raises(ValueError, match="evaluation mode"):
+        exportable(Model(SOFT(SMALL)).train(), "backbone")
+    with pytest.raises(ValueError, match="no classifier"):
+        exportable(Model(SOFT(SMALL)).eval())
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((224, 230), dict(), "multiples of 32 pixels from 64 to 4096 a side"),
+        ((32, 224), dict(), "multiples of 32 pixels from 64"),
+        ((288, 320), dict(max_keys=64), "to 256 a side"),
+    ],
+)
+def test_no_program_of_any_size(tmp_path, shape, options, message):
+    module = exportable(Model(SOFTPlusPlus(SMALL, **options)).eval(), "backbone")
+    with pytest.raises(ValueError, match=message):
+        export_onnx(module, Input(shape, dynamic_size=True), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    from mmsoft import builder
+
+    found = builder.find_spec
+    monkeypatch.setattr(
+        builder, "find_spec", lambda name: None if name == "onnxscript" else found(name)
+    )
+    module = exportable(Model(SOFT(SMALL)).eval(), "backbone")
+    with pytest.raises(ImportError, match=r"onnxscript is missing: pip install 'mmsoft\[deploy\]'"):
+        export_onnx(module, Input(), tmp_path / "model.onnx")

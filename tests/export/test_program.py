@@ -1,0 +1,77 @@
+"""torch.export programs, run in a process without MMSOFT."""
+
+import pytest
+import torch
+from mini_models import build
+from released import SMALL
+
+from mmsoft.export import Input, export_program, exportable
+from mmsoft.export.program import record
+from mmsoft.models import SOFTPlusPlus
+
+
+class Model(torch.nn.Module):
+    """A backbone where OpenMMLab's models have it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.backbone = SOFTPlusPlus(SMALL, **options)
+
+
+def operators(program):
+    """Names of all that is called, also in the parts that torch keeps apart for autocast."""
+    modules = (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
+    nodes = (node for module in modules for node in module.graph.nodes)
+    return {str(node.target).removesuffix(".default") for node in nodes}
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs"),
+    [
+        (
+            dict(solver="direct", max_landmarks=9, out_indices=(1,)),
+            dict(dynamic_size=True, dynamic_batch=True),
+        ),
+        (dict(landmarks="content", max_landmarks=4, out_indices=(0,)), dict()),
+    ],
+    ids=str,
+)
+def test_runs_without_mmsoft(tmp_path, options, inputs):
+    module = exportable(Model(**options).eval(), "backbone")
+    differences = export_program(module, Input((96, 128), **inputs), tmp_path / "model.pt2")
+    assert max(difference.error for difference in differences) < 1e-5
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert not {name for name in operators(program) if name.startswith("mmsoft")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("library", ["mmdet", "mmseg", "mmpretrain"])
+def test_models(tmp_path, library):
+    inputs = Input((192, 160), dynamic_size=True, dynamic_batch=True)
+    module = exportable(build(library, max_landmarks=9).eval())
+    differences = export_program(module, inputs, tmp_path / "model.pt2")
+    assert max(difference.error for difference in differences) < 1e-5
+
+
+@pytest.mark.parametrize("by_content", [False, True])
+def test_recorded_and_custom_operators_stay_where_asked(by_content):
+    module = exportable(
+        Model(landmarks="content" if by_content else "released", out_indices=(0,)).eval(),
+        "backbone",
+    )
+    program = record(module, Input((64, 64)), linear_algebra=False)
+    expected = "mmsoft.landmark_choice" if by_content else "mmsoft.newton_raphson_pinv"
+    assert {name for name in operators(program) if name.startswith("mmsoft")} == {expected}
+
+
+def test_by_content_of_any_size_is_refused(tmp_path):
+    module = exportable(Model(landmarks="content").eval(), "backbone")
+    with pytest.raises(ValueError, match="records for one size: export without a dynamic size"):
+        export_program(module, Input(dynamic_size=True), tmp_path / "model.pt2")
+
+
+def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
+    module = exportable(Model(out_indices=(0,)).eval(), "backbone")
+    with pytest.raises(ValueError, match="nothing was written"):
+        export_program(module, Input((64, 64)), tmp_path / "model.pt2", tolerance=0)
+    assert not list(tmp_path.iterdir())

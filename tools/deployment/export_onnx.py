@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Export a classifier, segmentor or detector to ONNX or torch.export, and compare the results.
+
+    python tools/deployment/export_onnx.py CONFIG CHECKPOINT --out model.onnx --dynamic size
+
+The program takes images as the config's data preprocessor hands them over, normalized, and returns
+a classifier's logits, a segmentor's logits at the size of the image, what a detector's dense head
+says of every anchor, or with `--part backbone` the features. onnxruntime, or for `--format pt2` a
+process without MMSOFT, runs it on images of several sizes; the file is written only if every output
+agrees with the model's.
+"""
+
+import argparse
+import sys
+import time
+
+from mmengine.logging import MMLogger
+from tabulate import tabulate
+
+from mmsoft.analysis import load_model
+from mmsoft.builder import add_shape, config_parser, read_config, tool_main
+from mmsoft.export import Input, export_onnx, export_program, exportable
+from mmsoft.export.modules import PARTS
+from mmsoft.export.program import TOLERANCE
+
+FORMATS = dict(onnx=export_onnx, pt2=export_program)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = config_parser(__doc__)
+    parser.add_argument("checkpoint", nargs="?", help="default: the config's own initialization")
+    add_shape(parser)
+    parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument(
+        "--dynamic",
+        nargs="+",
+        choices=("batch", "size"),
+        default=[],
+        help="take any number of images, any height and width",
+    )
+    parser.add_argument("--part", choices=PARTS, default="model", help="default: model")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
+    parser.add_argument("--out", required=True, help="file to write, .onnx or .pt2")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"largest difference, relative to the largest output (default: {TOLERANCE:g})",
+    )
+    args = parser.parse_args()
+    if not args.out.endswith(f".{args.format}"):
+        parser.error(f"--out must end in .{args.format}, got {args.out}")
+    return args
+
+
+@tool_main
+def main() -> None:
+    """Run the command line."""
+    args = parse_args()
+    start = time.perf_counter()
+    MMLogger.get_instance("export_onnx").setLevel("ERROR")  # each parameter, when initialized
+    inputs = Input(args.shape, args.batch, "batch" in args.dynamic, "size" in args.dynamic)
+    module = exportable(load_model(read_config(args), args.checkpoint), args.part)
+    differences = FORMATS[args.format](module, inputs, args.out, tolerance=args.tolerance)
+    rows = [
+        ["x".join(map(str, d.images)), d.name, "x".join(map(str, d.shape)), f"{d.error:.1e}"]
+        for d in differences
+    ]
+    print(tabulate(rows, ["images", "output", "shape", "error"], "github", disable_numparse=True))
+    print(f"{args.out}, in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
