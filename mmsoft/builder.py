@@ -20,6 +20,9 @@ _EXTRAS = dict(
     onnx="deploy",
     onnxruntime="deploy",
     onnxscript="deploy",
+    flask="explore",
+    waitress="explore",
+    matplotlib="explore",
 )
 
 

@@ -28,6 +28,7 @@ ORDER = (
     "visualization",
     "benchmark",
     "rows",
+    "explore",
 )
 
 

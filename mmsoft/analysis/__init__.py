@@ -3,7 +3,7 @@
 Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from them.
 """
 
-from .capture import BlockState, attention_blocks, capture, choose_block
+from .capture import BlockState, KeptRows, attention_blocks, capture, choose_block
 from .inference import ModelImage, capture_image, load_image, load_model
 from .rows import (
     attention_rows,
@@ -17,6 +17,7 @@ from .usage import Usage, attention_usage
 
 __all__ = [
     "BlockState",
+    "KeptRows",
     "ModelImage",
     "Usage",
     "attention_blocks",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.ops import gaussian_kernel
 
-from .rows import attention_rows, landmark_rows
+from .rows import attention_rows, landmark_matrix, landmark_rows
 from .spectra import newton_residuals
 
 BlockId = tuple[int, int]
@@ -62,6 +63,47 @@ class BlockState:
             raise ValueError("landmarks='content' have no inverse: nothing converges")
         options |= dict(normalize=layer.normalize, steps=layer.newton_steps)
         return newton_residuals(self.landmarks, **options)
+
+
+class KeptRows:
+    """Rows of a layer's matrix again and again: what does not depend on the query is kept.
+
+    As :meth:`BlockState.attention_rows`, to the rounding of the products: the kernel ``[N, m]`` is
+    stored, in float64 up to 512 MiB, in float32 beyond, so that a row is one product.
+
+    Args:
+        state: the layer's.
+    """
+
+    float64_elements = 1 << 26
+
+    @torch.no_grad()
+    def __init__(self, state: BlockState):
+        self.state = state
+        self.landmarks = state.landmarks.double()
+        elements = state.q[..., 0].numel() * state.landmarks.shape[2]
+        dtype = torch.float64 if elements <= self.float64_elements else torch.float32
+        q, landmarks = state.q.to(dtype), state.landmarks.to(dtype)
+        if state.layer.by_content:
+            self.kernel = (landmarks @ q.mT).softmax(-1).mT  # [B, heads, N, m]
+        else:
+            self.kernel = gaussian_kernel(q, landmarks)
+            self.middle = landmark_matrix(self.landmarks, **state.options)
+
+    @torch.no_grad()
+    def __call__(self, queries: Sequence[int]) -> Tensor:
+        """Rows of so many tokens: ``[B, heads, n, N]``, float64."""
+        state = self.state
+        q = state.q[:, :, list(queries)].double()
+        if state.layer.by_content:
+            logits = q @ self.landmarks.mT
+            if state.present is not None:
+                logits = logits.masked_fill(~state.present[:, :, None], -torch.inf)
+            weights = logits.softmax(-1)
+        else:
+            weights = gaussian_kernel(q, self.landmarks) @ self.middle
+            weights = weights * state.layer.attention_scale(state.landmarks, state.hw_shape)
+        return (self.kernel @ weights.to(self.kernel.dtype).mT).mT.double()
 
 
 def attention_blocks(model: nn.Module) -> dict[BlockId, SoftmaxFreeAttention]:

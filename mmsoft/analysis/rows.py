@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from mmsoft.builder import require
-from mmsoft.ops import landmark_attention, softmax_free_attention
+from mmsoft.ops import (
+    gaussian_gram,
+    landmark_attention,
+    newton_raphson_pinv,
+    softmax_free_attention,
+    step_size,
+    tikhonov_pinv_product,
+)
+from mmsoft.ops.inverse import RIDGE_SOFT
 
 
 def _check_queries(q: Tensor, queries: Sequence[int]) -> list[int]:
@@ -84,6 +92,31 @@ def attention_rows(
     landmarks = landmarks.detach().double()
     options = dict[str, Any](normalize=normalize, solver=solver, steps=steps)
     return _rows(q, queries, lambda q, v: softmax_free_attention(q, v, landmarks, **options))
+
+
+@torch.no_grad()
+def landmark_matrix(
+    landmarks: Tensor, *, normalize: bool = True, solver: str = "newton", steps: int = 20
+) -> Tensor:
+    """What stands between the two kernels, ``D^-1/2 A^+ D^-1/2`` for SOFT++: ``[B, heads, m, m]``.
+
+    Args:
+        landmarks: ``[B, heads, m, d]``.
+        normalize: see :func:`mmsoft.ops.softmax_free_attention`.
+        solver: likewise.
+        steps: likewise.
+    """
+    a = gaussian_gram(landmarks.double())
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+    if solver == "direct":
+        pinv = tikhonov_pinv_product(a, eye)
+    else:
+        alpha, cubic = step_size(a, guarded=normalize)
+        pinv = newton_raphson_pinv(a if normalize else a + RIDGE_SOFT * eye, alpha, cubic, steps)
+    if not normalize:
+        return pinv
+    root = a.sum(-1, keepdim=True).rsqrt()
+    return root * pinv * root.mT
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from .convergence import draw_convergence
 from .landmarks import draw_landmarks
 from .learning import draw_learning
 from .memory import draw_memory
+from .predictions import draw_predictions
 from .spectrum import draw_spectrum
 from .style import save_figure
 from .tradeoff import draw_tradeoff
@@ -15,6 +16,7 @@ __all__ = [
     "draw_landmarks",
     "draw_learning",
     "draw_memory",
+    "draw_predictions",
     "draw_spectrum",
     "draw_tradeoff",
     "save_figure",

@@ -6,7 +6,7 @@ from metrics import error
 from mini_models import LIBRARIES, build
 from released import ARCH
 
-from mmsoft.analysis import attention_blocks, capture, choose_block
+from mmsoft.analysis import KeptRows, attention_blocks, capture, choose_block
 from mmsoft.models import SOFT, SOFTPlusPlus
 
 IMAGE = (1, 3, 96, 128)
@@ -67,3 +67,29 @@ def test_missing_stages_blocks_and_attention():
         choose_block(model, 1, 2)
     with pytest.raises(ValueError, match=r"Linear has no softmax-free attention.*mmsoft.SOFT"):
         attention_blocks(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        (SOFTPlusPlus, {}),
+        (SOFTPlusPlus, dict(solver="direct", max_landmarks=6)),
+        (SOFTPlusPlus, dict(landmarks="content", max_landmarks=6)),
+        (SOFT, dict(newton_steps=9)),
+    ],
+    ids=str,
+)
+def test_kept_rows_are_the_rows(monkeypatch, variant, options):
+    """In float64, and in float32 where the kernel is too large for it."""
+    model = variant(ARCH, **options).eval()
+    with torch.no_grad(), capture(model) as states:
+        model(torch.randn(IMAGE))
+    for state in states.values():
+        queries = [0, 5, state.q.shape[2] - 1]
+        expected = state.attention_rows(queries)
+        assert error(KeptRows(state)(queries), expected) < 1e-9
+        with monkeypatch.context() as patch:
+            patch.setattr(KeptRows, "float64_elements", 0)
+            rows = KeptRows(state)
+            assert rows.kernel.dtype == torch.float32
+            assert error(rows(queries), expected) < 1e-4

@@ -1,0 +1,392 @@
+"""What the page asks for: images, captured layers that are kept, and their numbers.
+
+Every answer follows from the question alone, so that visitors cannot disturb each other.
+"""
+
+import copy
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from torch import Tensor
+
+from mmsoft.analysis import (
+    BlockState,
+    KeptRows,
+    ModelImage,
+    attention_blocks,
+    attention_usage,
+    capture,
+    choose_block,
+    inverse_filter,
+    landmark_regions,
+    load_image,
+    softmax_rows,
+    spectrum,
+)
+from mmsoft.analysis.inference import inference_pipeline
+from mmsoft.ops import landmark_centres
+from mmsoft.ops.checks import SOLVERS
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+UPLOAD_BYTES = 20_000_000
+UPLOAD_PIXELS = 40_000_000
+UPLOADS = 32  # kept at once; the oldest goes
+CAPTURES = 6  # images with settings whose layers are kept
+KERNEL_BYTES = 2 << 30  # of the kernels kept for rows
+SMALLEST = 1e-6  # eigenvalue shown, relative to the largest
+SCORE = 0.3  # predictions below are not shown
+
+
+class NotFoundError(ValueError):
+    """There is no such image."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the page can change about a model: the landmark budget and the solver."""
+
+    budget: int | None
+    solver: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A point of view: an image, the settings, a block, a head and a pixel of the file."""
+
+    image: str
+    settings: Settings
+    stage: int
+    block: int
+    head: int
+    x: float
+    y: float
+
+
+@dataclass
+class Captured:
+    """An image under some settings: the layers' inputs and the last features."""
+
+    image: ModelImage
+    states: dict[tuple[int, int], BlockState]
+    features: Tensor
+
+
+class Kept:
+    """A bounded number of values by key, those used last; one thread at a time makes them."""
+
+    def __init__(self, limit: float, size: Callable[[Any], float] = lambda value: 1):
+        self.limit, self.size = limit, size
+        self.values: OrderedDict[Hashable, Any] = OrderedDict()
+        self.lock = threading.RLock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key, made if it is not there."""
+        with self.lock:
+            if key in self.values:
+                self.values.move_to_end(key)
+                return self.values[key]
+            value = self.values[key] = make()
+            total = sum(map(self.size, self.values.values()))
+            while total > self.limit and len(self.values) > 1:
+                total -= self.size(self.values.popitem(last=False)[1])
+            return value
+
+
+class Explorer:
+    """A model and a folder of images.
+
+    Args:
+        config: of mmdet, mmseg or mmpretrain.
+        model: from :func:`mmsoft.analysis.load_model`.
+        folder: of the images; nothing else is read.
+
+    Raises:
+        ValueError: the folder is none, or the model has no softmax-free attention.
+    """
+
+    def __init__(self, config: Config, model: Any, folder: str):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is not a folder of images")
+        self.config, self.model = config, model
+        self.layers = attention_blocks(model)
+        layer = next(iter(self.layers.values()))
+        self.own = Settings(layer.max_landmarks, layer.solver)
+        self.uploads: OrderedDict[str, Path] = OrderedDict()
+        self.running = threading.RLock()  # one forward pass at a time: settings are the model's
+        self.captures = Kept(CAPTURES)
+        self.rows = Kept(KERNEL_BYTES, lambda rows: rows.kernel.nbytes)
+        self.found = Kept(32)
+
+    def __enter__(self) -> "Explorer":
+        self._temporary = TemporaryDirectory(prefix="mmsoft-explore-")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._temporary.cleanup()
+
+    # ----------------------------------------------------------------------------------- images
+
+    def images(self) -> dict[str, Path]:
+        """The folder's images by name; those that a link takes elsewhere are left out."""
+        root = self.folder.resolve()
+        return {
+            path.relative_to(self.folder).as_posix(): path
+            for path in sorted(self.folder.rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+            and path.is_file()
+            and path.resolve().is_relative_to(root)
+        }
+
+    def path(self, name: str) -> Path:
+        """The file of an image: one of those listed, or an upload whose secret name is known."""
+        path = self.uploads.get(name) or self.images().get(name)
+        if path is None:
+            raise NotFoundError(f"there is no image {name!r}")
+        return path
+
+    def upload(self, content: bytes) -> str:
+        """Take a picture and return the name that only its sender knows.
+
+        Raises:
+            ValueError: it is no picture, or too large.
+        """
+        from PIL import Image
+
+        if len(content) > UPLOAD_BYTES:
+            raise ValueError(f"a picture may have {UPLOAD_BYTES // 1_000_000} MB")
+        try:
+            opened = Image.open(BytesIO(content), formats=("BMP", "JPEG", "PNG", "WEBP"))
+            if opened.width * opened.height > UPLOAD_PIXELS:  # before anything is decoded
+                raise ValueError(f"a picture may have {UPLOAD_PIXELS // 1_000_000} million pixels")
+            picture = opened.convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError("this is not a picture that can be read") from error
+        name = f"upload-{secrets.token_urlsafe(16)}"
+        path = Path(self._temporary.name, f"{name}.png")
+        picture.save(path)
+        with self.running:
+            self.uploads[name] = path
+            while len(self.uploads) > UPLOADS:
+                self.uploads.popitem(last=False)[1].unlink()
+        return name
+
+    # ----------------------------------------------------------------------------------- layers
+
+    def captured(self, name: str, settings: Settings) -> Captured:
+        """Run the backbone on an image under some settings, unless that was done just now."""
+        path = self.path(name)
+        return self.captures.get((name, settings), lambda: self._capture(path, settings))
+
+    @torch.no_grad()
+    def _capture(self, path: Path, settings: Settings) -> Captured:
+        if settings.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
+        if settings.budget is not None and settings.budget < 1:
+            raise ValueError(f"the budget must be at least 1, got {settings.budget}")
+        image = load_image(self.config, self.model, str(path))
+        with self.running, _Changed(self, settings), capture(self.model) as states:
+            features = self.model.backbone(image.inputs.to(_device(self.model)))[-1]
+            for state in states.values():
+                state.layer = copy.copy(state.layer)  # with these settings, whatever comes next
+        return Captured(image, dict(states), features)
+
+    def state(self, view: View) -> tuple[Captured, BlockState]:
+        """The layer that a view looks at.
+
+        Raises:
+            ValueError: there is no such layer or head.
+        """
+        captured = self.captured(view.image, view.settings)
+        state = captured.states[choose_block(self.model, view.stage, view.block)]
+        if not -1 <= view.head < state.layer.num_heads:
+            raise ValueError(
+                f"head must be -1 for the mean, or 0 to {state.layer.num_heads - 1}, "
+                f"got {view.head}"
+            )
+        return captured, state
+
+    def row(self, view: View) -> tuple[Captured, BlockState, int, Tensor]:
+        """The attention of a pixel: the token that holds it, and its row, ``[heads, N]``."""
+        captured, state = self.state(view)
+        token = captured.image.token_at(view.x, view.y, state.hw_shape)
+        key = (view.image, view.settings, view.stage, view.block)
+        rows = self.rows.get(key, lambda: KeptRows(state))
+        return captured, state, token, rows([token])[0, :, 0].cpu()
+
+    # ------------------------------------------------------------------------------------ answers
+
+    def attention(self, view: View) -> dict[str, Any]:
+        """Rows by head, of the layer and of softmax, and what the settings changed."""
+        captured, state, token, rows = self.row(view)
+        softmax = softmax_rows(state.q, [token])[0, :, 0].cpu()
+        changed = None
+        if view.settings != self.own:
+            own = self.row(View(**{**vars(view), "settings": self.own}))[3]
+            before = self.captured(view.image, self.own).features
+            changed = dict(
+                row=float((rows - own).norm() / own.norm().clamp(min=1e-300)),
+                features=float((captured.features - before).norm() / before.norm()),
+            )
+        return dict(
+            grid=state.hw_shape,
+            token=token,
+            extent=captured.image.extent(state.hw_shape),
+            landmarks=_used(state),
+            rows=rows,
+            softmax=softmax,
+            changed=changed,
+        )
+
+    def usage(self, view: View) -> dict[str, Any]:
+        """Effective rank and the rest of :func:`mmsoft.analysis.attention_usage`, head by head."""
+        _, state = self.state(view)
+        key = (view.image, view.settings, view.stage, view.block)
+        found = self.found.get(("usage", *key), lambda: attention_usage(state))
+        return {name: value.tolist() for name, value in vars(found).items()}
+
+    def landmarks(self, view: View) -> dict[str, Any]:
+        """Regions ``[rows, columns]`` of one head, how well they are explained, and centres."""
+        captured, state = self.state(view)
+        head = max(view.head, 0)
+        layer, landmarks = state.layer, state.landmarks[:, [head]]
+        centres = landmark_centres(*state.hw_shape, layer.landmark_stride, layer.max_landmarks)
+        if state.present is not None and state.index is not None:  # each head has its own
+            chosen = state.present[0, head]
+            centres = landmark_centres(*state.hw_shape, layer.landmark_stride)
+            centres = centres[state.index[0, head][chosen].cpu()]
+            landmarks = landmarks[:, :, chosen]
+        regions, strength = landmark_regions(state.q[:, [head]], landmarks)
+        return dict(
+            grid=state.hw_shape,
+            extent=captured.image.extent(state.hw_shape),
+            head=head,
+            regions=regions[0, 0].unflatten(0, state.hw_shape).cpu(),
+            strength=strength[0, 0].unflatten(0, state.hw_shape).cpu(),
+            centres=centres,
+        )
+
+    def spectrum(self, view: View) -> dict[str, Any]:
+        """Eigenvalues of the landmarks' Gram matrices and the filters of their inverses.
+
+        Raises:
+            ValueError: nothing is inverted, with landmarks by content.
+        """
+        _, state = self.state(view)
+        if state.layer.by_content:
+            raise ValueError("landmarks by content have no inverse, and so no filter")
+        landmarks = state.landmarks
+        eigenvalues = spectrum(landmarks)[0].cpu()
+        x = torch.logspace(0, 1, 400, base=SMALLEST, dtype=torch.float64).flip(0)
+        x = x * float(eigenvalues.max()) * 1.05
+        filters = inverse_filter(landmarks, x, **state.options)[0].cpu()
+        return dict(eigenvalues=eigenvalues, x=x, filters=filters)
+
+    def predictions(self, view: View) -> dict[str, Any]:
+        """What the whole model says of the image: boxes, a map of classes, or class scores."""
+        key = (view.image, view.settings)
+        return self.found.get(("predictions", *key), lambda: self._predict(*key))
+
+    @torch.no_grad()
+    def _predict(self, name: str, settings: Settings) -> dict[str, Any]:
+        data = inference_pipeline(self.config)(dict(img_path=str(self.path(name)), img_id=0))
+        with self.running, _Changed(self, settings):
+            result = self.model.test_step(pseudo_collate([data]))[0]
+        names = _classes(self.config)
+        if (found := result.get("pred_instances")) is not None:
+            kept = found.scores >= SCORE
+            return dict(
+                kind="boxes",
+                names=names,
+                boxes=found.bboxes[kept].cpu(),
+                scores=found.scores[kept].cpu(),
+                labels=found.labels[kept].cpu(),
+            )
+        if (found := result.get("pred_sem_seg")) is not None:
+            return dict(kind="classes", names=names, map=found.data[0].to(torch.uint8).cpu())
+        scores = result.pred_score.cpu()
+        best = scores.topk(min(5, len(scores)))
+        return dict(kind="scores", names=names, labels=best.indices, scores=best.values)
+
+    def about(self) -> dict[str, Any]:
+        """What there is to choose from."""
+        heads = [
+            dict(stage=stage, block=block, heads=layer.num_heads)
+            for (stage, block), layer in sorted(self.layers.items())
+        ]
+        return dict(
+            model=type(self.model).__name__,
+            backbone=type(self.model.backbone).__name__,
+            variant=getattr(self.model.backbone, "variant", "attention"),
+            blocks=heads,
+            budget=self.own.budget,
+            solver=self.own.solver,
+            solvers=SOLVERS,
+            images=list(self.images()),
+        )
+
+
+class _Changed:
+    """The model under some settings, within a ``with`` block and the explorer's lock."""
+
+    def __init__(self, explorer: Explorer, settings: Settings):
+        self.layers, self.own, self.settings = explorer.layers, explorer.own, settings
+
+    def __enter__(self) -> None:
+        self._set(self.settings)
+
+    def __exit__(self, *error: Any) -> None:
+        self._set(self.own)
+
+    def _set(self, settings: Settings) -> None:
+        for layer in self.layers.values():
+            layer.max_landmarks, layer.solver = settings.budget, settings.solver
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _used(state: BlockState) -> list[int]:
+    """Landmarks of each head."""
+    if state.present is None:
+        return [state.landmarks.shape[2]] * state.landmarks.shape[1]
+    return state.present[0].sum(-1).tolist()
+
+
+def _classes(config: Config) -> list[str] | None:
+    """Names of the classes, where the config tells them."""
+    dataset = config.get("test_dataloader", {}).get("dataset", {})
+    while dataset and "metainfo" not in dataset and "dataset" in dataset:
+        dataset = dataset["dataset"]
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    return None if classes is None else [str(name) for name in classes]
+
+
+def picture_bytes(picture: np.ndarray, side: int | None = None) -> bytes:
+    """A PNG of ``[H, W, 3]``, RGB, no side longer than ``side``."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    if side is not None:
+        image.thumbnail((side, side))
+    stream = BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,217 @@
+"""The page's server: a Flask application over an :class:`Explorer`, on waitress."""
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from flask import Flask, Response, abort, jsonify, request
+
+from mmsoft.visualization import (
+    draw_attention,
+    draw_landmarks,
+    draw_predictions,
+    draw_spectrum,
+)
+
+from .looking import UPLOAD_BYTES, Explorer, NotFoundError, Settings, View, picture_bytes
+
+HERE = ("127.0.0.1", "localhost", "[::1]")
+TYPES = dict(png="image/png", svg="image/svg+xml")
+THUMBNAIL = 160  # pixels
+
+
+def make_app(explorer: Explorer, hosts: tuple[str, ...] | None = HERE) -> Flask:
+    """The application.
+
+    Args:
+        explorer: what it shows.
+        hosts: names under which it may be asked for, so that no page from elsewhere reaches it
+            under a name of its own; ``None`` for any.
+    """
+    app = Flask(__name__, static_folder="static", static_url_path="/static")
+    app.config["MAX_CONTENT_LENGTH"] = UPLOAD_BYTES
+    app.json.sort_keys = False
+
+    @app.before_request
+    def check_host() -> None:
+        if hosts is not None and re.sub(r":\d+$", "", request.host) not in hosts:
+            abort(403, "this address is not one that the explorer was started for")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin.partition("://")[2] != request.host:
+            abort(403, "another page may not ask")
+
+    @app.after_request
+    def harden(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = (
+            "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+            "frame-ancestors 'none'"
+        )
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    @app.errorhandler(ValueError)
+    def refuse(error: ValueError) -> tuple[Response, int]:
+        status = 404 if isinstance(error, NotFoundError) else 400
+        return jsonify(error=str(error)), status
+
+    @app.errorhandler(413)
+    def too_large(error: Any) -> tuple[Response, int]:
+        return jsonify(error=f"a picture may have {UPLOAD_BYTES // 1_000_000} MB"), 413
+
+    def view() -> View:
+        asked = request.args
+        try:
+            budget = asked.get("budget", "own")
+            settings = Settings(
+                explorer.own.budget
+                if budget == "own"
+                else None
+                if budget == "all"
+                else int(budget),
+                asked.get("solver", explorer.own.solver),
+            )
+            return View(
+                asked.get("image", ""),
+                settings,
+                int(asked.get("stage", 0)),
+                int(asked.get("block", -1)),
+                int(asked.get("head", -1)),
+                float(asked.get("x", 0)),
+                float(asked.get("y", 0)),
+            )
+        except ValueError as error:
+            raise ValueError(f"the address has no number where one should be: {error}") from None
+
+    @app.get("/")
+    def page() -> Response:
+        return app.send_static_file("index.html")
+
+    @app.get("/api/about")
+    def about() -> Response:
+        from matplotlib import colormaps
+
+        colours = (colormaps["viridis"](np.linspace(0, 1, 256))[:, :3] * 255).round()
+        return jsonify(**explorer.about(), viridis=colours.astype(int).tolist())
+
+    @app.get("/api/image")
+    def image() -> Response:
+        captured = explorer.captured(view().image, explorer.own)
+        return Response(picture_bytes(captured.image.picture), mimetype="image/png")
+
+    @app.get("/api/thumbnail")
+    def thumbnail() -> Response:
+        from PIL import Image
+
+        with Image.open(explorer.path(view().image)) as picture:
+            small = np.asarray(picture.convert("RGB").resize(_within(picture.size, THUMBNAIL)))
+        return Response(picture_bytes(small), mimetype="image/png")
+
+    @app.post("/api/upload")
+    def upload() -> Response:
+        return jsonify(image=explorer.upload(request.get_data()))
+
+    def answers(question: Callable[[View], dict[str, Any]]) -> Callable[[], Response]:
+        return lambda: jsonify({key: _plain(value) for key, value in question(view()).items()})
+
+    for name in ("attention", "usage", "landmarks", "spectrum", "predictions"):
+        app.add_url_rule(f"/api/{name}", name, answers(getattr(explorer, name)))
+
+    @app.get("/figure/<name>.<kind>")
+    def figure(name: str, kind: str) -> Response:
+        if name not in FIGURES or kind not in TYPES:
+            abort(404)
+        drawn = FIGURES[name](explorer, view())
+        stream = io.BytesIO()
+        drawn.savefig(stream, format=kind)
+        return Response(stream.getvalue(), mimetype=TYPES[kind])
+
+    return app
+
+
+def _within(size: tuple[int, int], side: int) -> tuple[int, int]:
+    share = min(1, side / max(size))
+    return max(1, round(size[0] * share)), max(1, round(size[1] * share))
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as their bytes, which a page reads at once; the rest as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.int() if value.dtype == torch.int64 else value
+    value = value.float() if value.is_floating_point() else value
+    array = value.contiguous().numpy()
+    return dict(
+        shape=array.shape,
+        dtype=str(array.dtype),
+        bytes=base64.b64encode(array.tobytes()).decode(),
+    )
+
+
+def _name(view: View) -> str:
+    return f"stage {view.stage}, block {view.block}"
+
+
+def _attention(explorer: Explorer, view: View) -> Any:
+    captured, state = explorer.state(view)
+    found = explorer.attention(view)
+    rows = found["rows"].unflatten(-1, state.hw_shape).numpy()
+    name = "SOFT++" if state.layer.normalize else "SOFT"
+    heads = range(len(rows)) if view.head < 0 else [view.head]
+    maps = {f"{name}, head {head}": rows[head][None] for head in heads}
+    softmax = found["softmax"].unflatten(-1, state.hw_shape).numpy()
+    if view.head < 0:
+        maps |= {f"{name}, mean": rows.mean(0)[None], "softmax": softmax.mean(0)[None]}
+    else:
+        maps["softmax"] = softmax[view.head][None]
+    title = f"{_name(view)}: {max(found['landmarks'])} landmarks"
+    point = [(view.x, view.y)]
+    return draw_attention(captured.image.picture, point, maps, found["extent"], title)
+
+
+def _landmarks(explorer: Explorer, view: View) -> Any:
+    captured, found = explorer.captured(view.image, view.settings), explorer.landmarks(view)
+    return draw_landmarks(
+        captured.image.picture,
+        found["regions"].numpy(),
+        found["strength"].numpy(),
+        found["centres"].numpy(),
+        found["extent"],
+        title=f"{_name(view)}, head {found['head']}",
+    )
+
+
+def _spectrum(explorer: Explorer, view: View) -> Any:
+    found = explorer.spectrum(view)
+    eigenvalues, x, filters = (found[name].numpy() for name in ("eigenvalues", "x", "filters"))
+    solver = f"{view.settings.solver} solver"
+    return draw_spectrum(
+        eigenvalues, x, filters, title=f"{_name(view)}: A of the landmarks, {solver}"
+    )
+
+
+def _predictions(explorer: Explorer, view: View) -> Any:
+    picture = explorer.captured(view.image, view.settings).image.picture
+    return draw_predictions(picture, explorer.predictions(view), title=view.image[:60])
+
+
+FIGURES = dict(
+    attention=_attention, landmarks=_landmarks, spectrum=_spectrum, predictions=_predictions
+)
+
+
+def serve(explorer: Explorer, host: str, port: int) -> None:
+    """Serve until interrupted."""
+    from waitress import create_server
+
+    hosts = HERE if host in ("127.0.0.1", "localhost", "::1") else None
+    server: Any = create_server(make_app(explorer, hosts), host=host, port=port, threads=4)
+    print(f"http://{host}:{server.effective_port}/", flush=True)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        server.close()

@@ -1,0 +1,453 @@
+"use strict";
+// The view is the address; everything shown follows from it.
+const BUDGETS = [4, 9, 16, 25, 49, 100, 196, 256, "all"];
+const OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"];
+const $ = (id) => document.getElementById(id);
+let about, view, picture, attention, overlay, asked = 0;
+
+function bytes(packed) {
+  const raw = Uint8Array.from(atob(packed.bytes), (c) => c.charCodeAt(0));
+  const types = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array };
+  return new types[packed.dtype](raw.buffer);
+}
+
+function say(text) { $("status").textContent = text; }
+
+async function ask(path, options) {
+  const answer = await fetch(path, options);
+  const content = await answer.json().catch(() => ({ error: `the server said ${answer.status}` }));
+  if (!answer.ok) throw new Error(content.error);
+  return content;
+}
+
+function query(extra) {
+  const { image, stage, block, head, x, y, budget, solver } = view;
+  return new URLSearchParams({ image, stage, block, head, x, y, budget, solver, ...extra }).toString();
+}
+
+function heads() {
+  return about.blocks.find((b) => b.stage === view.stage && b.block === view.block).heads;
+}
+
+function blocks() { return about.blocks.filter((b) => b.stage === view.stage); }
+
+function readAddress() {
+  const given = new URLSearchParams(location.search);
+  const number = (name, otherwise) => {
+    const value = given.get(name);
+    return value !== null && value !== "" && isFinite(value) ? Number(value) : otherwise;
+  };
+  const stages = about.blocks.map((b) => b.stage);
+  view = {
+    image: given.get("image") || about.images[0] || "",
+    stage: number("stage", stages.includes(1) ? 1 : stages[0]),
+    block: number("block", -1),
+    head: number("head", -1),
+    x: number("x", -1),
+    y: number("y", -1),
+    budget: given.get("budget") || "own",
+    solver: given.get("solver") || about.solver,
+    over: given.get("over") || "attention",
+  };
+  if (!stages.includes(view.stage)) view.stage = stages[0];
+  if (!blocks().some((b) => b.block === view.block)) view.block = blocks().at(-1).block;
+  if (view.head >= heads()) view.head = -1;
+}
+
+function writeAddress() {
+  history.replaceState(null, "", `?${query({ over: view.over })}`);
+}
+
+function options(select, values, chosen) {
+  select.replaceChildren(...values.map(([value, text]) => new Option(text, value, false, String(value) === String(chosen))));
+}
+
+function drawControls() {
+  const stages = [...new Set(about.blocks.map((b) => b.stage))];
+  options($("stage"), stages.map((s) => [s, s]), view.stage);
+  options($("block"), blocks().map((b) => [b.block, b.block]), view.block);
+  options($("head"), [[-1, "mean"], ...Array.from({ length: heads() }, (_, i) => [i, i])], view.head);
+  options($("solver"), about.solvers.map((s) => [s, s === about.solver ? `${s} (the model's)` : s]), view.solver);
+  $("over").value = view.over;
+  $("budget").max = BUDGETS.length;
+  const at = view.budget === "own" ? 0 : BUDGETS.findIndex((b) => String(b) === view.budget) + 1;
+  $("budget").value = Math.max(at, 0);
+  const own = about.budget === null ? "all" : about.budget;
+  $("budget-value").textContent = view.budget === "own" ? `${own} (the model's)` : view.budget;
+  for (const button of $("images").children) {
+    button.setAttribute("aria-pressed", button.dataset.image === view.image);
+  }
+  const kinds = { attention: "attention", landmarks: "landmarks", spectrum: "spectrum", predictions: "predictions" };
+  $("save").replaceChildren(...Object.entries(kinds).map(([kind, text]) => {
+    const line = document.createElement("div");
+    line.append(`${text}: `);
+    for (const type of ["png", "svg"]) {
+      const link = document.createElement("a");
+      link.href = `/figure/${kind}.${type}?${query()}`;
+      link.textContent = type.toUpperCase();
+      link.download = `${kind}.${type}`;
+      line.append(link);
+    }
+    return line;
+  }));
+}
+
+function drawImages() {
+  $("images").replaceChildren(...about.images.map((name) => {
+    const button = document.createElement("button");
+    button.dataset.image = name;
+    const small = new Image();
+    small.loading = "lazy";
+    small.alt = "";
+    small.src = `/api/thumbnail?image=${encodeURIComponent(name)}`;
+    button.append(small, name.startsWith("upload-") ? "your image" : name);
+    button.addEventListener("click", () => change({ image: name, x: -1, y: -1 }));
+    return button;
+  }));
+}
+
+// A field of numbers as an image: 0 and below dark, its largest value bright, as in the figures.
+function painted(values, offset, [rows, columns]) {
+  const canvas = new OffscreenCanvas(columns, rows);
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(columns, rows);
+  let low = Infinity, high = -Infinity;
+  for (let i = 0; i < rows * columns; i++) {
+    const v = values[offset + i];
+    if (v < low) low = v;
+    if (v > high) high = v;
+  }
+  for (let i = 0; i < rows * columns; i++) {
+    const share = high > 0 ? Math.min(Math.max(values[offset + i] / high, 0), 1) : 0;
+    const colour = about.viridis[Math.round(share * 255)];
+    image.data.set([...colour, 255], 4 * i);
+  }
+  context.putImageData(image, 0, 0);
+  return { canvas, low, high };
+}
+
+function mean(values, count) {
+  const n = values.length / count, out = new Float32Array(n);
+  for (let h = 0; h < count; h++) for (let i = 0; i < n; i++) out[i] += values[h * n + i] / count;
+  return out;
+}
+
+function place(context, canvas, extent, alpha) {
+  const [left, right, bottom, top] = extent;
+  context.globalAlpha = alpha;
+  context.imageSmoothingEnabled = false;
+  context.drawImage(canvas, left + 0.5, top + 0.5, right - left, bottom - top);
+  context.globalAlpha = 1;
+}
+
+// `unit`: what is drawn as 1 / 500 of the longer side.
+function ring(context, unit) {
+  for (const [width, colour] of [[3.5, "black"], [1.5, "white"]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = width * unit;
+    context.beginPath();
+    context.arc(view.x + 0.5, view.y + 0.5, 6 * unit, 0, 2 * Math.PI);
+    context.stroke();
+  }
+}
+
+// Coordinates are pixels of the file, whatever the size in which they are drawn.
+function drawBase(canvas, greyed, side) {
+  const scale = side / Math.max(picture.width, picture.height);
+  canvas.width = Math.max(1, Math.round(picture.width * scale));
+  canvas.height = Math.max(1, Math.round(picture.height * scale));
+  const context = canvas.getContext("2d");
+  context.scale(canvas.width / picture.width, canvas.height / picture.height);
+  if (greyed) context.filter = "grayscale(1)";
+  context.drawImage(picture, 0, 0);
+  context.filter = "none";
+  return context;
+}
+
+function chosenField(kind) {
+  const packed = kind === "softmax" ? attention.softmax : attention.rows;
+  const count = packed.shape[0];
+  packed.values ??= bytes(packed);
+  if (view.head < 0) {
+    packed.mean ??= mean(packed.values, count);
+    return painted(packed.mean, 0, attention.grid);
+  }
+  return painted(packed.values, view.head * packed.values.length / count, attention.grid);
+}
+
+function number(value) {
+  if (Number.isInteger(value)) return String(value);
+  return Math.abs(value) >= 0.01 || value === 0 ? value.toPrecision(3) : value.toExponential(1);
+}
+
+function drawPicture() {
+  if (!picture) return;
+  const over = view.over;
+  const field = over === "attention" || over === "softmax";
+  const context = drawBase($("picture"), field, Math.max(1200, picture.width, picture.height));
+  const scale = Math.max(picture.width, picture.height) / 500;
+  let legend = "";
+  if (field && attention) {
+    const { canvas, low, high } = chosenField(over);
+    place(context, canvas, attention.extent, 0.65);
+    const who = view.head < 0 ? "mean over heads" : `head ${view.head}`;
+    legend = `${over === "softmax" ? "softmax" : about.variant}, ${who}: what pixel ${view.x},${view.y} attends to, from ${number(low)} to ${number(high)}`;
+  } else if (over === "landmarks" && overlay?.kind === "landmarks") {
+    drawRegions(context, overlay.content, scale);
+    const regions = new Set(bytes(overlay.content.regions)), count = overlay.content.centres.shape[0];
+    legend = `head ${overlay.content.head}: regions of its landmarks, ${regions.size} of ${count} in use (dots: where they were sampled)`;
+  } else if (over === "predictions" && overlay?.kind === "predictions") {
+    legend = drawPredictions(context, overlay.content, scale);
+  }
+  if (view.x >= 0) ring(context, scale);
+  $("legend").textContent = legend;
+}
+
+function drawRegions(context, found, scale) {
+  const [rows, columns] = found.grid;
+  const regions = bytes(found.regions), canvas = new OffscreenCanvas(columns, rows);
+  const paint = canvas.getContext("2d"), image = paint.createImageData(columns, rows);
+  regions.forEach((region, i) => {
+    const colour = about.viridis[Math.floor(((region * 0.6180339887) % 1) * 256)];
+    image.data.set([...colour, 255], 4 * i);
+  });
+  paint.putImageData(image, 0, 0);
+  place(context, canvas, found.extent, 0.6);
+  const [left, right, bottom, top] = found.extent, centres = bytes(found.centres);
+  context.fillStyle = "white";
+  context.strokeStyle = "black";
+  context.lineWidth = scale / 2;
+  for (let i = 0; i < centres.length; i += 2) {
+    context.beginPath();
+    context.arc(left + (centres[i + 1] + 0.5) / columns * (right - left), top + (centres[i] + 0.5) / rows * (bottom - top), 2 * scale, 0, 2 * Math.PI);
+    context.fill();
+    context.stroke();
+  }
+}
+
+function drawPredictions(context, found, scale) {
+  const name = (label) => found.names?.[label] ?? String(label);
+  if (found.kind === "classes") {
+    const [rows, columns] = found.map.shape, classes = bytes(found.map);
+    const canvas = new OffscreenCanvas(columns, rows), paint = canvas.getContext("2d");
+    const image = paint.createImageData(columns, rows), seen = new Set();
+    classes.forEach((label, i) => {
+      seen.add(label);
+      const hex = OKABE_ITO[label % OKABE_ITO.length];
+      image.data.set([1, 3, 5].map((j) => parseInt(hex.slice(j, j + 2), 16)), 4 * i);
+      image.data[4 * i + 3] = 255;
+    });
+    paint.putImageData(image, 0, 0);
+    place(context, canvas, [-0.5, columns - 0.5, rows - 0.5, -0.5], 0.55);
+    return `classes: ${[...seen].sort((a, b) => a - b).map(name).join(", ")}`;
+  }
+  const labels = bytes(found.labels), scores = bytes(found.scores);
+  const texts = [...labels].map((label, i) => `${name(label)} ${scores[i].toFixed(2)}`);
+  if (found.kind === "scores") return texts.join(", ");
+  const boxes = bytes(found.boxes);
+  context.lineWidth = 2 * scale;
+  context.font = `${11 * scale}px sans-serif`;
+  texts.forEach((text, i) => {
+    const [left, top, right, bottom] = boxes.slice(4 * i, 4 * i + 4);
+    context.strokeStyle = context.fillStyle = OKABE_ITO[labels[i] % OKABE_ITO.length];
+    context.strokeRect(left, top, right - left, bottom - top);
+    context.fillRect(left, top - 13 * scale, context.measureText(text).width + 6 * scale, 13 * scale);
+    context.fillStyle = "white";
+    context.fillText(text, left + 3 * scale, top - 3 * scale);
+  });
+  return `${texts.length} objects`;
+}
+
+function drawMaps() {
+  const items = [];
+  for (const [kind, packed] of [["attention", attention.rows], ["softmax", attention.softmax]]) {
+    const count = packed.shape[0];
+    packed.values ??= bytes(packed);
+    for (let head = 0; head < count; head++) {
+      const { canvas, low, high } = painted(packed.values, head * packed.values.length / count, attention.grid);
+      const button = document.createElement("button");
+      button.className = "map";
+      Object.assign(button.dataset, { kind, head, low, high });
+      button.setAttribute("aria-pressed", view.head === head && view.over === kind);
+      const small = document.createElement("canvas");
+      const context = drawBase(small, true, 320);
+      place(context, canvas, attention.extent, 0.75);
+      ring(context, Math.max(picture.width, picture.height) / 150);
+      button.append(small, `${kind === "softmax" ? "softmax" : about.variant}, head ${head}`, document.createElement("br"), `${number(low)} to ${number(high)}`);
+      button.addEventListener("click", () => change({ head, over: kind }));
+      items.push(button);
+    }
+  }
+  $("maps").replaceChildren(...items);
+}
+
+function drawNumbers(usage) {
+  const columns = ["landmarks", "rank", "nearest", "ratio", "varying"];
+  const line = (cells, tag) => {
+    const row = document.createElement("tr");
+    row.append(...cells.map((text) => Object.assign(document.createElement(tag), { textContent: text })));
+    return row;
+  };
+  const rows = usage.rank.map((_, head) => {
+    const row = line([head, ...columns.map((c) => number(usage[c][head]))], "td");
+    row.className = head === view.head ? "chosen" : "";
+    Object.assign(row.dataset, { rank: usage.rank[head] });
+    return row;
+  });
+  const head = line(["head", "landmarks", "rank", "nearest", "ratio", "varying"], "th");
+  const titles = ["", "how many there are", "effective rank of the kernel: 1, and all rows are alike", "largest kernel value of a token, median", "size beside the values' convolution", "share that differs between tokens"];
+  [...head.children].forEach((cell, i) => { cell.title = titles[i]; });
+  $("numbers").replaceChildren(head, ...rows);
+}
+
+function drawChanged() {
+  const changed = attention.changed;
+  const landmarks = Math.max(...attention.landmarks);
+  const percent = (share) => `${(100 * share).toPrecision(2)} %`;
+  $("changed").textContent = changed
+    ? `${landmarks} landmarks. Beside the model's own settings, this row differs by ${percent(changed.row)}, the last features by ${percent(changed.features)}.`
+    : `${landmarks} landmarks: the model's own settings.`;
+}
+
+async function load(name) {
+  const image = new Image();
+  image.src = `/api/image?image=${encodeURIComponent(name)}`;
+  await image.decode().catch(() => { throw new Error(`${name} cannot be shown`); });
+  return image;
+}
+
+let shown = "", layer = "";
+async function refresh() {
+  const mine = ++asked;
+  const late = () => mine !== asked;
+  drawControls();
+  if (!view.image) { say("Drop an image to begin."); return; }
+  say("computing");
+  const start = performance.now();
+  try {
+    if (shown !== view.image) {
+      const image = await load(view.image);
+      if (late()) return;
+      picture = image;
+      shown = view.image;
+      attention = overlay = undefined;
+    }
+    if (view.x < 0 || view.y < 0) {
+      view.x = Math.floor(picture.width / 2);
+      view.y = Math.floor(picture.height / 2);
+      drawControls();
+    }
+    writeAddress();
+    const found = await ask(`/api/attention?${query()}`);
+    if (late()) return;
+    attention = found;
+    drawPicture();
+    drawMaps();
+    drawChanged();
+    document.body.dataset.ready = location.search;
+    document.body.dataset.milliseconds = performance.now() - start;
+    say(`${Math.round(performance.now() - start)} ms`);
+    if (view.over === "landmarks" || view.over === "predictions") {
+      const content = await ask(`/api/${view.over}?${query()}`);
+      if (late()) return;
+      overlay = { kind: view.over, content };
+      drawPicture();
+    }
+    const { x, y, head, over, ...rest } = view;
+    if (layer !== JSON.stringify(rest)) {
+      const usage = await ask(`/api/usage?${query()}`);
+      if (late()) return;
+      layer = JSON.stringify(rest);
+      drawNumbers.last = usage;
+      $("spectrum").src = `/figure/spectrum.svg?${query()}`;
+    }
+    drawNumbers(drawNumbers.last);
+    document.body.dataset.complete = location.search;
+  } catch (error) {
+    if (!late()) say(error.message);
+  }
+}
+
+function change(part) {
+  Object.assign(view, part);
+  if (!blocks().some((b) => b.block === view.block)) view.block = blocks().at(-1).block;
+  if (view.head >= heads()) view.head = -1;
+  refresh();
+}
+
+function step(list, value) { return list[(list.findIndex((v) => String(v) === String(value)) + 1) % list.length]; }
+
+function setBudget(at) { change({ budget: at === 0 ? "own" : String(BUDGETS[at - 1]) }); }
+
+function pick(event) {
+  const box = $("picture").getBoundingClientRect();
+  const x = Math.floor((event.clientX - box.left) / box.width * picture.width);
+  const y = Math.floor((event.clientY - box.top) / box.height * picture.height);
+  change({ x: Math.min(Math.max(x, 0), picture.width - 1), y: Math.min(Math.max(y, 0), picture.height - 1) });
+}
+
+function key(event) {
+  if (["SELECT", "INPUT"].includes(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey || !picture) return;
+  const far = event.shiftKey ? 10 : 1;
+  const move = (dx, dy) => change({
+    x: Math.min(Math.max(view.x + dx * far, 0), picture.width - 1),
+    y: Math.min(Math.max(view.y + dy * far, 0), picture.height - 1),
+  });
+  const at = Number($("budget").value);
+  const keys = {
+    ArrowLeft: () => move(-1, 0),
+    ArrowRight: () => move(1, 0),
+    ArrowUp: () => move(0, -1),
+    ArrowDown: () => move(0, 1),
+    h: () => change({ head: view.head + 1 < heads() ? view.head + 1 : -1 }),
+    b: () => change({ block: step(blocks().map((b) => b.block), view.block) }),
+    s: () => change({ stage: step([...new Set(about.blocks.map((b) => b.stage))], view.stage) }),
+    o: () => change({ over: step([...$("over").options].map((o) => o.value), view.over) }),
+    v: () => change({ solver: step(about.solvers, view.solver) }),
+    "+": () => setBudget(Math.min(at + 1, BUDGETS.length)),
+    "-": () => setBudget(Math.max(at - 1, 0)),
+  };
+  if (keys[event.key]) {
+    event.preventDefault();
+    keys[event.key]();
+  }
+}
+
+async function send(file) {
+  if (!file) return;
+  say("sending the image");
+  try {
+    const { image } = await ask("/api/upload", { method: "POST", body: file });
+    about.images.unshift(image);
+    drawImages();
+    change({ image, x: -1, y: -1 });
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+async function begin() {
+  about = await ask("/api/about");
+  $("model").textContent = `${about.model} with ${about.backbone}`;
+  readAddress();
+  if (view.image.startsWith("upload-")) about.images.unshift(view.image);
+  drawImages();
+  $("picture").addEventListener("click", pick);
+  $("spectrum").addEventListener("error", () => { $("spectrum").alt = "Landmarks by content have no inverse."; });
+  document.addEventListener("keydown", key);
+  for (const name of ["stage", "block", "head"]) $(name).addEventListener("change", (e) => change({ [name]: Number(e.target.value) }));
+  for (const name of ["over", "solver"]) $(name).addEventListener("change", (e) => change({ [name]: e.target.value }));
+  $("budget").addEventListener("change", (e) => setBudget(Number(e.target.value)));
+  $("file").addEventListener("change", (e) => send(e.target.files[0]));
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    document.addEventListener(kind, (event) => {
+      event.preventDefault();
+      $("drop").classList.toggle("over", kind === "dragover");
+      if (kind === "drop") send(event.dataTransfer.files[0]);
+    });
+  }
+  window.addEventListener("popstate", () => { readAddress(); refresh(); });
+  refresh();
+}
+
+begin().catch((error) => say(error.message));

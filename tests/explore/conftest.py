@@ -1,0 +1,45 @@
+"""An explorer of an untrained detector on generated images, and its server."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from true_layout import make_demo_data
+
+from mmsoft.analysis import load_model
+
+CONFIG = "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
+
+
+@pytest.fixture(scope="session")
+def workplace(root, tmp_path_factory):
+    """A folder with data and a checkpoint, and the model of the checkpoint."""
+    for package in ("flask", "waitress", "matplotlib", "mmdet"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("explore")
+    make_demo_data(folder, train=1, val=2, size=64)
+    torch.manual_seed(0)
+    model = load_model(Config.fromfile(root / CONFIG))
+    torch.save(dict(state_dict=model.state_dict()), folder / "model.pth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(workplace):
+    return workplace / "data/shapes/coco/val2017"
+
+
+@pytest.fixture(scope="session")
+def explorer(root, workplace, images):
+    from mmsoft.explore.looking import Explorer
+
+    config = Config.fromfile(root / CONFIG)
+    model = load_model(config, str(workplace / "model.pth"))
+    with Explorer(config, model, str(images)) as explorer:
+        yield explorer
+
+
+@pytest.fixture(scope="session")
+def client(explorer):
+    from mmsoft.explore.server import make_app
+
+    return make_app(explorer).test_client()

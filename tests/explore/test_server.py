@@ -1,0 +1,279 @@
+"""What the explorer answers: the numbers of the command-line tools, and no more than it should."""
+
+import base64
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmsoft import visualization
+from mmsoft.analysis import (
+    attention_usage,
+    capture,
+    load_image,
+    load_model,
+)
+
+IMAGE = "000000000001.jpg"
+HERE = dict(image=IMAGE, stage=1, block=0, x=20, y=30)
+
+
+def ask(client, path, **query):
+    answer = client.get(f"/api/{path}", query_string={**HERE, **query})
+    assert answer.status_code == 200, answer.json
+    return answer.json
+
+
+def array(packed):
+    raw = np.frombuffer(base64.b64decode(packed["bytes"]), packed["dtype"])
+    return raw.reshape(packed["shape"])
+
+
+def png(width=40, height=30, seed=0):
+    from PIL import Image
+
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_the_page_needs_nothing_from_elsewhere(client):
+    for name in ("/", "/static/app.js", "/static/style.css"):
+        answer = client.get(name)
+        assert answer.status_code == 200
+        assert "://" not in answer.text
+    assert "default-src 'self'" in client.get("/").headers["Content-Security-Policy"]
+
+
+def test_what_there_is(client):
+    about = client.get("/api/about").json
+    assert about["images"] == [IMAGE, "000000000002.jpg"]
+    assert about["blocks"][:2] == [
+        dict(stage=0, block=0, heads=1),
+        dict(stage=1, block=0, heads=2),
+    ]
+    assert (about["budget"], about["solver"]) == (None, "newton")
+    assert len(about["viridis"]) == 256
+
+
+@pytest.mark.parametrize("head", [-1, 1])
+def test_maps_are_those_of_the_command_line(
+    client, monkeypatch, root, workplace, images, run_tool, head
+):
+    """The arrays that visualize_attention.py draws."""
+    drawn = []
+    draw = visualization.draw_attention
+    monkeypatch.setattr(
+        visualization, "draw_attention", lambda *a, **k: drawn.append(a) or draw(*a, **k)
+    )
+    monkeypatch.chdir(workplace)
+    config = root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
+    options = ["--query", "20,30", "--stage", 1, "--compare", "softmax"]
+    status, out, _ = run_tool(
+        "analysis_tools/visualize_attention.py", config, images / IMAGE, "model.pth", *options
+    )
+    assert status == 0
+    _, _, maps, extent = drawn[0]
+    found = ask(client, "attention", head=head)
+    rows, softmax = array(found["rows"]), array(found["softmax"])
+    for ours, name in zip(rows, ("SOFT++, head 0", "SOFT++, head 1")):
+        expected = maps[name][0].ravel()
+        assert np.abs(ours - expected).max() <= 1e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(softmax.mean(0), maps["softmax"][0].ravel(), rtol=1e-6)
+    assert found["extent"] == list(extent)
+    ranks = ask(client, "usage", head=head)["rank"]
+    assert [f"effective rank {rank:.2f}" in out for rank in ranks] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("budget", "solver"), [("4", "newton"), ("all", "direct"), ("own", "newton")]
+)
+def test_settings_are_those_of_a_config_with_them(client, root, images, workplace, budget, solver):
+    config = Config.fromfile(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
+    config.model.backbone.update(
+        max_landmarks=None if budget in ("own", "all") else int(budget), solver=solver
+    )
+    model = load_model(config, str(workplace / "model.pth"))
+    image = load_image(config, model, str(images / IMAGE))
+    with torch.no_grad(), capture(model) as states:
+        model.backbone(image.inputs)
+    state = states[1, 0]
+    token = image.token_at(20, 30, state.hw_shape)
+    expected = state.attention_rows([token])[0, :, 0].numpy()
+    found = ask(client, "attention", budget=budget, solver=solver)
+    assert np.abs(array(found["rows"]) - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert found["landmarks"] == [state.landmarks.shape[2]] * 2
+    changed = found["changed"]
+    assert (changed is None) == (budget == "own")
+    if changed:
+        assert changed["row"] > 1e-4
+        assert changed["features"] > 1e-6
+    usage = attention_usage(state)
+    assert ask(client, "usage", budget=budget, solver=solver)["rank"] == pytest.approx(
+        usage.rank.tolist(), rel=1e-6
+    )
+
+
+def test_landmarks_spectrum_and_predictions(client, explorer):
+    found = ask(client, "landmarks", head=1)
+    assert array(found["regions"]).shape == tuple(found["grid"])
+    assert array(found["centres"]).shape[1] == 2
+    spectrum = ask(client, "spectrum")
+    eigenvalues = array(spectrum["eigenvalues"])
+    assert eigenvalues.shape[0] == 2
+    assert eigenvalues.sum() == pytest.approx(eigenvalues.size, rel=1e-5)  # the diagonal is 1
+    assert ask(client, "predictions")["kind"] == "boxes"
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+@pytest.mark.parametrize("name", ["attention", "landmarks", "spectrum", "predictions"])
+def test_every_view_can_be_saved(client, name, kind):
+    answer = client.get(f"/figure/{name}.{kind}", query_string=HERE)
+    assert answer.status_code == 200
+    begins = dict(png=b"\x89PNG", svg=b"<?xml")
+    assert answer.data.startswith(begins[kind])
+
+
+# ------------------------------------------------------------------------------ what it refuses
+
+PATHS = [
+    "../../../annotations/instances_val2017.json",
+    "..%2f..%2fmodel.pth",
+    "/etc/passwd",
+    "....//....//model.pth",
+    "000000000001.jpg/../../model.pth",
+    "\x00",
+    "upload-../../model.pth",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_no_file_outside_the_folder(client, name):
+    for path in ("image", "thumbnail", "attention"):
+        answer = client.get(f"/api/{path}", query_string=dict(HERE, image=name))
+        assert answer.status_code == 404
+        assert answer.json["error"].startswith("there is no image")
+    for path in (f"/static/{name}", f"/{name}", f"/figure/{name}.png"):
+        if name:
+            assert client.get(path, follow_redirects=True).status_code in (400, 403, 404)
+
+
+def test_no_link_leads_out_of_the_folder(explorer, workplace, images):
+    outside = workplace / "outside.png"
+    outside.write_bytes(png())
+    link = images / "link.png"
+    link.symlink_to(outside)
+    try:
+        assert "link.png" not in explorer.images()
+    finally:
+        link.unlink()
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (dict(stage=3), "stage 3 has no softmax-free attention"),
+        (dict(block=7), "numbered from 0; got block 7"),
+        (dict(head=2), "head must be -1 for the mean, or 0 to 1, got 2"),
+        (dict(x=64), "is outside the image"),
+        (dict(x="nan"), "is outside the image"),
+        (dict(budget=0), "the budget must be at least 1, got 0"),
+        (dict(solver="qr"), "solver must be one of"),
+        (dict(stage="one"), "no number where one should be"),
+    ],
+)
+def test_invalid_views(client, query, message):
+    answer = client.get("/api/attention", query_string={**HERE, **query})
+    assert answer.status_code == 400
+    assert message in answer.json["error"]
+
+
+def test_only_this_machine_is_answered(client):
+    assert client.get("/", headers=dict(Host="127.0.0.1:8765")).status_code == 200
+    assert client.get("/", headers=dict(Host="example.org")).status_code == 403
+    headers = dict(Origin="http://example.org")
+    assert client.post("/api/upload", data=png(), headers=headers).status_code == 403
+
+
+# ------------------------------------------------------------------------------------- uploads
+
+
+def test_an_upload_is_for_who_sent_it(client):
+    name = client.post("/api/upload", data=png()).json["image"]
+    assert name not in client.get("/api/about").json["images"]
+    found = ask(client, "attention", image=name, x=39, y=29)
+    assert array(found["rows"]).shape[0] == 2
+    other = client.post("/api/upload", data=png(seed=1)).json["image"]
+    assert other != name
+    assert len(name) > 20
+
+
+def test_uploads_are_bounded(client, explorer, monkeypatch):
+    from mmsoft.explore import looking
+
+    assert client.post("/api/upload", data=b"no picture").status_code == 400
+    assert client.post("/api/upload", data=png()[:100]).status_code == 400
+    too_large = client.post("/api/upload", data=bytes(looking.UPLOAD_BYTES + 1))
+    assert too_large.status_code == 413
+    monkeypatch.setattr(looking, "UPLOAD_PIXELS", 100)
+    answer = client.post("/api/upload", data=png())
+    assert answer.status_code == 400
+    assert "million pixels" in answer.json["error"]
+    monkeypatch.undo()
+    monkeypatch.setattr(looking, "UPLOADS", 2)
+    names = [client.post("/api/upload", data=png(seed=seed)).json["image"] for seed in range(3)]
+    statuses = [client.get(f"/api/thumbnail?image={name}").status_code for name in names]
+    assert statuses == [404, 200, 200]
+    assert len(list(explorer.path(names[1]).parent.iterdir())) == 2
+
+
+def test_visitors_at_once_get_what_each_asked_for(client, explorer):
+    """Two budgets, in turn and at the same time, with nothing kept."""
+    views = [dict(budget="4"), dict(budget="9"), dict(budget="own"), dict(solver="direct")]
+    expected = [ask(client, "attention", **view)["rows"]["bytes"] for view in views]
+    assert len(set(expected)) == len(views)
+    for kept in (explorer.captures, explorer.rows):
+        kept.values.clear()
+    found = {}
+
+    def visit(number):
+        mine = explorer_client(explorer)
+        found[number] = ask(mine, "attention", **views[number % 4])["rows"]["bytes"]
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(8)] == expected * 2
+    layer = next(iter(explorer.layers.values()))
+    assert (layer.max_landmarks, layer.solver) == (None, "newton")
+
+
+def explorer_client(explorer):
+    from mmsoft.explore.server import make_app
+
+    return make_app(explorer).test_client()
+
+
+def test_what_is_kept_is_bounded():
+    from mmsoft.explore.looking import Kept
+
+    kept = Kept(3)
+    made = []
+    for key in (1, 2, 3, 1, 4, 1, 2):
+        assert kept.get(key, lambda key=key: made.append(key) or key) == key
+    assert made == [1, 2, 3, 4, 2]
+    assert list(kept.values) == [4, 1, 2]
+
+
+def test_a_folder_that_is_none(explorer, tmp_path):
+    from mmsoft.explore.looking import Explorer
+
+    with pytest.raises(ValueError, match="is not a folder of images"):
+        Explorer(explorer.config, explorer.model, str(tmp_path / "nothing"))
