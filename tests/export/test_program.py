@@ -28,9 +28,10 @@ def operators(program):
 @pytest.mark.parametrize(
     ("options", "inputs"),
     [
-        (
+        pytest.param(
             dict(solver="direct", max_landmarks=9, out_indices=(1,)),
             dict(dynamic_size=True, dynamic_batch=True),
+            marks=pytest.mark.long,
         ),
         (dict(landmarks="content", max_landmarks=4, out_indices=(0,)), dict()),
     ],

@@ -72,7 +72,8 @@ def test_export_with_dynamic_height_and_width(options):
                 torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=long)])
+@long
+@pytest.mark.parametrize("solver", ["direct", "newton"])
 def test_operator_compiles_through_the_code_generator(solver):
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
