@@ -59,7 +59,10 @@ class CommandError(Exception):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command took: seconds, and the resident memory of its largest process at its peak."""
+    """What a command took: seconds, and the resident memory of its largest process at its peak.
+
+    Linux counts what the caller held when it started the command as the command's: no less.
+    """
 
     seconds: float
     peak_bytes: int

@@ -44,7 +44,7 @@ def check_tokens(q: Tensor, v: Tensor, landmarks: Tensor) -> None:
             )
 
 
-def check_landmarks(landmarks: Tensor, present: Tensor | None) -> None:
+def check_present(landmarks: Tensor, present: Tensor | None) -> None:
     """Of :func:`mmsoft.ops.landmark_attention`."""
     if present is not None and (
         present.shape != landmarks.shape[:3] or present.dtype != torch.bool

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_landmarks, check_mask, check_tokens
+from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
 from .mode import forward_mode
 
@@ -68,7 +68,7 @@ def landmark_attention(
         ValueError: shapes or devices disagree.
     """
     check_tokens(q, v, landmarks)
-    check_landmarks(landmarks, present)
+    check_present(landmarks, present)
     check_mask("mask", mask, q)
     padding = None
     if mask is not None:

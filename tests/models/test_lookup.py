@@ -7,7 +7,14 @@ from loading import load_tool
 tasks = load_tool("analysis_tools/attention_tasks.py")
 
 
-@pytest.mark.parametrize(("attention", "low", "high"), [("content", 0.95, 1), ("none", 0, 0.25)])
+@pytest.mark.parametrize(
+    ("attention", "low", "high"),
+    [
+        ("content", 0.95, 1),
+        pytest.param("released", 0.95, 1, marks=pytest.mark.long),
+        ("none", 0, 0.25),
+    ],
+)
 def test_a_block_answers_a_lookup_only_with_attention(attention, low, high):
     """Chance is 0.125."""
     torch.manual_seed(0)

@@ -30,7 +30,8 @@ def choose(
     factor = half.new_zeros(half.shape[0], kept, total)
     columns = torch.cat((points, torch.ones_like(half), -half, factor), 1)
     factor, width = columns[:, d + 2 :], columns.shape[1]
-    residual, nearness = torch.ones_like(half[:, 0]), -half[:, 0]  # of its own kernel value
+    # What is left unexplained of each candidate's own kernel value, and how near the centre it is.
+    residual, nearness = torch.ones_like(half[:, 0]), -half[:, 0]
     if there is not None:
         residual = residual.masked_fill(~there, -1)
         nearness = nearness.masked_fill(~there, -torch.inf)
