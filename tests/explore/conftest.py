@@ -7,18 +7,21 @@ from true_layout import make_demo_data
 
 from mmsoft.analysis import load_model
 
-CONFIG = "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
+
+@pytest.fixture(scope="session")
+def config_path(root):
+    return root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
 
 
 @pytest.fixture(scope="session")
-def workplace(root, tmp_path_factory):
+def workplace(config_path, tmp_path_factory):
     """A folder with data and a checkpoint, and the model of the checkpoint."""
     for package in ("flask", "waitress", "matplotlib", "mmdet"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("explore")
     make_demo_data(folder, train=1, val=2, size=64)
     torch.manual_seed(0)
-    model = load_model(Config.fromfile(root / CONFIG))
+    model = load_model(Config.fromfile(config_path))
     torch.save(dict(state_dict=model.state_dict()), folder / "model.pth")
     return folder
 
@@ -29,10 +32,10 @@ def images(workplace):
 
 
 @pytest.fixture(scope="session")
-def explorer(root, workplace, images):
+def explorer(config_path, workplace, images):
     from mmsoft.explore.looking import Explorer
 
-    config = Config.fromfile(root / CONFIG)
+    config = Config.fromfile(config_path)
     model = load_model(config, str(workplace / "model.pth"))
     with Explorer(config, model, str(images)) as explorer:
         yield explorer

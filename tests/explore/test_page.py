@@ -1,6 +1,8 @@
 """The explorer's page in a real browser."""
 
-import threading
+import os
+import subprocess
+import sys
 
 import pytest
 from browser import Browser, find
@@ -8,17 +10,20 @@ from browser import Browser, find
 PIXEL = (20, 30)
 
 
-@pytest.fixture
-def address(explorer):
-    from waitress import create_server
-
-    from mmsoft.explore.server import make_app
-
-    server = create_server(make_app(explorer), host="127.0.0.1", port=0, threads=4)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.effective_port}/"
-    server.close()
+@pytest.fixture(scope="module")
+def address(config_path, workplace, images):
+    """The command, in a process of its own, as users run it."""
+    checkpoint = workplace / "model.pth"
+    command = [sys.executable, "-m", "mmsoft.explore", config_path, checkpoint]
+    server = subprocess.Popen(
+        [*command, "--images", images, "--port", "0"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with server:
+        yield next(line.strip() for line in server.stdout if line.startswith("http://"))
+        server.terminate()
 
 
 @pytest.fixture
