@@ -8,9 +8,10 @@ then, without further training, on larger grids, position embeddings resized, wi
 of 49 landmarks. `recall`: pairs of key and value at random places, keys drawn anew for every
 sample, and queries elsewhere, which show a key and answer its value.
 
-One post-norm block, 64 channels in 2 heads, without the values' convolution. Peers have the
-defaults of their packages (`pip install "mmsoft[peers]"`). Prints accuracies over the seeds: mean
-and range.
+One post-norm block, 64 channels in 2 heads, without the values' convolution. Landmarks have patches
+of 4x4 tokens, and in recall 8x8 patches share the grid. `gaussian` is the exact kernel, all tokens
+with all. Peers have the defaults of their packages (`pip install "mmsoft[peers]"`). Prints
+accuracies over the seeds: mean and range.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from mmsoft.benchmark.cases import OPERATORS
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import SOFTBlock, resize_pos_embed
+from mmsoft.models.sequence import GaussianSequenceAttention
 
 DIMS, HEADS, CLASSES, KEYS = 64, 2, 8, 16
 SIDE = 16
@@ -55,7 +57,9 @@ class OfTokens(nn.Module):
 
 
 def build_attention(name: str, side: int = SIDE, budget: int = 49, stride: int = 4) -> nn.Module:
-    """Our layer, `released` or `content`, or `none`, or a peer's."""
+    """Our layer, `released` or `content`, or `none`, `gaussian`, or a peer's."""
+    if name == "gaussian":
+        return OfTokens(GaussianSequenceAttention(DIMS, HEADS, 0, 0.0, normalize=True))
     if name not in ("released", "content", "none"):
         return OfTokens(OPERATORS[name][1](side * side))
     kind = NoAttention if name == "none" else SoftmaxFreeAttention
@@ -169,7 +173,8 @@ def accuracy(model: nn.Module, draw: Callable[..., Batch], batches: int = 8) -> 
 
 def main() -> None:
     """Parse the command line, train, print the table."""
-    known = ("released", "content", "none", *(name for name in OPERATORS if name != "softpp"))
+    peers = (name for name in OPERATORS if name != "softpp")
+    known = ("released", "content", "none", "gaussian", *peers)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=("lookup", "recall"))
     parser.add_argument("--attention", nargs="+", choices=known, default=list(known))
@@ -184,7 +189,7 @@ def main() -> None:
     runs = [(n, s, p) for n in args.attention for p in args.pairs for s in range(args.seeds)]
     for name, seed, pairs in track_iter_progress(runs):
         torch.manual_seed(seed)
-        stride = args.side // 4 if args.task == "recall" else 4
+        stride = args.side // 8 if args.task == "recall" else 4
         attention = build_attention(name, args.side, args.landmarks, stride)
         if args.task == "recall":
             model: nn.Module = Recall(attention, args.side)
