@@ -12,6 +12,8 @@ import pytest
 # Before torch is imported, and inherited by the processes that tests start: the tensors of the
 # tests are small, and many threads only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# A process forked from one in which OpenCV has threads waits forever once it changes their number.
+os.environ["OPENCV_FOR_THREADS_NUM"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 
