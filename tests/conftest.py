@@ -122,20 +122,21 @@ def wheel(root, tmp_path_factory):
     return next(folder.glob("mmsoft-*.whl"))
 
 
-@pytest.fixture
-def fresh_python(wheel, tmp_path):
-    """The Python of a new environment with the wheel installed.
+@pytest.fixture(scope="session")
+def fresh_python(wheel, tmp_path_factory):
+    """The Python of a new environment with the wheel installed, not to be changed.
 
     It sees the packages of this environment, after its own.
     """
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
+    venv = tmp_path_factory.mktemp("fresh") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = venv / "bin" / "python"
     install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
     # With a checkout on PYTHONPATH pip would take the package for installed.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-m", "pip", "--python", python, *install]
     subprocess.run(command, env=environment, check=True)
-    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site_packages,) = venv.glob("lib/python*/site-packages")
     ours = str(Path(pytest.__file__).parents[1])
     (site_packages / "outer.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
     return python

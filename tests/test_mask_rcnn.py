@@ -5,7 +5,7 @@ from fault_runs import SOFTPP, SWIN, config, plain_loop
 
 pytest.importorskip("mmdet")
 
-ITERATIONS = 120
+ITERATIONS = 90
 
 
 def test_learns_as_well_as_with_swin(root, shapes, tmp_path):

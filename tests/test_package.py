@@ -257,10 +257,10 @@ def test_wheel_in_a_fresh_environment_builds_a_detector(fresh_python, run_outsid
     assert process.returncode == 0, process.stderr
     shapes, file = process.stdout.splitlines()[-2:]
     assert shapes == "[(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]"
-    assert file.startswith(str(tmp_path / "venv"))
+    assert file.startswith(str(fresh_python.parents[1]))
 
 
-def test_mim_and_mmengine_find_the_configs_of_the_wheel(fresh_python, run_outside, tmp_path):
+def test_mim_and_mmengine_find_the_configs_of_the_wheel(fresh_python, run_outside):
     program = (
         "import mmsoft\n"
         "from mim.utils import get_installed_path as of_mim\n"
@@ -271,7 +271,7 @@ def test_mim_and_mmengine_find_the_configs_of_the_wheel(fresh_python, run_outsid
         "print(of_mmengine(MODULE2PACKAGE['mmsoft']))\n"
     )
     process = run_outside("-c", program, python=fresh_python, PYTHONPATH="")
-    (package,) = (tmp_path / "venv").glob("lib/python*/site-packages/mmsoft")
+    (package,) = fresh_python.parents[1].glob("lib/python*/site-packages/mmsoft")
     assert (package / ".mim" / "model-index.yml").is_file()
     assert process.stdout.splitlines() == [str(package)] * 3, process.stderr
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from mmengine.config import Config
+from loading import load_config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
@@ -229,7 +229,7 @@ def detector_steps(rank, world_size, config, out):
     look like a fault.
     """
     torch.set_default_dtype(torch.float64)
-    cfg = Config.fromfile(config)
+    cfg = load_config(config)
     cfg.work_dir = f"{out}-work"
     cfg.launcher = "pytorch"
     cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)

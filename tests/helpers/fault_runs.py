@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from loading import load_config
 from mmengine.runner import Runner
 from released import SMALL
 
@@ -28,7 +28,7 @@ def config(root, folder, name, work_dir, *, backbone=None, changes=None, iterati
     `name` is one of CONFIGS; `changes` is merged last.
     """
     library, file = CONFIGS[name]
-    config = Config.fromfile(root / "configs/demo" / file)
+    config = load_config(root / "configs/demo" / file)
     backbone = dict(backbone or SOFTPP)
     dims = [32, 64, 96, 128]
     if backbone["type"] == "SwinTransformer":

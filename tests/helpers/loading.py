@@ -1,8 +1,10 @@
-"""Tools as modules: they are scripts, in no package."""
+"""Tools as modules, which are scripts and in no package, and configs for short runs."""
 
 import importlib.util
 import sys
 from pathlib import Path
+
+from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,3 +17,12 @@ def load_tool(path, root=ROOT):
     sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def load_config(path):
+    """A config that MMEngine does not format, as it does four times in a run, for seconds.
+
+    ``Config.fromfile`` has an option for that, and forgets it.
+    """
+    content = Config.fromfile(path).to_dict()
+    return Config(content, filename=str(path), format_python_code=False)

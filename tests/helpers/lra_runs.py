@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from loading import load_config
+from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 
 def small(path, root, work_dir, changes):
     """The config with a few iterations on the data in a folder."""
-    config = Config.fromfile(path)
+    config = load_config(path)
     for split in ("train", "val", "test"):
         if loader := config[f"{split}_dataloader"]:
             loader.update(batch_size=4, num_workers=0, persistent_workers=False)

@@ -8,6 +8,7 @@ from mmsoft.models import SOFT, SOFTPlusPlus
 
 tool = load_tool("analysis_tools/attention_scale.py")
 
+QUICK_SIZES = ((224, 224), (512, 768))
 CASES = [(SOFTPlusPlus, None), (SOFTPlusPlus, 256), (SOFTPlusPlus, 49), (SOFT, 49)]
 
 
@@ -24,16 +25,16 @@ def check(variant, arch, max_landmarks, solver="direct", train=False, sizes=tool
 
 @pytest.mark.parametrize(("variant", "max_landmarks"), CASES)
 def test_tiny_has_one_scale_at_every_resolution(variant, max_landmarks):
-    check(variant, "tiny", max_landmarks)
+    check(variant, "tiny", max_landmarks, sizes=QUICK_SIZES)
 
 
 def test_one_scale_with_newton_and_with_batch_statistics():
-    check(SOFTPlusPlus, "tiny", 49, solver="newton")
-    check(SOFTPlusPlus, "tiny", 49, train=True)
+    check(SOFTPlusPlus, "tiny", 49, solver="newton", sizes=QUICK_SIZES)
+    check(SOFTPlusPlus, "tiny", 49, train=True, sizes=QUICK_SIZES)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arch", ["small", "medium", "large", "huge"])
+@pytest.mark.parametrize("arch", ["tiny", "small", "medium", "large", "huge"])
 @pytest.mark.parametrize(("variant", "max_landmarks"), CASES)
 def test_every_arch_has_one_scale_at_every_resolution(variant, max_landmarks, arch):
     check(variant, arch, max_landmarks)

@@ -132,7 +132,7 @@ def test_without_normalization_is_refused():
 
 
 @needs_torch_2_6
-@pytest.mark.parametrize("solver", ["direct", "newton"])
+@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=pytest.mark.long)])
 def test_exported_program_of_any_size(solver):
     model, x = backbone(solver=solver).eval(), torch.randn(1, 3, 96, 128)
     auto = torch.export.Dim.AUTO

@@ -35,9 +35,23 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def call(*arguments, **options):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the tool in this process; gives exit status, output and errors."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", [SCRIPT.name, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = make_shapes.main()
+        except SystemExit as caught:
+            status = caught.code
+        output, error = capsys.readouterr()
+        if isinstance(status, str):  # which Python prints, and ends with 1
+            status, error = 1, f"{error}{status}\n"
+        return status or 0, output, error
+
+    return call
 
 
 def test_the_seed_determines_the_data(data, tmp_path):
@@ -217,44 +231,49 @@ def test_neither_colour_nor_place_in_the_legend_tells_the_class(legends):
         assert 0.2 < len(own) / len(plain) < 0.47
 
 
-def test_legend_data_set(tmp_path):
-    small = call(tmp_path / "s", "--legend", "--size", 96)
-    assert small.returncode == 2
-    assert "--legend needs a --size of at least 128, got 96" in small.stderr
+def test_legend_data_set(tmp_path, call):
+    status, _, error = call(tmp_path / "s", "--legend", "--size", 96)
+    assert status == 2
+    assert "--legend needs a --size of at least 128, got 96" in error
     arguments = ["--legend", "--size", "128", "--train", "1", "--val", "1"]
-    assert call(tmp_path / "s", *arguments).returncode == 0
+    assert call(tmp_path / "s", *arguments)[0] == 0
     content = (tmp_path / "s/coco/annotations/instances_val2017.json").read_text()
     assert [c["name"] for c in json.loads(content)["categories"]] == list(make_shapes.MATERIALS)
 
 
-def test_second_call_keeps_a_complete_set_and_refuses_another(tmp_path):
+def test_second_call_keeps_a_complete_set_and_refuses_another(tmp_path, call):
     arguments = (tmp_path / "s", "--train", 1, "--val", 1, "--size", 64)
-    assert call(*arguments).returncode == 0
+    assert call(*arguments)[0] == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    again = call(*arguments)
-    assert again.returncode == 0
-    assert "kept" in again.stdout
+    status, output, _ = call(*arguments)
+    assert status == 0
+    assert "kept" in output
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    other = call(*arguments, "--seed", 1)
-    assert other.returncode == 1
-    assert other.stderr.count("\n") == 1
-    assert "other parameters" in other.stderr
+    status, _, error = call(*arguments, "--seed", 1)
+    assert status == 1
+    assert error.count("\n") == 1
+    assert "other parameters" in error
     assert before.keys() == set(tmp_path.rglob("*"))
 
 
-def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path):
+def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path, call):
     # No file may grow beyond 4 kB: an image or the JSON cannot be written whole.
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     arguments = (tmp_path / "s", "--train", 12, "--val", 1, "--size", 96)
-    failed = call(*arguments, preexec_fn=small_disk)
+    failed = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        preexec_fn=small_disk,
+    )
     assert failed.returncode == 1
     message = failed.stderr.strip()
     assert message.startswith("error: cannot write the data set")
     assert "\n" not in message
     assert list(tmp_path.iterdir()) == []
-    assert call(*arguments).returncode == 0
+    assert call(*arguments)[0] == 0
     assert (tmp_path / "s/parameters.json").is_file()
 
 
@@ -267,8 +286,8 @@ def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path):
         (["--seed", "-1"], "argument --seed: must be at least 0, got -1"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path, arguments, message):
-    failed = call(tmp_path / "s", *arguments)
-    assert failed.returncode == 2
-    assert message in failed.stderr
+def test_bad_arguments_are_named(tmp_path, call, arguments, message):
+    status, _, error = call(tmp_path / "s", *arguments)
+    assert status == 2
+    assert message in error
     assert not (tmp_path / "s").exists()
