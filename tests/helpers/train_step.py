@@ -98,6 +98,9 @@ def step(library, path):
     if library == "mmdet":
         test_cfg = config.model.test_cfg
         test_cfg.get("rcnn", test_cfg).score_thr = 0  # the scores of an untrained detector are low
+        if "rpn" in test_cfg:
+            test_cfg.rpn.max_per_img = 64  # RoIAlign of 1000 takes seconds on a CPU
+            test_cfg.rcnn.max_per_img = 10
     if "rcnn" in (config.model.get("train_cfg") or {}):
         config.model.train_cfg.rcnn.sampler.num = 64  # 512 takes seconds on a CPU
     model = revert_sync_batchnorm(MODELS.build(config.model))

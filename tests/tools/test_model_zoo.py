@@ -49,7 +49,9 @@ def test_tables_and_metafiles_are_current(zoo, counts):
     assert zoo.stale(zoo.render(counts)) == [], "run python tools/dev/model_zoo.py"
 
 
-@pytest.mark.parametrize("folder", CHEAP)
+@pytest.mark.parametrize(
+    "folder", sorted(CHEAP.keys() - {"retinanet"})
+)  # of which Mask R-CNN has most
 def test_flops_are_current(zoo, folder):
     config = Config.fromfile(zoo.ROOT / "configs" / folder / f"{CHEAP[folder]}.py")
     found = zoo.read_counts()[CHEAP[folder]]
