@@ -36,6 +36,11 @@ def gaussian_kernel_product_macs(x: list[int], y: list[int], w: list[int]) -> in
     return prod(x[:-1]) * y[-2] * (x[-1] + w[-1])
 
 
+def newton_step_size_macs(a: list[int]) -> int:
+    """A matrix ``[m, m]`` times a vector; ``a`` is ``[..., m, m]``."""
+    return prod(a)
+
+
 def newton_raphson_pinv_macs(a: list[int], steps: int) -> int:
     """Two products ``[m, m] x [m, m]`` a step, and two for the start; ``a`` is ``[..., m, m]``."""
     return prod(a) * a[-1] * 2 * (steps + 1)
@@ -80,6 +85,7 @@ HANDLES = {
     for name, macs, shapes, constants in (
         ("gaussian_kernel_product", gaussian_kernel_product_macs, 3, ()),
         ("landmark_choice", landmark_choice_macs, 1, (1,)),
+        ("newton_step_size", newton_step_size_macs, 1, ()),
         ("newton_raphson_pinv", newton_raphson_pinv_macs, 1, (3,)),
         ("tikhonov_solve", lambda a, mu, b: tikhonov_solve_macs(a, b), 3, ()),
     )

@@ -95,7 +95,8 @@ def test_attention_layer(solver, budget, m):
     gram, rows = heads * m * m * d, heads * m * m  # A; the guard's A (A 1)
     if solver == "newton":
         assert found.pop("newton_raphson_pinv") == heads * 42 * m**3
-        assert found.pop("matmul") == gram + rows + heads * m * m * d  # and A+ s
+        assert found.pop("newton_step_size") == rows
+        assert found.pop("matmul") == gram + heads * m * m * d  # and A+ s
     else:
         assert found.pop("tikhonov_solve") == heads * (m**3 + m**3 // 6 + m * m * d)
         assert found.pop("matmul") == gram + heads * m * m * d  # and A s

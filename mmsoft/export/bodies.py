@@ -78,6 +78,7 @@ _EVERYWHERE: dict[str, Callable[..., Any]] = dict(
     gaussian_kernel_product=product,
     landmark_patches=patches,
     matmul=_multiply,
+    newton_step_size=inverse.step_size,
 )
 # What ONNX cannot express, or only as a loop: see functions.py.
 _TORCH_ALONE: dict[str, Callable[..., Any]] = dict(

@@ -125,6 +125,25 @@ CASES["gather-backward-wide"] = (
     "gaussian", "product_backward", _products(49, 4000, d=64, backward=True))  # fmt: skip
 
 
+def _inverses(name, m):
+    """Arguments of the inverses of ``m`` landmarks."""
+
+    def arguments():
+        a = torch.empty(2, 10, m, m, device="meta")
+        scalar = torch.empty(2, 1, 1, 1, device="meta")
+        right = torch.empty(2, 10, m, 32, device="meta")
+        return dict(
+            step_size=(a, 10, 1.01), newton=(a, scalar, scalar, 20), solve=(a, scalar, right)
+        )[name]
+
+    return arguments
+
+
+for _name in ("step_size", "newton", "solve"):
+    for _m in (25, 49) if _name == "solve" else (25, 49, 128):
+        CASES[f"{_name}-{_m}"] = "inverse", _name, _inverses(_name, _m)
+
+
 def main():
     from mmsoft.ops import launch
 

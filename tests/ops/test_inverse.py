@@ -117,6 +117,16 @@ def test_direct_solve_is_stable_at_any_conditioning(m):
         assert (solution - exact).norm() < 0.02 * exact.norm()
 
 
+def test_a_factorization_that_fails_is_noticed():
+    """Of an argument that is no Gram matrix; the others of its batch are solved."""
+    a = torch.eye(4).repeat(2, 1, 1, 1)
+    mu, b = torch.full((2, 1, 1, 1), 1e-3), torch.ones(2, 1, 4, 3)
+    a[0, 0] = torch.block_diag(*2 * [torch.tensor([[0, 1.0], [-1, 0]])])  # A^2 is -I
+    out = torch.ops.mmsoft.tikhonov_solve(a, mu, b)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
 def test_distance_between_the_solvers():
     """Close where A is well conditioned, or nearly of rank 1; some per cent apart in between."""
     bounds = ((2, 0, 4e-4), (1e2, 5e-3, 0.03), (1e4, 3e-3, 0.015), (1e8, 0, 5e-4))
@@ -129,6 +139,7 @@ def test_distance_between_the_solvers():
 
 def test_custom_operators_pass_opcheck():
     a = gram(6, 50).float().requires_grad_()
+    opcheck(torch.ops.mmsoft.newton_step_size.default, (a.detach(), 10, 1.01))
     opcheck(torch.ops.mmsoft.newton_raphson_pinv.default, (a, *step_size(a, True), 20))
     b = torch.randn(2, 2, 6, 3, requires_grad=True)
     opcheck(torch.ops.mmsoft.tikhonov_solve.default, (a, torch.full((2, 2, 1, 1), 0.05), b))

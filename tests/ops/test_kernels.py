@@ -8,7 +8,15 @@ import pytest
 import torch
 from metrics import error
 
-from mmsoft.ops import gaussian_kernel_product, use_backend
+from mmsoft.ops import (
+    gaussian_kernel_product,
+    newton_raphson_pinv,
+    reference,
+    softmax_free_attention,
+    step_size,
+    tikhonov_pinv_product,
+    use_backend,
+)
 from mmsoft.ops.gaussian.operators import product_in_units
 from mmsoft.ops.reference import gaussian_kernel as naive
 
@@ -170,3 +178,150 @@ def test_refusals_say_why(device):
         gaussian_kernel_product(x[..., :4].double(), y[..., :4], w)
     with pytest.raises(RuntimeError, match="triton: an argument is empty"):
         gaussian_kernel_product(x[:0, ..., :4], y[:0, ..., :4], w[:0])
+
+
+def overlapping(m, spread, device, batch=(1, 1)):
+    """Gram matrices of landmarks, the worse conditioned the smaller ``spread``; float32."""
+    points = spread * torch.randn(*batch, m, 8, generator=torch.Generator().manual_seed(m))
+    return naive(points.double(), points.double()).float().to(device)
+
+
+def both(function):
+    """Of the kernels and of eager."""
+    results = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            results.append(function())
+    return results
+
+
+@pytest.mark.parametrize("m", [1, 7, 49, 100])
+@pytest.mark.parametrize("spread", [10.0, 0.5, 0.05])
+def test_guarded_step_size(m, spread, device):
+    """From no halving to as many as there are, over the heads of a sample and no other's."""
+    a = overlapping(m, spread, device, (2, 3))
+    a[1, 2] = torch.eye(m, device=device)
+    (alpha, cubic), eager = both(lambda: step_size(a, guarded=True))
+    torch.testing.assert_close(alpha, eager[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(cubic, eager[1], rtol=1e-5, atol=0)
+    expected, extra = reference.step_size_softplusplus(a.double())
+    torch.testing.assert_close(alpha.double(), expected * 2**extra, rtol=1e-5, atol=0)
+    few = both(lambda: torch.ops.mmsoft.newton_step_size(a, 2, 1.01))
+    torch.testing.assert_close(*few, rtol=1e-5, atol=0)
+
+
+SOME = (1, 7, 49)
+MANY = [pytest.param(m, marks=pytest.mark.long) for m in (63, 64, 65, 100, 128)]
+
+
+@pytest.mark.parametrize("m", [*SOME, *MANY])
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("spread", [1.0, 0.05])
+def test_newton_and_its_gradient(m, guarded, spread, device):
+    a = overlapping(m, spread, device).mT.requires_grad_()  # strided
+    grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def run():
+        out = newton_raphson_pinv(a, *step_size(a, guarded))
+        return out, *torch.autograd.grad(out, a, grad)
+
+    exact = a.detach().double()
+    if guarded:
+        alpha, extra = reference.step_size_softplusplus(exact)
+    else:
+        alpha, extra = reference.step_size_soft(exact), 0
+    truth = reference.newton_filter(exact, alpha, 20 + extra)
+    truths = truth, -truth.mT @ grad.double() @ truth.mT
+    for ours, plain, exact, factor in zip(*both(run), truths, (2, 3)):
+        assert ours.stride() == plain.stride()
+        within(ours, plain, exact, factor)
+
+
+@pytest.mark.parametrize(
+    "m", [1, 7, 49, *(pytest.param(m, marks=pytest.mark.long) for m in (63, 64))]
+)
+@pytest.mark.parametrize("spread", [1.0, 0.05])
+def test_solve_and_its_gradients(m, spread, device):
+    a = overlapping(m, spread, device).requires_grad_()
+    b = torch.randn(1, 1, 5, m, generator=torch.Generator().manual_seed(0)).to(device).mT
+    b.requires_grad_()
+    grad = torch.randn(b.shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def run():
+        out = tikhonov_pinv_product(a, b)
+        return out, *torch.autograd.grad(out, (a, b), grad)
+
+    exact, right = (t.detach().double().requires_grad_() for t in (a, b))
+    mu = 0.01 * exact.detach().sum(-1).amax(-1)[..., None, None]
+    eye = torch.eye(m, dtype=torch.float64, device=device)
+    truth = torch.linalg.inv(exact @ exact + mu.square() * eye) @ exact @ right
+    truths = truth, *torch.autograd.grad(truth, (exact, right), grad.double())
+    for ours, plain, exact, factor in zip(*both(run), truths, (2, 3, 3)):
+        assert ours.stride() == plain.stride()
+        within(ours, plain, exact, factor)
+
+
+@pytest.mark.parametrize(("m", "samples", "steps"), [(9, 3, 2), (40, 3, 2), (65, 1, 1)])
+def test_every_matrix_of_a_batch(m, samples, steps, device):
+    """Samples and heads, each with a scale of its own, lie the other way round in memory."""
+    a = overlapping(m, 1.0, device, (2, samples)).transpose(0, 1)
+    b = torch.randn(2, samples, m, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    b = b.transpose(0, 1)
+    scales = step_size(a, guarded=False)
+
+    def run():
+        out = newton_raphson_pinv(a, *scales, steps)
+        return (out,) if m > 64 else (out, tikhonov_pinv_product(a, b))
+
+    for ours, plain in zip(*both(run)):
+        for one, other in zip(ours.flatten(0, 1), plain.flatten(0, 1)):
+            assert error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("function", [step_size, newton_raphson_pinv, tikhonov_pinv_product])
+def test_inverses_do_not_hide_what_is_not_a_number(function, device):
+    a = overlapping(5, 1.0, device, (2, 1))
+    a[0, 0, 1, 2] = torch.nan
+    one = torch.ones(2, 1, 1, 1, device=device)
+    more = {step_size: (True,), newton_raphson_pinv: (one, one, 3), tikhonov_pinv_product: (a,)}
+    out = function(a, *more[function])
+    out = out[0] if isinstance(out, tuple) else out
+    assert out[0].isnan().any()
+    assert out[1].isfinite().all() or function is tikhonov_pinv_product
+
+
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_the_whole_operator(solver, device):
+    """Every kernel at once; under autocast the same bits."""
+    tensors = [
+        (0.4 * torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(n)))
+        .to(device)
+        .requires_grad_()
+        for n in (40, 41, 9)
+    ]
+    tensors[1] = tensors[1][:, :, 1:].detach().requires_grad_()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth = reference.softmax_free_attention(*exact, solver=solver)
+    truths = truth, *torch.autograd.grad(truth.sum(), exact)
+
+    def run(autocast=False):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            out = softmax_free_attention(*tensors, solver=solver)
+        return out, *torch.autograd.grad(out.sum(), tensors)
+
+    ours, plain = both(run)
+    for a, b, c, factor in zip(ours, plain, truths, (2, 3, 3, 3)):
+        within(a, b, c, factor)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(autocast=True)))
+
+
+def test_inverses_say_why_they_refuse(device):
+    eye = torch.eye(129, device=device)[None, None]
+    with pytest.raises(RuntimeError, match="triton: there are more than 128 landmarks"):
+        newton_raphson_pinv(eye, *step_size(eye, guarded=False))
+    with pytest.raises(RuntimeError, match="triton: an argument is not float32"):
+        step_size(eye[..., :9, :9].half(), guarded=True)
+    with pytest.raises(RuntimeError, match="triton: there are more than 64 channels"):
+        tikhonov_pinv_product(eye[..., :9, :9], eye[..., :9, :80])
+    with pytest.raises(RuntimeError, match="triton: there are more than 64 landmarks"):
+        tikhonov_pinv_product(eye[..., :65, :65], eye[..., :65, :8])

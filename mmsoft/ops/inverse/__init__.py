@@ -9,9 +9,9 @@ factorization. ``docs/method.md`` derives them.
 import torch
 from torch import Tensor
 
-from ..island import matmul, no_autocast
+from ..island import matmul
 from .eager import newton_iterates
-from .operators import newton, tikhonov_solve
+from .operators import guarded_step_size, newton, tikhonov_solve
 
 __all__ = [
     "RIDGE_SOFT",
@@ -46,25 +46,10 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
         starts from ``alpha A - cubic A^3``. ``cubic`` is 0 except where the guard accepts at once,
         from where the release may go to 0 instead of the inverse.
     """
-    a = a.detach()
-    rows = a.sum(-1)
     if not guarded:
-        alpha = 1.8 / rows.amax(-1)[..., None, None].square()
+        alpha = 1.8 / a.detach().sum(-1).amax(-1)[..., None, None].square()
         return alpha, torch.zeros_like(alpha)
-    # Column sums of |I - alpha A^2| from the diagonal of A^2 and its column sums: docs/method.md.
-    diagonal = a.square().sum(-1)
-    with no_autocast(a):
-        columns = (a @ rows[..., None]).squeeze(-1)
-    halvings = torch.arange(_HALVINGS, dtype=a.dtype, device=a.device)
-    alpha = 2 / rows.amax((-2, -1), keepdim=True).square()  # [B, 1, 1]
-    candidates = alpha[..., None] * torch.exp2(-halvings)  # [B, 1, 1, 10]
-    off_diagonal = (columns - diagonal)[..., None]
-    norm = (1 - candidates * diagonal[..., None]).abs() + candidates * off_diagonal
-    accepted = 1 - (norm.amax((1, 2)) > _GUARD).to(a.dtype)
-    rejected = (accepted.cumsum(-1) == 0).to(a.dtype).sum(-1)[:, None, None]  # [B]
-    alpha = alpha * torch.exp2(-rejected)
-    cubic = torch.where(rejected == 0, alpha.square() / 4, 0)
-    return alpha[..., None], cubic[..., None]
+    return guarded_step_size(a, _HALVINGS, _GUARD)
 
 
 def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20) -> Tensor:

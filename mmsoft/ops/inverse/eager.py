@@ -9,6 +9,25 @@ from torch import Tensor
 from ..island import no_autocast
 
 
+def step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
+    """The guarded step size of :func:`mmsoft.ops.step_size`: ``alpha`` and ``cubic``."""
+    rows = a.sum(-1)
+    # Column sums of |I - alpha A^2| from the diagonal of A^2 and its column sums: docs/method.md.
+    diagonal = a.square().sum(-1)
+    with no_autocast(a):
+        columns = (a @ rows[..., None]).squeeze(-1)
+    numbers = torch.arange(halvings, dtype=a.dtype, device=a.device)
+    alpha = 2 / rows.amax((-2, -1), keepdim=True).square()  # [B, 1, 1]
+    candidates = alpha[..., None] * torch.exp2(-numbers)  # [B, 1, 1, 10]
+    off_diagonal = (columns - diagonal)[..., None]
+    norm = (1 - candidates * diagonal[..., None]).abs() + candidates * off_diagonal
+    accepted = 1 - (norm.amax((1, 2)) > guard).to(a.dtype)
+    rejected = (accepted.cumsum(-1) == 0).to(a.dtype).sum(-1)[:, None, None]  # [B]
+    alpha = alpha * torch.exp2(-rejected)
+    cubic = torch.where(rejected == 0, alpha.square() / 4, 0)
+    return alpha[..., None], cubic[..., None]
+
+
 def newton_iterates(a: Tensor, alpha: Tensor, cubic: Tensor) -> Iterator[Tensor]:
     """The start and every further iterate of :func:`newton_raphson_pinv`, without end or gradient.
 
@@ -33,9 +52,10 @@ def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
 
 
 def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    """``(A^2 + mu^2 I)^-1 b`` by a Cholesky factorization."""
+    """``(A^2 + mu^2 I)^-1 b`` by a Cholesky factorization; NaN where it fails, as on NaN."""
     with no_autocast(a):
         normal = a @ a
         normal.diagonal(dim1=-2, dim2=-1).add_(mu.square().squeeze(-1))
-        factor, _ = torch.linalg.cholesky_ex(normal)
-        return torch.cholesky_solve(b, factor).contiguous()
+        factor, info = torch.linalg.cholesky_ex(normal)
+        failed = (info > 0)[..., None, None]  # not looked at here: that would make a GPU wait
+        return torch.cholesky_solve(b, factor).masked_fill(failed, torch.nan).contiguous()

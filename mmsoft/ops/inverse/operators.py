@@ -7,12 +7,66 @@ from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
 from ..island import for_func, matmul, no_autocast
+from ..launch import TRITON, lazily, refusal
 from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import eager
 
-NEWTON = Operation("newton_raphson_pinv", Implementation(EAGER, eager.newton))
-SOLVE = Operation("tikhonov_solve", Implementation(EAGER, eager.solve))
+_TRITON = "mmsoft.ops.inverse.triton"
+_LANDMARKS, _SOLVED, _CHANNELS = 128, 64, 64  # what fits on chip
+
+
+def _refusal(a: Tensor, *others: Any) -> str | None:
+    tensors = [a, *(t for t in others if isinstance(t, Tensor))]
+    if a.shape[-1] > _LANDMARKS:
+        return f"there are more than {_LANDMARKS} landmarks"
+    if max(t.shape[-1] for t in tensors[1:] or [a]) > _LANDMARKS:
+        return f"there are more than {_LANDMARKS} columns"
+    if any(t.dtype != torch.float32 for t in tensors):
+        return "an argument is not float32"
+    return refusal(*tensors)
+
+
+def _refusal_solve(a: Tensor, mu: Tensor, b: Tensor) -> str | None:
+    if a.shape[-1] > _SOLVED:
+        return f"there are more than {_SOLVED} landmarks"
+    if b.shape[-1] > _CHANNELS:
+        return f"there are more than {_CHANNELS} channels"
+    return _refusal(a, mu, b)
+
+
+STEP_SIZE = Operation(
+    "newton_step_size",
+    Implementation(TRITON, lazily(_TRITON, "step_size"), _refusal, on_request=True),
+    Implementation(EAGER, eager.step_size),
+)
+NEWTON = Operation(
+    "newton_raphson_pinv",
+    Implementation(TRITON, lazily(_TRITON, "newton"), _refusal, on_request=True),
+    Implementation(EAGER, eager.newton),
+)
+SOLVE = Operation(
+    "tikhonov_solve",
+    Implementation(TRITON, lazily(_TRITON, "solve"), _refusal_solve, on_request=True),
+    Implementation(EAGER, eager.solve),
+)
+
+
+@custom_op("mmsoft::newton_step_size")
+def _step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
+    return STEP_SIZE(a, halvings, guard)
+
+
+@_step_size.register_fake
+def _(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
+    return a.new_empty((a.shape[0], 1, 1, 1)), a.new_empty((a.shape[0], 1, 1, 1))
+
+
+def guarded_step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
+    """See :func:`mmsoft.ops.step_size`."""
+    plain = STEP_SIZE.gives_way(transformed())
+    way = eager.step_size if plain else torch.ops.mmsoft.newton_step_size
+    return way(a.detach(), halvings, guard)
 
 
 @custom_op("mmsoft::newton_raphson_pinv")

@@ -1,0 +1,227 @@
+"""Both inverses in Triton, one program for each matrix: a launch in place of one for each step.
+
+Up to 32 landmarks all iterates of Newton-Raphson stay in registers; up to 128 they go tile by tile
+through memory of the program's own, which the caches hold: more in registers would spill. Products
+are of three TF32 parts, as in ``gaussian/triton.py``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _tile(pointer, i, j, m, stride_n, stride_d, N: tl.constexpr, M: tl.constexpr):
+    """The tile ``[N, M]`` at ``(i, j)`` of a matrix, 0 beyond ``m``."""
+    row, column = i + tl.arange(0, N), j + tl.arange(0, M)
+    inside = ((row < m)[:, None]) & ((column < m)[None, :])
+    offsets = row[:, None] * stride_n + column[None, :] * stride_d
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def step_size_kernel(
+    a, alpha, cubic, m, heads, a_b, a_h, a_n, a_d,
+    HALVINGS: tl.constexpr, GUARD: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The guarded step size of one sample: both maxima run over its heads."""
+    sample = tl.program_id(0)
+    a += sample.to(tl.int64) * a_b
+    most = tl.zeros([T], tl.float32)
+    for head in range(0, heads):
+        tile = _tile(a + head * a_h, 0, 0, m, a_n, a_d, T, T)
+        most = tl.maximum(most, tl.sum(tile, 1), propagate_nan=tl.PropagateNan.ALL)
+    largest = tl.max(most, 0) + 0.0 * tl.sum(most, 0)  # which a NaN is not lost in
+    start = 2.0 / (largest * largest)
+    number = tl.arange(0, 16)
+    candidates = start * tl.exp2(-number.to(tl.float32))
+    norms = tl.zeros([16], tl.float32)
+    for head in range(0, heads):
+        tile = _tile(a + head * a_h, 0, 0, m, a_n, a_d, T, T)
+        diagonal = tl.sum(tile * tile, 1)[:, None]
+        columns = tl.sum(tile * tl.sum(tile, 0)[None, :], 1)[:, None]
+        norm = tl.abs(1.0 - candidates[None, :] * diagonal) + candidates[None, :] * (
+            columns - diagonal
+        )
+        norm = tl.where((tl.arange(0, T) < m)[:, None], norm, 0.0)
+        norms = tl.maximum(norms, tl.max(norm, 0))
+    accepted = (norms <= GUARD) | (number >= HALVINGS)
+    rejected = tl.min(tl.where(accepted, number, 16), 0)
+    result = start * tl.exp2(-rejected.to(tl.float32))
+    tl.store(alpha + sample, result)
+    tl.store(cubic + sample, tl.where(rejected == 0, result * result / 4, 0.0))
+
+
+@triton.jit
+def newton_kernel(
+    a, alpha, cubic, out, m, heads, steps,
+    a_b, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
+    T: tl.constexpr,
+):  # fmt: skip
+    """All steps for one matrix that fits into the registers."""
+    matrix = tl.program_id(0)
+    b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
+    tile = _tile(a + b * a_b + h * a_h, 0, 0, m, a_n, a_d, T, T)
+    first = tl.load(alpha + b * alpha_b + h * alpha_h)
+    third = tl.load(cubic + b * cubic_b + h * cubic_h)
+    x = tile
+    for step in range(0, steps + 1):  # the start is a step from A with other factors
+        product = _dot(x, _dot(tile, x))
+        x = tl.where(step == 0, first, 2.0) * x - tl.where(step == 0, third, 1.0) * product
+    row, column = tl.arange(0, T)[:, None], tl.arange(0, T)[None, :]
+    out += matrix.to(tl.int64) * m * m
+    tl.store(out + row * m + column, x, mask=(row < m) & (column < m))
+
+
+@triton.jit
+def _product_tile(x, y, i, j, T: tl.constexpr, P: tl.constexpr):
+    """The tile at ``(i, j)`` of the product of two matrices ``[P, P]``."""
+    total = tl.zeros([T, T], tl.float32)
+    for k in range(0, P, T):
+        total += _dot(_tile(x, i, k, P, P, 1, T, T), _tile(y, k, j, P, P, 1, T, T))
+    return total
+
+
+@triton.jit
+def _put(pointer, i, j, values, T: tl.constexpr, P: tl.constexpr):
+    row, column = i + tl.arange(0, T), j + tl.arange(0, T)
+    tl.store(pointer + row[:, None] * P + column[None, :], values)
+
+
+@triton.jit
+def newton_tiles_kernel(
+    a, alpha, cubic, out, scratch, m, heads, steps,
+    a_b, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
+    T: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """All steps for one matrix in tiles; ``scratch`` has room for four matrices ``[P, P]``."""
+    matrix = tl.program_id(0)
+    b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
+    a += b * a_b + h * a_h
+    size: tl.constexpr = P * P
+    full = scratch + matrix.to(tl.int64) * 4 * size
+    between, start = full + size, full + 2 * size
+    for i in range(0, P, T):
+        for j in range(0, P, T):
+            tile = _tile(a, i, j, m, a_n, a_d, T, T)
+            _put(full, i, j, tile, T, P)
+            _put(start, i, j, tile, T, P)
+    tl.debug_barrier()
+    first = tl.load(alpha + b * alpha_b + h * alpha_h)
+    third = tl.load(cubic + b * cubic_b + h * cubic_h)
+    for step in range(0, steps + 1):
+        old, new = start + (step % 2) * size, start + (1 - step % 2) * size
+        linear, cube = tl.where(step == 0, first, 2.0), tl.where(step == 0, third, 1.0)
+        for i in range(0, P, T):
+            for j in range(0, P, T):
+                _put(between, i, j, _product_tile(full, old, i, j, T, P), T, P)
+        tl.debug_barrier()
+        for i in range(0, P, T):
+            for j in range(0, P, T):
+                product = _product_tile(old, between, i, j, T, P)
+                x = linear * _tile(old, i, j, P, P, 1, T, T) - cube * product
+                _put(new, i, j, x, T, P)
+        tl.debug_barrier()
+    result = start + ((steps + 1) % 2) * size
+    out += matrix.to(tl.int64) * m * m
+    for i in range(0, P, T):
+        for j in range(0, P, T):
+            row, column = (i + tl.arange(0, T))[:, None], (j + tl.arange(0, T))[None, :]
+            inside = (row < m) & (column < m)
+            tl.store(out + row * m + column, _tile(result, i, j, P, P, 1, T, T), mask=inside)
+
+
+@triton.jit
+def solve_kernel(
+    a, mu, right, out, m, width, heads,
+    a_b, a_h, a_n, a_d, mu_b, mu_h, right_b, right_h, right_n, right_d,
+    T: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """``(A^2 + mu^2 I)^-1 b`` by elimination in registers, which the positive matrix lets pivot
+    down its diagonal.
+    """  # noqa: D205
+    matrix = tl.program_id(0)
+    b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
+    a += b * a_b + h * a_h
+    row, column, channel = tl.arange(0, T), tl.arange(0, T), tl.arange(0, W)
+    normal = tl.zeros([T, T], tl.float32)
+    for k in range(0, T, K):
+        normal += _dot(_tile(a, 0, k, m, a_n, a_d, T, K), _tile(a, k, 0, m, a_n, a_d, K, T))
+    damping = tl.load(mu + b * mu_b + h * mu_h)
+    diagonal = row[:, None] == column[None, :]
+    normal += tl.where(diagonal, tl.where(row < m, damping * damping, 1.0)[:, None], 0.0)
+    inside = ((row < m)[:, None]) & ((channel < width)[None, :])
+    right += b * right_b + h * right_h
+    x = tl.load(right + row[:, None] * right_n + channel[None, :] * right_d, mask=inside, other=0.0)
+    for j in range(0, m):
+        at_row = (row == j)[:, None]
+        line = tl.sum(tl.where(at_row, normal, 0.0), 0)
+        pivot = tl.sum(tl.where(column == j, line, 0.0), 0)
+        below = tl.sum(tl.where((column == j)[None, :], normal, 0.0), 1)
+        factor = tl.where(row > j, below / pivot, 0.0)[:, None]
+        normal -= factor * line[None, :]
+        x -= factor * tl.sum(tl.where(at_row, x, 0.0), 0)[None, :]
+    for step in range(0, m):
+        j = m - 1 - step
+        above = tl.sum(tl.where((column == j)[None, :], normal, 0.0), 1)
+        at_row = (row == j)[:, None]
+        known = tl.sum(tl.where(at_row, x, 0.0), 0) / tl.sum(tl.where(row == j, above, 0.0), 0)
+        x = tl.where(
+            at_row, known[None, :], x - tl.where(row < j, above, 0.0)[:, None] * known[None, :]
+        )
+    out += matrix.to(tl.int64) * m * width
+    tl.store(out + row[:, None] * width + channel[None, :], x, mask=inside)
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
+    """See :func:`mmsoft.ops.inverse.eager.step_size`."""
+    batch, heads, m, _ = a.shape
+    alpha, cubic = (a.new_empty((batch, 1, 1, 1)) for _ in range(2))
+    step_size_kernel[(batch,)](
+        a, alpha, cubic, m, heads, *a.stride(),
+        HALVINGS=halvings, GUARD=guard, T=_block(m), num_warps=8 if m > 64 else 4,
+    )  # fmt: skip
+    return alpha, cubic
+
+
+def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+    """See :func:`mmsoft.ops.inverse.eager.newton`."""
+    batch, heads, m, _ = a.shape
+    out = torch.empty_like(a, memory_format=torch.contiguous_format)
+    alpha, cubic = (t.expand(batch, heads, 1, 1) for t in (alpha, cubic))
+    strides = (*a.stride(), *alpha.stride()[:2], *cubic.stride()[:2])
+    if m <= 32:
+        newton_kernel[(batch * heads,)](
+            a, alpha, cubic, out, m, heads, steps, *strides,
+            T=_block(m), num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return out
+    padded, warps = (64, 4) if m <= 64 else (128, 8)
+    scratch = a.new_empty((batch * heads, 4, padded, padded))
+    newton_tiles_kernel[(batch * heads,)](
+        a, alpha, cubic, out, scratch, m, heads, steps, *strides,
+        T=32, P=padded, num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    """See :func:`mmsoft.ops.inverse.eager.solve`."""
+    batch, heads, m, width = b.shape
+    out = torch.empty_like(b, memory_format=torch.contiguous_format)
+    mu = mu.expand(batch, heads, 1, 1)
+    solve_kernel[(batch * heads,)](
+        a, mu, b, out, m, width, heads, *a.stride(), *mu.stride()[:2], *b.stride(),
+        T=_block(m), W=_block(width), K=16, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
