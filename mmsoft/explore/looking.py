@@ -125,6 +125,7 @@ class Explorer:
         layer = next(iter(self.layers.values()))
         self.own = Settings(layer.max_landmarks, layer.solver)
         self.uploads: OrderedDict[str, Path] = OrderedDict()
+        self.listed: dict[str, Path] = {}
         self.running = threading.RLock()  # one forward pass at a time: settings are the model's
         self.captures = Kept(CAPTURES)
         self.rows = Kept(KERNEL_BYTES, lambda rows: rows.kernel.nbytes)
@@ -146,19 +147,27 @@ class Explorer:
 
     def images(self) -> dict[str, Path]:
         """The folder's images by name; those that a link takes elsewhere are left out."""
-        root = self.folder.resolve()
-        return {
+        self.listed = {
             path.relative_to(self.folder).as_posix(): path
             for path in sorted(self.folder.rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-            and path.is_file()
-            and path.resolve().is_relative_to(root)
+            if self._is_shown(path)
         }
+        return self.listed
+
+    def _is_shown(self, path: Path) -> bool:
+        return (
+            path.suffix.lower() in SUFFIXES
+            and path.is_file()
+            and path.resolve().is_relative_to(self.folder.resolve())
+        )
 
     def path(self, name: str) -> Path:
         """The file of an image: one of those listed, or an upload whose secret name is known."""
-        path = self.uploads.get(name) or self.images().get(name)
-        if path is None:
+        if (path := self.uploads.get(name)) is not None:
+            return path
+        # To list a large folder takes longer than a click may.
+        path = self.listed.get(name) or self.images().get(name)
+        if path is None or not self._is_shown(path):
             raise NotFoundError(f"there is no image {name!r}")
         return path
 
@@ -314,6 +323,7 @@ class Explorer:
             kept = found.scores >= SCORE
             return dict(
                 kind="boxes",
+                threshold=SCORE,
                 names=names,
                 boxes=found.bboxes[kept].cpu(),
                 scores=found.scores[kept].cpu(),

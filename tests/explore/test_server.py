@@ -163,6 +163,32 @@ def test_no_file_outside_the_folder(client, name):
             assert client.get(path, follow_redirects=True).status_code in (400, 403, 404)
 
 
+def test_a_click_lists_no_folder(client, explorer, monkeypatch):
+    """Thousands of images take longer to list than an answer may."""
+    ask(client, "attention")
+    monkeypatch.setattr(type(explorer), "images", lambda self: {})
+    ask(client, "attention", x=21)
+    assert client.get("/api/image?image=none.jpg").status_code == 404
+
+
+def test_images_come_and_go(client, images):
+    """And what takes the place of one may lead out of the folder."""
+    path, question = images / "late.png", dict(HERE, image="late.png", x=3, y=3)
+    statuses = []
+    for change in (
+        lambda: path.write_bytes(png()),
+        path.unlink,
+        lambda: path.symlink_to(images.parent / "../annotations/instances_val2017.json"),
+        path.unlink,
+    ):
+        change()
+        answers = [
+            client.get(f"/api/{name}", query_string=question) for name in ("thumbnail", "attention")
+        ]
+        statuses.append([answer.status_code for answer in answers])
+    assert statuses == [[200, 200], [404, 404], [404, 404], [404, 404]]
+
+
 def test_no_link_leads_out_of_the_folder(explorer, workplace, images):
     outside = workplace / "outside.png"
     outside.write_bytes(png())

@@ -184,14 +184,15 @@ function drawPicture() {
   if (!picture) return;
   const over = view.over;
   const field = over === "attention" || over === "softmax";
-  const context = drawBase($("picture"), field, Math.max(1200, picture.width, picture.height));
+  const context = drawBase($("picture"), field || over === "landmarks", Math.max(1200, picture.width, picture.height));
   const scale = Math.max(picture.width, picture.height) / 500;
-  let legend = "";
+  let legend = "", highest;
   if (field && attention) {
     const { canvas, low, high } = chosenField(over);
     place(context, canvas, attention.extent, 0.65);
     const who = view.head < 0 ? "mean over heads" : `head ${view.head}`;
-    legend = `${over === "softmax" ? "softmax" : about.variant}, ${who}: what pixel ${view.x},${view.y} attends to, from ${number(low)} to ${number(high)}`;
+    legend = `${over === "softmax" ? "softmax" : about.variant}, ${who}: what the pixel at x ${view.x}, y ${view.y} attends to. Lowest ${number(low)}`;
+    highest = number(high);
   } else if (over === "landmarks" && overlay?.kind === "landmarks") {
     drawRegions(context, overlay.content, scale);
     const regions = new Set(bytes(overlay.content.regions)), count = overlay.content.centres.shape[0];
@@ -201,14 +202,17 @@ function drawPicture() {
   }
   if (view.x >= 0) ring(context, scale);
   $("legend").textContent = legend;
+  $("scale").hidden = highest === undefined;
+  $("highest").textContent = highest ?? "";
 }
 
 function drawRegions(context, found, scale) {
   const [rows, columns] = found.grid;
   const regions = bytes(found.regions), canvas = new OffscreenCanvas(columns, rows);
   const paint = canvas.getContext("2d"), image = paint.createImageData(columns, rows);
+  const used = [...new Set(regions)];  // the few in use are to have unlike colours
   regions.forEach((region, i) => {
-    const colour = about.viridis[Math.floor(((region * 0.6180339887) % 1) * 256)];
+    const colour = about.viridis[Math.floor(((used.indexOf(region) * 0.6180339887) % 1) * 256)];
     image.data.set([...colour, 255], 4 * i);
   });
   paint.putImageData(image, 0, 0);
@@ -255,7 +259,7 @@ function drawPredictions(context, found, scale) {
     context.fillStyle = "white";
     context.fillText(text, left + 3 * scale, top - 3 * scale);
   });
-  return `${texts.length} objects`;
+  return `${texts.length} objects with a score of at least ${found.threshold}`;
 }
 
 function drawMaps() {
@@ -346,7 +350,7 @@ async function refresh() {
     drawChanged();
     document.body.dataset.ready = location.search;
     document.body.dataset.milliseconds = performance.now() - start;
-    say(`${Math.round(performance.now() - start)} ms`);
+    say(`answered in ${Math.round(performance.now() - start)} ms`);
     if (view.over === "landmarks" || view.over === "predictions") {
       const content = await ask(`/api/${view.over}?${query()}`);
       if (late()) return;
@@ -432,6 +436,8 @@ async function begin() {
   readAddress();
   if (view.image.startsWith("upload-")) about.images.unshift(view.image);
   drawImages();
+  const stops = about.viridis.filter((_, i) => i % 15 === 0).map((colour) => `rgb(${colour})`);
+  $("bar").style.background = `linear-gradient(to right, ${stops})`;
   $("picture").addEventListener("click", pick);
   $("spectrum").addEventListener("error", () => { $("spectrum").alt = "Landmarks by content have no inverse."; });
   document.addEventListener("keydown", key);
