@@ -141,11 +141,15 @@ def test_every_view_can_be_saved(client, name, kind):
 # ------------------------------------------------------------------------------ what it refuses
 
 PATHS = [
-    "../../../annotations/instances_val2017.json",
-    "..%2f..%2fmodel.pth",
+    "../../../../outside.png",
+    "../val2017/../../../../outside.png",
+    "{workplace}/outside.png",
+    "../annotations/instances_val2017.json",
+    "..%2f..%2f..%2f..%2foutside.png",
     "/etc/passwd",
     "....//....//model.pth",
-    "000000000001.jpg/../../model.pth",
+    "000000000001.jpg/../../../../../outside.png",
+    "../val2017/000000000001.jpg",
     "\x00",
     "upload-../../model.pth",
     "",
@@ -153,7 +157,12 @@ PATHS = [
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_no_file_outside_the_folder(client, name):
+def test_no_file_outside_the_folder(client, images, workplace, name):
+    """Not even a picture."""
+    (workplace / "outside.png").write_bytes(png())
+    name = name.format(workplace=workplace)
+    if name.startswith(("../", "/")):
+        assert (images / name).is_file()  # it would be found
     for path in ("image", "thumbnail", "attention"):
         answer = client.get(f"/api/{path}", query_string=dict(HERE, image=name))
         assert answer.status_code == 404
