@@ -22,7 +22,17 @@ from typing import Any
 
 import torch
 
-from mmsoft.benchmark.cases import BACKBONES, DTYPES, MODES, OPERATORS, SEQUENCES, WHOLE, Case
+from mmsoft.benchmark.cases import (
+    BACKBONES,
+    DTYPES,
+    MODES,
+    OPERATORS,
+    RUNTIMES,
+    SEQUENCES,
+    WHOLE,
+    Case,
+    runtime_label,
+)
 
 Size = tuple[int, int]
 Group = tuple[str, list[Case]]  # section of the JSON, and what is timed in turns
@@ -33,6 +43,7 @@ DEFAULTS: dict[str, list] = dict(
     operator=[32, 64, 128, 256],
     sequence=[512, 1024, 2048, 4096, 8192, 16384],
     whole=[(800, 1344), (512, 512)],
+    onnx=[(224, 224), (800, 1344)],
 )
 # (size, batch, mode) of the backbones.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -126,6 +137,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="test loops of RetinaNet and UperNet at these two sizes (default: 800x1344 512)",
     )
+    p.add_argument(
+        "--onnx",
+        nargs="*",
+        type=parse_size,
+        metavar="SIZE",
+        help=f"{' '.join(SCALING_MODELS)} in onnxruntime beside torch, on a CPU "
+        "(default: 224 800x1344)",
+    )
     p.add_argument("--repeats", type=positive, default=11, help="samples of each (default: 11)")
     slow = "samples of what takes more than 10 s a call (default: 3)"
     p.add_argument("--slow-repeats", type=positive, default=3, help=slow)
@@ -184,6 +203,9 @@ def plan(args: argparse.Namespace) -> list[Group]:
         for (task, size), variant in itertools.product(sizes.items(), eager):
             names = [name for name, model in WHOLE.items() if model.task == task]
             groups.append(("whole", [Case("whole", name, size, **variant) for name in names]))
+    for size in (sections["onnx"] or []) if device == "cpu" else []:
+        pairs = itertools.product(SCALING_MODELS, RUNTIMES)
+        groups.append(("onnx", [Case("onnx", n, size, runtime=runtime) for n, runtime in pairs]))
     return [group for group in groups if group[1]]
 
 
@@ -199,6 +221,8 @@ def entry(section: str, case: Case, figures: dict[str, Any]) -> dict[str, Any]:
         what = dict(task=whole.task, backbone=whole.backbone, size=list(case.size))
     else:
         what = dict(backbone=case.name, size=list(case.size))
+        if section == "onnx":
+            what["runtime"] = runtime_label(case.runtime)
     kind = {key: getattr(case, key) for key in ("batch", "mode", "device", "dtype", "compiled")}
     if "tokens" not in what:
         figures = figures | dict(images_per_second=1e3 * case.batch / figures["median_ms"])
@@ -232,7 +256,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
     described: dict[Any, dict[str, float]] = {}
     for number, (section, cases) in enumerate(groups, 1):
         print(f"\n== {number}/{len(groups)} {title(section, cases[0])}", flush=True)
-        if section in ("operator", "sequence", "whole"):
+        if section in ("operator", "sequence", "whole", "onnx"):
             models.clear()
         times, skipped = measure_times(cases, models, args.repeats, args.slow_repeats, log)
         if device == "cuda":
@@ -241,7 +265,8 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
         for case in times:
             known = described.setdefault((case.section, case.name, case.size), {})
             eager = section == "results" and case.mode == "forward" and not case.compiled
-            found = meter.measure(case, describing=eager or (section == "results" and not known))
+            describing = eager or (section == "results" and not known)
+            found = {} if section == "onnx" else meter.measure(case, describing)
             if "peak_mib" in found:
                 log(f"{case.name}: peak {found['peak_mib']:.0f} MiB")
             if "error" in found:

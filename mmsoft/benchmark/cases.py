@@ -3,11 +3,14 @@
 Peers come from their own libraries' configs, with random weights.
 """
 
+import importlib.metadata
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from mmsoft.models.peers import build_peer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("forward", "train")
+RUNTIMES = ("torch", "onnxruntime")
 TOP1 = "Top 1 Accuracy (published by the authors)"  # in our metafiles
 
 
@@ -32,7 +36,7 @@ TOP1 = "Top 1 Accuracy (published by the authors)"  # in our metafiles
 class Case:
     """One thing to measure."""
 
-    section: str  # "backbone", "operator", "sequence" or "whole"
+    section: str  # "backbone", "onnx", "operator", "sequence" or "whole"
     name: str  # a key of that section's table
     size: tuple[int, int]  # of the image in pixels; of a layer's grid of tokens; (1, tokens)
     batch: int = 1
@@ -40,6 +44,7 @@ class Case:
     device: str = "cpu"
     dtype: str = "float32"  # or "bfloat16", by autocast
     compiled: bool = False
+    runtime: str = "torch"
 
     def small(self) -> "Case":
         """The same at a small size, to load libraries and start threads."""
@@ -131,6 +136,30 @@ def make_backbone(name: str) -> Any:
     """Build one of ``BACKBONES``."""
     backbone = BACKBONES[name]
     return builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
+
+
+class Exported(nn.Module):
+    """A backbone in an ONNX file of one size, run by onnxruntime with as many threads as torch."""
+
+    def __init__(self, name: str, size: tuple[int, int], batch: int):
+        from mmsoft.export import Input, export_onnx, exportable
+        from mmsoft.export.onnx import start
+
+        super().__init__()
+        model = SimpleNamespace(backbone=make_backbone(name).eval(), training=False)
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "backbone.onnx")
+            export_onnx(exportable(model, "backbone"), Input(size, batch), file)
+            self.session = start(file)
+
+    def forward(self, x: Tensor) -> list:
+        """Features, as arrays."""
+        return self.session.run(None, {"images": x.numpy()})
+
+
+def runtime_label(runtime: str) -> str:
+    """Its name and version."""
+    return f"{runtime} {importlib.metadata.version(runtime)}"
 
 
 # --------------------------------------------------------------------------- attention layers alone
@@ -267,7 +296,10 @@ def _usual_candidates(model: Any, data: dict) -> None:
 def make_model(case: Case) -> Any:
     """Build a case's model on its device, compiled if asked, with the same weights every time."""
     torch.manual_seed(0)
-    if case.section == "backbone":
+    model: Any
+    if case.runtime == "onnxruntime":
+        model = Exported(case.name, case.size, case.batch)
+    elif case.section in ("backbone", "onnx"):
         model = make_backbone(case.name)
     elif case.section == "sequence":
         model = make_sequence_model(case.name, case.size[1])

@@ -109,14 +109,16 @@ def measure_times(
     for case, values in samples.items():
         q10, median, q90 = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
         times[case] = dict(median_ms=median, q10_ms=q10, q90_ms=q90, repeats=len(values))
+        if case.section == "onnx":
+            times[case]["min_ms"] = min(values)
     return times, skipped
 
 
 def model_key(case: Case) -> tuple:
     """Cases with the same key can share a model."""
-    # Linformer's weights know the length, as do position embeddings.
-    size = case.size if case.section in ("operator", "sequence") else None
-    return case.section, case.name, case.device, case.compiled, size
+    # Linformer's weights know the length, as do position embeddings, and a file knows its size.
+    size = case.size if case.section in ("onnx", "operator", "sequence") else None
+    return case.section, case.name, case.device, case.compiled, case.runtime, size
 
 
 # ------------------------------------------------------- memory, parameters, multiply-adds, traffic

@@ -13,13 +13,14 @@ from mmsoft.benchmark.cases import BACKBONES, published
 from mmsoft.fileio import write_whole
 
 Entry = dict[str, Any]
-SECTIONS = ("results", "scaling", "whole", "operator", "sequence")
+SECTIONS = ("results", "scaling", "whole", "operator", "sequence", "onnx")
 NEEDED = ("device", "threads", "versions", "date", "command", *SECTIONS[:4])
 KIND = ("device", "dtype", "compiled", "mode", "batch")
 FIELDS = dict(
     results=(*KIND, "backbone", "size", "images_per_second"),
     operator=(*KIND, "name", "label", "tokens", "peak_mib"),
     sequence=(*KIND, "name", "label", "tokens", "peak_mib"),
+    onnx=(*KIND, "backbone", "size", "runtime", "min_ms"),
 )
 
 
@@ -40,7 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
         if missing := [key for key in NEEDED if key not in data]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        data.setdefault("sequence", [])  # which older files have not
+        for section in ("sequence", "onnx"):  # which older files have not
+            data.setdefault(section, [])
         for section, fields in FIELDS.items():
             for entry in data[section]:
                 if missing := [key for key in fields if key not in entry]:
@@ -68,7 +70,8 @@ def label_of(entry: Entry) -> str:
     if "tokens" in entry:
         return entry["label"]
     name = entry["backbone"]
-    return BACKBONES[name].label if name in BACKBONES else name
+    label = BACKBONES[name].label if name in BACKBONES else name
+    return f"{label}, {entry['runtime']}" if "runtime" in entry else label
 
 
 def size_of(entry: Entry) -> str:
@@ -115,7 +118,10 @@ def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) ->
     first = entries[0]
     with_rates = bool(ceilings) and any("traffic_gib" in entry for entry in entries)
     macs = any("gmacs" in entry for entry in entries)
-    head = ["", *["params (M)", "GMACs"] * macs, "median ms", "q10", "q90"]
+    times = dict(median_ms="median ms", q10_ms="q10", q90_ms="q90")
+    if "min_ms" in first:
+        times = dict(min_ms="min ms") | times
+    head = ["", *["params (M)", "GMACs"] * macs, *times.values()]
     head += ["images/s"] * ("images_per_second" in first) + ["peak MiB", "time / ours"]
     head += ["memory / ours"] + ["of product", "of copy"] * with_rates
     rows = [head]
@@ -123,7 +129,7 @@ def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) ->
         row = [label_of(entry)]
         if macs:
             row += [number(entry.get("params_m")), number(entry.get("gmacs"))]
-        row += [number(entry[key], 4) for key in ("median_ms", "q10_ms", "q90_ms")]
+        row += [number(entry[key], 4) for key in times]
         if "images_per_second" in first:
             row.append(number(entry["images_per_second"]))
         row.append(number(entry["peak_mib"], 4))

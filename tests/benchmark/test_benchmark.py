@@ -126,6 +126,7 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
         assert skipped["section"] in ("operator", "sequence")
         assert "pip install 'mmsoft[peers]'" in skipped["reason"]
     assert {"softpp", "softmax", "gaussian", "none"} <= {e["name"] for e in data["sequence"]}
+    assert data["onnx"] == []
     for entry in [e for key in report.SECTIONS for e in data[key]]:
         assert 0 < entry["q10_ms"] <= entry["median_ms"] <= entry["q90_ms"]
         assert entry["peak_mib"] is not None
@@ -207,8 +208,8 @@ def data():
         measured("swin-tiny", 400.0, 1.0, task="RetinaNet"),
     ]
     about = dict(device="a processor", threads=2, versions={"torch": "2"}, date="2026-01-01T00:00")
-    sections = dict(results=results, scaling=scaling, whole=whole, operator=[], sequence=[])
-    return dict(about, command="x", skipped=[], **sections)
+    sections = dict(results=results, scaling=scaling, whole=whole)
+    return dict(about, command="x", skipped=[], **sections, operator=[], sequence=[], onnx=[])
 
 
 def test_ratios_are_against_ours_of_the_same_size_and_kind(data):
@@ -274,6 +275,52 @@ def test_targets_of_sequences(data):
         "8192 tokens, train: SOFT++'s speed over that of softmax attention": (50 / 60, False),
         "8192 tokens, train: SOFT++'s time per token over that at 2048": (1.5, False),
     }
+
+
+def exported(backbone, runtime, median, size=(224, 224)):
+    return measured(backbone, median, None, size, runtime=runtime, min_ms=median - 1)
+
+
+def test_exported_backbones_beside_torch(data):
+    """A table whose ratio is the time over torch's, and one target for each backbone."""
+    data["onnx"] = entries = [
+        exported("softpp-tiny", "torch 2", 100.0),
+        exported("softpp-tiny", "onnxruntime 1", 40.0),
+        exported("softpp-small", "torch 2", 200.0),
+        exported("softpp-small", "onnxruntime 1", 110.0),
+    ]
+    entries.append(exported("softpp-tiny", "onnxruntime 1", 1.0, (800, 1344)))
+    head, *rows = report.table(entries[:4])
+    assert rows[1][0] == "SOFT++ Tiny, onnxruntime 1"
+    columns = [dict(zip(head, row)) for row in rows]
+    assert [row["min ms"] for row in columns] == ["99.00", "39.00", "199.0", "109.0"]
+    assert [row["time / ours"] for row in columns] == ["1.00", "0.400", "1.00", "0.550"]
+    found = {target.claim: (target.measured, target.met) for target in page.targets(data)}
+    assert {claim: value for claim, value in found.items() if "torch" in claim} == {
+        "224x224: SOFT++ Tiny's speed in onnxruntime over torch's": (2.5, True),
+        "224x224: SOFT++ Small's speed in onnxruntime over torch's": (200 / 110, False),
+    }
+
+
+@pytest.mark.long
+def test_a_run_of_exported_backbones(command, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    done = command("--onnx", "64", "--repeats", "2", "--threads", "1", "--out", "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = json.loads((tmp_path / "out/benchmark.json").read_text())
+    found = [(e["backbone"], e["runtime"].partition(" ")[0], e["size"]) for e in data["onnx"]]
+    assert found == [
+        (f"softpp-{arch}", runtime, [64, 64])
+        for arch in ("tiny", "small")
+        for runtime in ("torch", "onnxruntime")
+    ]
+    for entry in data["onnx"]:
+        assert 0 < entry["min_ms"] <= entry["median_ms"]
+    assert data["skipped"] == []
+    done = command("--write-docs", "out/benchmark.json", "--out", "docs")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "### Exported to ONNX" in (tmp_path / "docs/benchmarks.md").read_text()
 
 
 def test_plots_of_every_operator_and_sequence_model(data, tmp_path):
