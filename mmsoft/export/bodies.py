@@ -22,19 +22,25 @@ from mmsoft.ops.landmarks.grid import spread
 def product(
     x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None = None, divide: bool = False
 ) -> Tensor:
-    """The product with the Gaussian kernel, which is stored; the exponent is one product."""
+    """The product with the Gaussian kernel, which is stored; the exponent is one product.
+
+    Both products of a layer begin alike, with the kernel of tokens and landmarks, so that a runtime
+    which looks for common parts computes it once.
+    """
     dtype = compute_dtype(x, y, w)
-    x, y = (t.to(dtype).clamp(-COORDINATE_MAX, COORDINATE_MAX) for t in (x, y))
-    origin = centre(x if divide else y)  # the landmarks'
-    x, y = x - origin, y - origin
-    half_x, half_y = (-0.5 * t.square().sum(-1, keepdim=True) for t in (x, y))
-    x = torch.cat((x, torch.ones_like(half_x), half_x), -1)
-    y = torch.cat((y, half_y, torch.ones_like(half_y)), -1)
-    kernel = (x @ y.mT).clamp(max=0).exp()
+    tokens, landmarks = (t.to(dtype).clamp(-COORDINATE_MAX, COORDINATE_MAX) for t in (x, y))
+    if divide:
+        tokens, landmarks = landmarks, tokens
+    origin = centre(landmarks)
+    tokens, landmarks = tokens - origin, landmarks - origin
+    half, other = (-0.5 * t.square().sum(-1, keepdim=True) for t in (tokens, landmarks))
+    tokens = torch.cat((tokens, torch.ones_like(half), half), -1)
+    landmarks = torch.cat((landmarks, other, torch.ones_like(other)), -1)
+    kernel = (tokens @ landmarks.mT).clamp(max=0).exp()
     w = w.to(dtype)
-    if unit is None:
-        return kernel @ w
-    return kernel @ (w / unit) if divide else unit * (kernel @ w)
+    if divide:
+        return kernel.mT @ (w if unit is None else w / unit)
+    return kernel @ w if unit is None else unit * (kernel @ w)
 
 
 def patches(

@@ -1,10 +1,12 @@
-"""Our custom operators as functions of ONNX: where it takes loops, and has no linear algebra.
+"""Our custom operators in those of ONNX, which has no linear algebra.
 
-Written in onnxscript, which reads the source: the annotations tell the types, and every name has
-to be the operator set's, an argument or a constant. Functions of one definition, called once for
-each layer.
+The inverses are written out for each layer. The choice of landmarks, whose steps are not known
+beforehand, is a function of one definition in the file, called once for each layer: onnxscript
+reads its source, where the annotations tell the types, and every name has to be the operator set's,
+an argument or a constant.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,44 +34,6 @@ def _scales(smallest: float) -> list[float]:
 
 
 SCALES = _scales(TIKHONOV**2 / (1 + TIKHONOV**2))
-
-
-@onnxscript.script(_OURS, default_opset=op)
-def newton_raphson_pinv(a: FLOAT, alpha: FLOAT, cubic: FLOAT, steps: INT64) -> FLOAT:
-    """``mmsoft.ops.newton_raphson_pinv``."""
-    x = alpha * a - cubic * op.MatMul(a, op.MatMul(a, a))
-    for _i in range(steps):
-        x = 2.0 * x - op.MatMul(x, op.MatMul(a, x))
-    return x
-
-
-@onnxscript.script(_OURS, default_opset=op)
-def tikhonov_solve(a: FLOAT, mu: FLOAT, b: FLOAT, scales: FLOAT) -> FLOAT:
-    """``(A^2 + mu^2 I)^-1 b``, for ``mu`` = 0.01 times the largest row sum, by products alone.
-
-    Newton's iteration for the inverse, then two corrections of the solution, whose residual is
-    formed with ``A``, not ``A^2``: closer to the exact result than Cholesky's factor in float32.
-    """
-    ridge = mu * mu
-    largest = ridge * 10001.0
-    rows = op.Slice(op.Shape(a), [-1], [10], [0])
-    eye = op.CastLike(
-        op.Equal(
-            op.Unsqueeze(op.Range(0, op.Squeeze(rows), 1), [1]),
-            op.Unsqueeze(op.Range(0, op.Squeeze(rows), 1), [0]),
-        ),
-        a,
-    )
-    m = (op.MatMul(a, a) + ridge * eye) / largest
-    x = op.Expand(eye, op.Shape(a))
-    for i in range(10):
-        scale = op.Gather(scales, i)
-        x = scale * (2.0 * x - scale * op.MatMul(x, op.MatMul(m, x)))
-    solution = op.MatMul(x, b / largest)
-    for _j in range(2):
-        residual = b - op.MatMul(a, op.MatMul(a, solution)) - ridge * solution
-        solution = solution + op.MatMul(x, residual / largest)
-    return solution
 
 
 @onnxscript.script(_OURS, default_opset=op)
@@ -126,12 +90,36 @@ def _number(value: Any) -> Any:
     return op.Constant(value_int=value) if isinstance(value, int) else value
 
 
-def _newton(a: Any, alpha: Any, cubic: Any, steps: Any) -> Any:
-    return newton_raphson_pinv(a, alpha, cubic, _number(steps))
+def newton_raphson_pinv(a: Any, alpha: Any, cubic: Any, steps: int) -> Any:
+    """``mmsoft.ops.newton_raphson_pinv``, step after step: a loop would cost more than it does."""
+    cube = op.MatMul(a, op.MatMul(a, a))
+    x = op.Sub(op.Mul(alpha, a), op.Mul(cubic, cube))
+    for _ in range(steps):
+        x = op.Sub(op.Mul(x, _float(2)), op.MatMul(x, op.MatMul(a, x)))
+    return x
 
 
-def _solve(a: Any, mu: Any, b: Any) -> Any:
-    return tikhonov_solve(a, mu, b, op.Constant(value_floats=SCALES))
+def tikhonov_solve(a: Any, mu: Any, b: Any) -> Any:
+    """``(A^2 + mu^2 I)^-1 b``, for ``mu`` = 0.01 times the largest row sum, by products alone.
+
+    Newton's iteration for the inverse, then two corrections of the solution, whose residual is
+    formed with ``A``, not ``A^2``: closer to the exact result than Cholesky's factor in float32.
+    """
+    ridge = op.Mul(mu, mu)
+    largest = op.Mul(ridge, _float(1 + TIKHONOV**-2))
+    tokens = op.Range(0, op.Squeeze(op.Shape(a, start=-1)), 1)
+    eye = op.CastLike(op.Equal(op.Unsqueeze(tokens, [1]), op.Unsqueeze(tokens, [0])), a)
+    m = op.Div(op.Add(op.MatMul(a, a), op.Mul(ridge, eye)), largest)
+    first, *scales = SCALES
+    x = op.Sub(op.Mul(eye, _float(2 * first)), op.Mul(m, _float(first**2)))
+    for scale in scales:
+        product = op.MatMul(x, op.MatMul(m, x))
+        x = op.Sub(op.Mul(x, _float(2 * scale)), op.Mul(product, _float(scale**2)))
+    solution = op.MatMul(x, op.Div(b, largest))
+    for _ in range(2):
+        found = op.Add(op.MatMul(a, op.MatMul(a, solution)), op.Mul(ridge, solution))
+        solution = op.Add(solution, op.MatMul(x, op.Div(op.Sub(b, found), largest)))
+    return solution
 
 
 def _choice(candidates: Any, budget: Any, tolerance: float, mask: Any = None) -> Any:
@@ -140,11 +128,27 @@ def _choice(candidates: Any, budget: Any, tolerance: float, mask: Any = None) ->
     return landmark_choice(candidates, _number(budget), op.Constant(value_float=tolerance))
 
 
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """``torch.nn.functional.gelu``, in the order of products in which onnxruntime knows it."""
+    if approximate == "none":
+        return op.Mul(
+            op.Mul(x, op.Add(op.Erf(op.Div(x, _float(math.sqrt(2)))), _float(1))), _float(0.5)
+        )
+    inner = op.Mul(op.Pow(x, _float(3)), _float(0.044715))
+    inner = op.Mul(op.Add(x, inner), _float(math.sqrt(2 / math.pi)))
+    return op.Mul(op.Mul(x, _float(0.5)), op.Add(op.Tanh(inner), _float(1)))
+
+
+def _float(value: float) -> Any:
+    return op.Constant(value_float=value)
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
-    """For ``torch.onnx.export``: custom operator -> the function that stands for it."""
+    """For ``torch.onnx.export``: operator -> the function that stands for it."""
     ops = torch.ops.mmsoft
     return {
-        ops.newton_raphson_pinv.default: _newton,
-        ops.tikhonov_solve.default: _solve,
+        ops.newton_raphson_pinv.default: newton_raphson_pinv,
+        ops.tikhonov_solve.default: tikhonov_solve,
         ops.landmark_choice.default: _choice,
+        torch.ops.aten.gelu.default: _gelu,
     }

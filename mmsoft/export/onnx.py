@@ -19,7 +19,7 @@ def export_onnx(
 ) -> list[Difference]:
     """Write an ONNX file of opset 18, which holds its weights.
 
-    The inverses and the choice of landmarks are functions of the file, in its domain ``mmsoft``.
+    The choice of landmarks is a function of the file, in its domain ``mmsoft``.
 
     Args:
         module: from :func:`exportable`, on the CPU.
@@ -36,6 +36,11 @@ def export_onnx(
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)
+    from onnx_ir.passes.common import (
+        CommonSubexpressionEliminationPass,
+        DeduplicateInitializersPass,
+    )
+
     from .functions import translations
 
     program = record(module, inputs, linear_algebra=False)
@@ -53,6 +58,9 @@ def export_onnx(
             external_data=False,
         )
     assert converted is not None
+    # The exporter leaves equal constants apart, and with them the kernel's two products.
+    DeduplicateInitializersPass(size_limit=1 << 20)(converted.model)
+    CommonSubexpressionEliminationPass()(converted.model)
     with write_whole(path) as partial:
         converted.save(partial, external_data=False)
         differences = []

@@ -58,7 +58,9 @@ def check(module, inputs, path, tolerance=2e-5):
 
 def test_backbone_of_one_size(tmp_path):
     module = exportable(Model(SOFT(SMALL, newton_steps=7)).eval(), "backbone")
-    _, differences = check(module, Input((64, 97)), tmp_path / "soft.onnx")
+    file, differences = check(module, Input((64, 97)), tmp_path / "soft.onnx")
+    kernels = [node for node in file.graph.node if node.op_type == "Exp"]
+    assert len(kernels) == 3 * 2  # in each layer of landmarks with themselves and with tokens
     assert {d.images for d in differences} == {(1, 3, 64, 97)}
     assert [d.name for d in differences] == ["stage1", "stage2", "stage3", "stage4"]
 
@@ -136,7 +138,8 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     """Newton-Raphson of another number of steps."""
     from mmsoft.export import functions
 
-    monkeypatch.setattr(functions, "_number", lambda value: functions.op.Constant(value_int=3))
+    newton = functions.newton_raphson_pinv
+    monkeypatch.setattr(functions, "newton_raphson_pinv", lambda *args: newton(*args[:3], 3))
     path = tmp_path / "wrong.onnx"
     path.write_text("an earlier file")
     module = exportable(Model(SOFTPlusPlus(SMALL, out_indices=(0,))).eval(), "backbone")

@@ -1,5 +1,7 @@
 """torch.export programs, run in a process without MMSOFT."""
 
+import shutil
+
 import pytest
 import torch
 from mini_models import build
@@ -52,6 +54,32 @@ def test_models(tmp_path, library):
     module = exportable(build(library, max_landmarks=9).eval())
     differences = export_program(module, inputs, tmp_path / "model.pt2")
     assert max(difference.error for difference in differences) < 1e-5
+
+
+LOADED = """
+import sys, torch
+images, expected = torch.load("case.pt")
+found = torch._inductor.aoti_load_package("compiled.pt2")(images)
+assert "mmsoft" not in sys.modules
+for ours, theirs in zip(expected, found, strict=True):
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-5 * float(ours.abs().max()))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles with g++")
+def test_compiled_ahead_of_time(tmp_path, run_outside):
+    """AOTInductor's library of one size, in a process without MMSOFT."""
+    module = exportable(Model(solver="direct", max_landmarks=9).eval(), "backbone")
+    inputs = Input((96, 128))
+    export_program(module, inputs, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    images = inputs.images(1, inputs.shape)
+    with torch.no_grad():
+        torch.save((images, [output.clone() for output in module(images)]), tmp_path / "case.pt")
+    done = run_outside("-c", LOADED)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("by_content", [False, True])
