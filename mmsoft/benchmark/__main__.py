@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         + [((512, 512), 2, "train")],
     ),
     "cuda": dict(
-        dtypes=["float32", "bfloat16"],
+        dtypes=["float32", "tf32", "bfloat16"],
         cases=[
             (size, batch, mode)
             for size, batch in (((224, 224), 128), ((512, 512), 16), ((800, 1344), 2))
@@ -105,7 +105,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", choices=("cpu", "cuda"))
     p.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, help="bfloat16 is by autocast (default: float32)"
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        help="tf32: TF32 products on a GPU; bfloat16: autocast (default: float32)",
     )
     p.add_argument("--compile", action="store_true", help="also under torch.compile")
     p.add_argument(

@@ -5,8 +5,8 @@ Peers come from their own libraries' configs, with random weights.
 
 import importlib.metadata
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from mmsoft.models import SequenceSOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.peers import build_peer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("forward", "train")
 RUNTIMES = ("torch", "onnxruntime")
 TOP1 = "Top 1 Accuracy (published by the authors)"  # in our metafiles
@@ -293,6 +293,20 @@ def _usual_candidates(model: Any, data: dict) -> None:
 # ----------------------------------------------------------------------------- one step of anything
 
 
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Whether float32 means TF32 on a GPU: torch's own default differs between its operators."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
 def make_model(case: Case) -> Any:
     """Build a case's model on its device, compiled if asked, with the same weights every time."""
     torch.manual_seed(0)
@@ -319,8 +333,8 @@ def make_step(model: Any, case: Case) -> Callable[[], Any]:
     model.train(case.mode == "train")
 
     def autocast() -> Any:
-        if case.dtype == "float32":
-            return nullcontext()
+        if case.dtype != "bfloat16":
+            return precision(case.dtype)
         return torch.autocast(case.device, dtype=DTYPES[case.dtype])
 
     if case.section == "whole":

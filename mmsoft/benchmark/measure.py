@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmsoft import flops
-from mmsoft.benchmark.cases import DTYPES, Case, make_model, make_step
+from mmsoft.benchmark.cases import DTYPES, Case, make_model, make_step, precision
 
 SLOW_SECONDS = 10.0  # a call that takes longer is repeated `slow_repeats` times only
 SAMPLE_SECONDS = 0.05  # a sample is at least that long: faster steps are repeated within it
@@ -60,7 +60,8 @@ def reason(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------- time
 
 
-def _seconds(step: Callable[[], Any], calls: int, device: str) -> float:
+def seconds_of(step: Callable[[], Any], calls: int, device: str) -> float:
+    """Seconds of one of so many calls in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -87,9 +88,9 @@ def measure_times(
             if key not in models:
                 models[key] = make_model(case)
             step = make_step(models[key], case)
-            seconds = _seconds(step, 1, case.device)
+            seconds = seconds_of(step, 1, case.device)
             if seconds < SLOW_SECONDS or case.compiled:  # the first call compiles
-                seconds = _seconds(step, 1, case.device)
+                seconds = seconds_of(step, 1, case.device)
         except (ImportError, RuntimeError, ValueError) as error:
             skipped[case] = reason(error)
             log(f"{case.name}: left out ({skipped[case]})")
@@ -103,7 +104,7 @@ def measure_times(
         start = time.perf_counter()
         for case, step in steps.items():
             if turn < wanted[case]:
-                samples[case].append(1e3 * _seconds(step, calls[case], case.device))
+                samples[case].append(1e3 * seconds_of(step, calls[case], case.device))
         log(f"round {turn + 1} of {max(wanted.values())}: {time.perf_counter() - start:.1f} s")
     times = {}
     for case, values in samples.items():
@@ -288,10 +289,11 @@ def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
     found = {}
     for dtype in dtypes:
         a = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
-        seconds = min(_seconds(partial(torch.matmul, a, a), 1, device) for _ in range(6))
+        with precision(dtype):
+            seconds = min(seconds_of(partial(torch.matmul, a, a), 1, device) for _ in range(6))
         found[f"{dtype}_tflops"] = 2 * side**3 / seconds / 1e12
     source = torch.zeros(elements, device=device)
     target = torch.zeros_like(source)
-    seconds = min(_seconds(lambda: target.copy_(source), 1, device) for _ in range(6))
+    seconds = min(seconds_of(lambda: target.copy_(source), 1, device) for _ in range(6))
     found["copy_gb_s"] = 2 * source.nbytes / seconds / 1e9
     return found

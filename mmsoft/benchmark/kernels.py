@@ -1,0 +1,243 @@
+"""Time the Triton kernels against plain torch, torch.compile and the limits of the device.
+
+    python -m mmsoft.benchmark.kernels --out work_dirs/gpu
+    python -m mmsoft.benchmark.kernels --device cpu --tokens 256 --landmarks 9 --ways eager
+
+Prints a table and writes `kernels.json`, kept current after every case. The error is against the
+definition in float64: no time counts where it is larger than plain torch's allows. The roofline of
+a product is the larger of two times, of reading and writing every argument and result once, and of
+its products of three TF32 parts, at the measured speeds of a copy and of a TF32 matrix product.
+On a CPU there is no Triton, and the command only shows that it runs.
+"""
+
+import argparse
+import datetime
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from mmsoft.benchmark.__main__ import positive
+from mmsoft.benchmark.measure import ceilings, device_name, reason, seconds_of, versions
+from mmsoft.benchmark.report import write_json
+from mmsoft.ops import (
+    gaussian_kernel_product,
+    newton_raphson_pinv,
+    reference,
+    step_size,
+    tikhonov_pinv_product,
+    use_backend,
+)
+
+BATCH, HEADS, DIMS = 2, 2, 32
+MATRICES = 20  # heads of a batch of two in stage 3
+WAYS = ("triton", "eager", "compiled")
+TOLERANCE = {"forward": 2, "backward": 3}  # times the error of plain torch
+FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One operation at one size."""
+
+    operation: str  # "spread", K w; "gather", K^T v; "newton"; "direct"
+    tokens: int  # 0 for the inverses
+    landmarks: int
+    mode: str  # "forward", or "backward" alone
+
+
+def plan(tokens: list[int], landmarks: list[int]) -> list[KernelCase]:
+    """All cases, in order."""
+    products = [
+        KernelCase(operation, n, m, mode)
+        for operation in ("spread", "gather")
+        for m in landmarks
+        for n in tokens
+        for mode in TOLERANCE
+    ]
+    inverses = [
+        KernelCase(operation, 0, m, mode)
+        for operation in ("newton", "direct")
+        for m in landmarks
+        for mode in TOLERANCE
+    ]
+    return products + inverses
+
+
+def _definition(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return reference.gaussian_kernel(x, y) @ w
+
+
+def _newton(a: Tensor) -> Tensor:
+    return newton_raphson_pinv(a, *step_size(a, guarded=True))
+
+
+def _exact_newton(a: Tensor) -> Tensor:
+    alpha, extra = reference.step_size_softplusplus(a.detach())
+    pinv = reference.newton_filter(a.detach(), alpha, 20 + extra)
+    return reference.with_theoretical_gradient(a, pinv)
+
+
+def _exact_solve(a: Tensor, b: Tensor) -> Tensor:
+    mu = 0.01 * a.detach().sum(-1).amax(-1)[..., None, None]
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return torch.linalg.inv(a @ a + mu.square() * eye) @ a @ b
+
+
+def functions(operation: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours, and the definition."""
+    if operation in ("spread", "gather"):
+        return gaussian_kernel_product, _definition
+    return (
+        (_newton, _exact_newton) if operation == "newton" else (tikhonov_pinv_product, _exact_solve)
+    )
+
+
+def arguments(case: KernelCase, device: str) -> list[Tensor]:
+    """Fixed random arguments, laid as the attention layers lay them: heads inside."""
+    generator = torch.Generator().manual_seed(0)
+
+    def points(n: int, scale: float) -> Tensor:
+        t = scale * torch.randn(BATCH, n, HEADS, DIMS, generator=generator)
+        return t.to(device).transpose(1, 2)
+
+    if case.tokens:
+        tokens, landmarks = points(case.tokens, 0.4), points(case.landmarks, 0.4)
+        if case.operation == "spread":
+            tensors = [tokens, landmarks, points(case.landmarks, 1)]
+        else:
+            tensors = [landmarks, tokens, points(case.tokens, 1)]
+    else:
+        where = 0.4 * torch.randn(2, MATRICES // 2, case.landmarks, DIMS, generator=generator)
+        tensors = [reference.gaussian_kernel(where.double(), where.double()).float().to(device)]
+        if case.operation == "direct":
+            right = torch.randn(2, MATRICES // 2, case.landmarks, DIMS, generator=generator)
+            tensors.append(right.to(device))
+    return [t.requires_grad_() for t in tensors]
+
+
+def steps_of(case: KernelCase, way: str, tensors: list[Tensor]) -> tuple[Callable[[], Any], Any]:
+    """A function to time, and the context it runs in."""
+    ours, definition = functions(case.operation)
+    function = ours
+    if way == "compiled":
+        function = torch.compile(definition if case.tokens else ours, dynamic=False)
+    context = nullcontext if way == "compiled" else functools.partial(use_backend, way)
+    if case.mode == "forward":
+        return lambda: function(*(t.detach() for t in tensors)), context
+    with context():
+        out = function(*tensors)
+    grad = torch.ones_like(out)
+    return lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True), context
+
+
+def roofline_ms(case: KernelCase, limits: dict[str, float]) -> float | None:
+    """The least time of a product; ``None`` for the inverses, which wait for each other's steps."""
+    if not case.tokens:
+        return None
+    n, m, heads = case.tokens, case.landmarks, BATCH * HEADS
+    # Forward: x, y, w, result. Backward: grad, x, y, w, and three gradients.
+    backward = 3 * n + 4 * m if case.operation == "spread" else 4 * n + 3 * m
+    touched = (2 * n + 2 * m, backward)[case.mode == "backward"] * DIMS * 4 * heads
+    # Products [n, m] x [m, d]: 2 forward; backward at the least K, g w^T, W y, W^T x, K^T g.
+    products = (2, 5)[case.mode == "backward"] * 2 * n * m * DIMS * heads
+    copy = touched / limits["copy_gb_s"] / 1e9
+    compute = 3 * products / limits.get("tf32_tflops", limits["float32_tflops"]) / 1e12
+    return 1e3 * max(copy, compute)
+
+
+def measured(
+    case: KernelCase, ways: list[str], device: str, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Time and error of each way; those that cannot run give their reason."""
+    tensors = arguments(case, device)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth: Any = functions(case.operation)[1](*exact)
+    if case.mode == "backward":
+        truth = torch.autograd.grad(truth, exact, torch.ones_like(truth))
+    truth = truth if isinstance(truth, tuple) else (truth,)
+    for way in ways:
+        found: dict[str, Any] = dict(asdict(case), way=way)
+        try:
+            step, context = steps_of(case, way, tensors)
+            with context():
+                result = step()
+                result = result if isinstance(result, tuple) else (result,)
+                errors = [(a.double() - b).norm() / b.norm() for a, b in zip(result, truth)]
+                found["error"] = float(torch.stack(errors).max().detach())
+                once = seconds_of(step, 1, device)
+                calls = max(1, min(50, int(0.01 / max(once, 1e-6))))
+                times = [1e3 * seconds_of(step, calls, device) for _ in range(repeats)]
+            q10, median, q90 = np.quantile(times, (0.1, 0.5, 0.9)).tolist()
+            found |= dict(median_ms=median, q10_ms=q10, q90_ms=q90)
+        except Exception as error:  # of a compiler too: the other ways still count
+            found["reason"] = reason(error)
+        yield found
+
+
+def judge(entries: list[dict[str, Any]], limit: float | None) -> None:
+    """Say of each way of one case whether it is right, and how near to the roofline."""
+    plain = next((e["error"] for e in entries if e["way"] == "eager" and "error" in e), 0.0)
+    for entry in entries:
+        if "error" in entry:
+            entry["right"] = entry["error"] <= max(TOLERANCE[entry["mode"]] * plain, FLOOR)
+        if "median_ms" in entry and limit is not None:
+            entry["roofline"] = limit / entry["median_ms"]
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """The entries in words and numbers."""
+    names = ("operation", "mode", "tokens", "landmarks", "way", "median_ms", "error", "roofline")
+    rows = []
+    for entry in entries:
+        row: list[Any] = [entry.get(name) for name in names]
+        if not entry.get("right", True):
+            row[names.index("way")] += " (WRONG)"
+        rows.append([*row, entry.get("reason", "")])
+    return tabulate(rows, [*names, ""], floatfmt=".3g")
+
+
+def main() -> None:
+    """Run the command line; the exit status tells whether every kernel that ran was right."""
+    p = argparse.ArgumentParser(
+        prog="python -m mmsoft.benchmark.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    p.add_argument("--tokens", nargs="+", type=positive, default=[3136, 16384, 67200])
+    p.add_argument("--landmarks", nargs="+", type=positive, default=[49, 64, 128])
+    p.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    p.add_argument("--repeats", type=positive, default=11)
+    p.add_argument("--out", type=Path, default=Path("work_dirs/gpu"))
+    args = p.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: torch sees no CUDA device; use --device cpu")
+    limits = ceilings(args.device, ["float32", "tf32"] if args.device == "cuda" else ["float32"])
+    data: dict[str, Any] = dict(
+        device=device_name(args.device),
+        versions=versions(),
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        ceilings=limits,
+        repeats=args.repeats,
+        kernels=[],
+    )
+    for case in plan(args.tokens, args.landmarks):
+        entries = list(measured(case, args.ways, args.device, args.repeats))
+        judge(entries, roofline_ms(case, limits))
+        data["kernels"] += entries
+        write_json(data, args.out / "kernels.json")
+    print(table(data["kernels"]))
+    sys.exit(int(any(not entry.get("right", True) for entry in data["kernels"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`make gpu` on a CPU, with small sizes: no step fails for a typing error on the day."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from loading import load_tool
+
+from mmsoft.benchmark import kernels
+
+EVERY = ["tests", "kernels", "data", "detector", "segmentor", "backbones"]
+
+
+def run(root, out, *arguments):
+    command = [sys.executable, root / "tools/dev/gpu.py", "--out", out, *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=out)
+
+
+@pytest.mark.parametrize(
+    "steps", [["kernels", "data"], pytest.param(EVERY, marks=pytest.mark.long)]
+)
+def test_dry_run(steps, root, tmp_path):
+    done = run(root, tmp_path, "--dry-run", "--steps", *steps)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["name"] for step in found["steps"]] == steps
+    assert {step["status"] for step in found["steps"]} == {"complete"}
+    kernels = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
+    eager = [entry for entry in kernels if entry["way"] == "eager"]
+    assert {(e["operation"], e["mode"]) for e in eager} == {
+        (operation, mode)
+        for operation in ("spread", "gather", "newton", "direct")
+        for mode in ("forward", "backward")
+    }
+    assert all(entry["right"] and entry["median_ms"] > 0 for entry in eager)
+    assert all("on cpu" in e["reason"] for e in kernels if e["way"] == "triton")
+    if "backbones" in steps:
+        measured = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+        assert {entry["dtype"] for entry in measured} == {"float32", "tf32"}
+
+
+def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypatch):
+    """The limit of a dry run is ten times as long."""
+    gpu = load_tool("dev/gpu.py")
+    programs = dict(
+        fails=("raise SystemExit('broken')", 60),
+        slow=("import time; print('begun', flush=True); time.sleep(60)", 0.3),
+        works=("print('done')", 60),
+    )
+    monkeypatch.setattr(
+        gpu,
+        "steps",
+        lambda out, dry: [
+            gpu.Step(name, [sys.executable, "-c", code], limit, out)
+            for name, (code, limit) in programs.items()
+        ],
+    )
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--dry-run", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        gpu.main()
+    assert caught.value.code == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert [(step["name"], step["status"], step["last"]) for step in found] == [
+        ("fails", "failed", ["broken"]),
+        ("slow", "stopped at its limit", ["begun"]),
+        ("works", "complete", ["done"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("operation", "mode", "tokens", "landmarks", "products"),
+    [
+        ("spread", "forward", 2, 2, 2),
+        ("gather", "forward", 2, 2, 2),
+        ("spread", "backward", 3, 4, 5),  # grad, x and its gradient; y, w and theirs
+        ("gather", "backward", 4, 3, 5),
+    ],
+)
+def test_roofline(operation, mode, tokens, landmarks, products):
+    """In batches of two with two heads of 32 channels."""
+    case = kernels.KernelCase(operation, 1000, 49, mode)
+    memory = dict(copy_gb_s=1e-6, float32_tflops=1e9)  # a kB and any number of products a second
+    arrays = 4 * 32 * (tokens * 1000 + landmarks * 49)
+    assert kernels.roofline_ms(case, memory) == pytest.approx(4 * arrays)
+    compute = dict(copy_gb_s=1e9, float32_tflops=1e9, tf32_tflops=1e-6)
+    seconds = 3 * products * 4 * 2 * 1000 * 49 * 32 / 1e6
+    assert kernels.roofline_ms(case, compute) == pytest.approx(1e3 * seconds)
+
+
+def test_what_is_wrong_is_called_so():
+    case = dict(mode="backward")
+    errors = dict(eager=1e-5, triton=2.9e-5, compiled=3.1e-5, broken=float("nan"))
+    entries = [dict(case, way=way, error=error) for way, error in errors.items()]
+    kernels.judge(entries, None)
+    assert [entry["right"] for entry in entries] == [True, True, False, False]
+    assert kernels.table(entries).count("(WRONG)") == 2
+
+
+def test_what_it_asks_for(run_tool, tmp_path):
+    if not torch.cuda.is_available():
+        status, _, error = run_tool("dev/gpu.py", "--out", tmp_path)
+        assert status == 2
+        assert "torch sees no CUDA device; --dry-run" in error
+    status, _, error = run_tool("dev/gpu.py", "--out", tmp_path, "--steps", "cernels")
+    assert status == 2
+    assert "--steps has no cernels; choose from tests kernels" in error

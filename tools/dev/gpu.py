@@ -1,0 +1,179 @@
+"""Everything that needs a GPU, in nine minutes: tests, kernels, backbones, training.
+
+    make gpu                                      # on a machine with a GPU
+    python tools/dev/gpu.py --wheels FOLDER       # on a bare one, with torch and a folder of wheels
+    python tools/dev/gpu.py --dry-run             # the same steps on a CPU, with small sizes
+
+Each step runs by itself, up to a limit of its own: one that fails or is stopped there does not stop
+the next, and what it had measured is kept. Everything goes to work_dirs/gpu: `gpu.json`, which says
+of each step how it ended, a log for each, `kernels.json` and `benchmark.json`, which
+`python -m mmsoft.benchmark --write-docs` takes. The exit status is 0 if every step was complete.
+
+A bare machine has Python, torch and its companions. In the folder of wheels there must be those of
+requirements/gpu/packages.txt, and mmcv with CUDA operators.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+SECONDS = 540
+NEEDED = ("mmengine", "mmcv", "mmdet", "mmseg", "pytest", "tabulate")
+MODELS = ("softpp-tiny", "softpp-small", "pvtv2-b1", "pvtv2-b2", "swin-tiny", "convnext-tiny")
+
+
+@dataclass
+class Step:
+    """A command, the seconds that it may take, and where it runs."""
+
+    name: str
+    command: list[str]
+    limit: int
+    folder: Path = ROOT
+
+
+def steps(out: Path, dry: bool) -> list[Step]:
+    """All steps, the most important first."""
+    python, device = sys.executable, "cpu" if dry else "cuda"
+    tests = ["tests/ops", "tests/models/test_golden.py", "tests/faults/test_low_precision.py"]
+    kernels, backbones = [], ["--preset", "cuda", "--models", *MODELS, "released-tiny"]
+    backbones += ["--compile", "--repeats", "5", "--slow-repeats", "2"]
+    data = ["--train", "200", "--val", "40"]
+    training = ["--gpus", "1", "--amp"]
+    small: list[str] = []
+    if dry:
+        tests = ["tests/ops/test_kernels.py", "-k", "refusals_say_why"]
+        kernels = ["--tokens", "64", "--landmarks", "5", "--repeats", "2"]
+        kernels += ["--ways", "triton", "eager"]
+        backbones = ["--models", "softpp-tiny", "--sizes", "64", "--repeats", "1"]
+        backbones += ["--dtypes", "float32", "tf32"]
+        data = ["--train", "12", "--val", "4", "--size", "64"]
+        training, small = ["--gpus", "0"], ["train_dataloader.dataset.indices=4"]
+    common = ["train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
+    common += ["val_dataloader.dataset.indices=2", *small]
+
+    def train(library: str, config: str, length: str) -> list[str]:
+        path = ROOT / "configs/demo" / f"{config}.py"
+        command = [python, "-m", "mim", "train", library, str(path), *training]
+        return [*command, "--work-dir", str(out / config), "--cfg-options", length, *common]
+
+    make = [python, str(ROOT / "tools/dataset_converters/make_shapes.py"), "data/shapes", *data]
+    detector = train("mmdet", "mask-rcnn_softpp-mini_fpn_shapes", "train_cfg.max_epochs=1")
+    segmentor = train(
+        "mmseg", "upernet_softpp-mini_shapes", f"train_cfg.max_iters={2 if dry else 60}"
+    )
+    where = ["--device", device, "--out", str(out)]
+    return [
+        Step("tests", [python, "-m", "pytest", "-q", f"--device={device}", *tests], 120),
+        Step("kernels", [python, "-m", "mmsoft.benchmark.kernels", *where, *kernels], 120),
+        Step("data", make, 20, out),
+        Step("detector", detector, 50, out),
+        Step("segmentor", segmentor, 50, out),
+        Step("backbones", [python, "-m", "mmsoft.benchmark", *where, *backbones], 180),
+    ]
+
+
+def install(wheels: Path) -> None:
+    """Install what is missing from a folder of wheels, and this checkout."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    if any(importlib.util.find_spec(name) is None for name in NEEDED):
+        subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    subprocess.run([*pip, "--no-build-isolation", "-e", str(ROOT)], check=True)
+
+
+def run(step: Step, out: Path, left: float) -> dict[str, Any]:
+    """Run a step into its log, within its limit and what is left of all."""
+    limit = max(min(step.limit, left), 1)
+    print(f"\n== {step.name} (at most {limit:.0f} s)\n   $ {shlex.join(step.command)}", flush=True)
+    start, log = time.monotonic(), out / f"{step.name}.log"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            step.command,
+            cwd=step.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = "complete" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "stopped at its limit"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    seconds = time.monotonic() - start
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    print("\n".join(f"   {line}" for line in lines[-40:]))
+    print(f"   {status} after {seconds:.0f} s; all of it in {log}", flush=True)
+    return dict(name=step.name, status=status, seconds=round(seconds, 1), last=lines[-1:])
+
+
+def main() -> None:
+    """Run the command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--dry-run", action="store_true", help="on a CPU, with small sizes")
+    p.add_argument("--wheels", type=Path, help="folder of wheels to install what is missing from")
+    p.add_argument("--out", type=Path, default=ROOT / "work_dirs/gpu")
+    p.add_argument("--steps", nargs="+", metavar="NAME", help="only these")
+    args = p.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    every = steps(out, args.dry_run)
+    names = [step.name for step in every]
+    if unknown := set(args.steps or []) - set(names):
+        p.error(f"--steps has no {', '.join(sorted(unknown))}; choose from {' '.join(names)}")
+    if args.wheels:
+        install(args.wheels)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        p.error(f"{', '.join(missing)} not installed; see docs/cuda.md, or give --wheels")
+    import torch
+
+    from mmsoft.benchmark.measure import device_name, versions
+    from mmsoft.fileio import write_whole
+
+    if not args.dry_run and not torch.cuda.is_available():
+        p.error("torch sees no CUDA device; --dry-run runs the steps on a CPU, with small sizes")
+    start = time.monotonic()
+    data: dict[str, Any] = dict(
+        device=device_name("cpu" if args.dry_run else "cuda"),
+        dry_run=args.dry_run,
+        versions=versions(),
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        steps=[],
+    )
+    for step in every:
+        if args.dry_run:  # which times nothing
+            step.limit, left = 10 * step.limit, float("inf")
+        else:
+            left = SECONDS - (time.monotonic() - start)
+        if args.steps is None or step.name in args.steps:
+            data["steps"].append(run(step, out, left))
+            with write_whole(out / "gpu.json") as partial:
+                partial.write_text(json.dumps(data, indent=1) + "\n")
+    incomplete = [step["name"] for step in data["steps"] if step["status"] != "complete"]
+    print(
+        f"\nresults in {out}" + (f"; not complete: {', '.join(incomplete)}" if incomplete else "")
+    )
+    sys.exit(bool(incomplete))
+
+
+if __name__ == "__main__":
+    main()
