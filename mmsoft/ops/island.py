@@ -1,18 +1,18 @@
-"""The float32 island: arithmetic that autocast does not reach, in either pass.
+"""The float32 island: arithmetic that neither autocast nor TF32 reaches, in either pass.
 
 A backward pass runs under the autocast of the caller of ``backward()``, whatever the forward pass
 ran under. Only products of matrices are affected, hence :func:`matmul`.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .library import custom_op
-from .mode import forward_mode, transformed
+from .mode import forward_mode, is_compiling, transformed
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -20,10 +20,42 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+TF32_DEVICES = {"cuda"}  # tests add the CPU
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Disable autocast on the device of ``x``; ``meta`` has none."""
+    """Disable autocast on the device of ``x``, ``meta`` has none, and TF32 on a GPU."""
     device = x.device.type
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    if device == "meta":
+        return nullcontext()
+    if device in TF32_DEVICES and not is_compiling():
+        return _no_tf32(device)
+    return torch.autocast(device, enabled=False)
+
+
+@contextmanager
+def _no_tf32(device: str) -> Iterator[None]:
+    """Disable autocast and, for products of matrices on a GPU, TF32: distances lose digits.
+
+    The setting is the process's: with ``DataParallel``, one thread may end it for another.
+    """
+    products, after = torch.backends.cuda.matmul, None
+    with torch.autocast(device, enabled=False):
+        if not hasattr(products, "fp32_precision"):  # before torch 2.9
+            after = products.allow_tf32
+            products.allow_tf32 = False
+        elif products.fp32_precision == "tf32":  # the older name raises once this one was set
+            after = products.fp32_precision
+            products.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if isinstance(after, bool):
+                products.allow_tf32 = after
+            elif after:
+                products.fp32_precision = "none"  # and so what torch.backends.fp32_precision says
+                if products.fp32_precision != after:
+                    products.fp32_precision = after
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

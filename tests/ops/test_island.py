@@ -122,3 +122,87 @@ def test_memory_that_nobody_writes_is_poisoned_here(dtype):
 
     for function in (fresh, torch.compile(fresh, backend="aot_eager")):
         assert all(t.isnan().all() for t in function(x))
+
+
+TF32 = """
+import os
+import sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from mmsoft.ops import island
+from mmsoft.ops.gaussian import eager as gaussian
+from mmsoft.ops.inverse import eager as inverse
+from mmsoft.ops.landmarks import choice
+
+island.TF32_DEVICES.add("cpu")
+products = torch.backends.cuda.matmul
+
+def allowed():
+    new = getattr(products, "fp32_precision", None)
+    return products.allow_tf32 if new is None else new == "tf32"
+
+class Products(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__:
+            found.add(allowed())
+        return function(*args, **(kwargs or {}))
+
+def check():
+    global found
+    before = allowed()
+    x, y, b = (torch.randn(2, 2, n, 8) for n in (20, 5, 5))
+    a, unit = torch.eye(5).expand(2, 2, 5, 5), torch.ones(2, 2, 1, 1)
+    for call in (
+        lambda: a @ b,
+        lambda: island._multiply(a, b),
+        lambda: gaussian.product(x, y, b),
+        lambda: gaussian.product_backward(x, x, y, b, None, False, (True, True, True)),
+        lambda: inverse.step_size(a, 10, 1.01),
+        lambda: inverse.newton(a, unit, unit, 3),
+        lambda: inverse.solve(a, unit, b),
+        lambda: choice.choose(x, 4, 1e-2),
+    ):
+        found = set()
+        with Products():
+            call()
+        print(*found)
+    print(before, allowed())
+
+def everything():
+    torch.backends.fp32_precision = "tf32"
+    check()
+    torch.backends.fp32_precision = "ieee"
+    print(allowed())  # it still decides
+
+def of_products():
+    products.fp32_precision = "tf32"
+    check()
+
+def older():
+    products.allow_tf32 = True
+    check()
+    print(products.allow_tf32)  # which raises where the names disagree
+
+new = [everything, of_products] if hasattr(products, "fp32_precision") else []
+for setting in [check, older, *new]:
+    print(setting.__name__)
+    sys.stdout.flush()
+    if not os.fork():
+        setting()
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def test_no_product_of_the_island_is_in_tf32(run_outside):
+    """As on a GPU, where it may be allowed under three names; and so it is again afterwards."""
+    done = run_outside("-W", "ignore", "-c", TF32)
+    assert done.returncode == 0, done.stderr[-2000:]
+    inside = 7 * ["False"]
+    expected = ["check", "False", *inside, "False False"]
+    expected += ["older", "True", *inside, "True True", "True"]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        expected += ["everything", "True", *inside, "True True", "False"]
+        expected += ["of_products", "True", *inside, "True True"]
+    assert done.stdout.splitlines() == expected
