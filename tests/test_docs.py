@@ -146,7 +146,7 @@ def test_readme_config_builds(readme, tmp_path):
     backbone = build_model(Config.fromfile(tmp_path / "config.py"), "backbone")
     attention = backbone.stages[0].blocks[0].attn
     assert type(backbone) is SOFTPlusPlus
-    assert (attention.max_landmarks, attention.solver) == (49, "direct")
+    assert (attention.max_landmarks, attention.by_content) == (49, True)
 
 
 def test_readme_results_are_those_of_the_generated_tables(root, readme):

@@ -122,7 +122,7 @@ def test_layer_with_landmarks_by_content(budget):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_flops(name):
     """The authors do not count the iteration."""
-    backbone = (SOFT if name == "tiny" else SOFTPlusPlus)(name).eval()
+    backbone = (SOFT if name == "tiny" else SOFTPlusPlus)(name, landmarks="released").eval()
     heads = sum(b.attn.num_heads for stage in backbone.stages[:3] for b in stage.blocks)
     analysis = FlopAnalyzer(backbone, torch.rand(1, 3, 224, 224))
     iteration = analysis.by_operator()["newton_raphson_pinv"]
@@ -134,7 +134,7 @@ def test_published_flops(name):
 def test_get_flops_tool(library, run_tool, tmp_path):
     import_library(library)
     config = tmp_path / "config.py"
-    model = LIBRARIES[library](max_landmarks=16)
+    model = LIBRARIES[library](max_landmarks=16, landmarks="released")
     Config(dict(default_scope=library, model=model)).dump(config)
     tool = partial(run_tool, "analysis_tools/get_flops.py", config, "--shape")
     status, printed, _ = tool(224, 160)

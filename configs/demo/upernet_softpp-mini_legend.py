@@ -3,7 +3,6 @@ _base_ = "./upernet_softpp-mini_shapes.py"
 
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
-    backbone=dict(landmarks="content", max_landmarks=49),
     decode_head=dict(num_classes=4),
     auxiliary_head=dict(num_classes=4),
 )

@@ -11,10 +11,6 @@ model = dict(
         _delete_=True,
         type="mmsoft.SOFTPlusPlus",
         arch="tiny",
-        # See README.md in this folder for the cost that decided these three.
-        max_landmarks=49,
-        max_keys=2048,
-        solver="direct",
         drop_path_rate=0.1,
         norm_eval=True,  # two images are too few for batch statistics
     ),

@@ -12,6 +12,7 @@ model = dict(
         arch="tiny",
         out_indices=(3,),
         out_type="cls_token",
+        landmarks="released",
         drop_path_rate=0.1,
     ),
     neck=None,

@@ -314,6 +314,7 @@ def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": f"{p.prog} {shlex.join(sys.argv[1:])}",
         "repeats": args.repeats,
+        "landmarks": "by content",
         **{section: [] for section in (*SECTIONS, "skipped")},
     }
     run(args, data, groups)

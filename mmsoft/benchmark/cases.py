@@ -78,12 +78,16 @@ BACKBONES = {
         for arch, config in OURS.items()
     },
     "softpp-tiny-newton": Backbone(
-        "SOFT++ Tiny, Newton", "softpp-tiny", OURS["tiny"], dict(solver="newton")
+        "SOFT++ Tiny, Newton", "softpp-tiny", OURS["tiny"],
+        dict(landmarks="released", solver="newton"),
     ),
     # The same weights, with the attention term of the authors' release.
     "released-tiny": Backbone(
         "SOFT++ Tiny, released algorithm", "softpp-tiny", OURS["tiny"],
-        dict(type="mmsoft.ReleasedSOFTPlusPlus", max_landmarks=None),
+        dict(
+            type="mmsoft.ReleasedSOFTPlusPlus", landmarks="released",
+            max_landmarks=None, max_keys=None,
+        ),
     ),
     # Accuracies: arXiv 2102.12122, 2106.13797 (twice), 2103.14030, 2201.03545.
     "pvt-tiny": Backbone(
@@ -183,7 +187,7 @@ class OnSquareGrid(nn.Module):
 
 def _softpp(tokens: int) -> nn.Module:
     # Stage 1 of the dense models.
-    options: dict = dict(normalize=True, max_landmarks=49, solver="direct")
+    options: dict = dict(normalize=True, max_landmarks=49, landmarks="content")
     return OnSquareGrid(SoftmaxFreeAttention(DIMS, HEADS, 8, 9, **options))
 
 

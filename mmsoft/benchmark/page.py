@@ -8,7 +8,16 @@ from typing import Any
 
 from mmsoft.benchmark.cases import BACKBONES
 from mmsoft.benchmark.plots import plot
-from mmsoft.benchmark.report import Entry, markdown, merge, number, of_kind, size_of, table
+from mmsoft.benchmark.report import (
+    Entry,
+    landmarks_of,
+    markdown,
+    merge,
+    number,
+    of_kind,
+    size_of,
+    table,
+)
 from mmsoft.fileio import write_whole
 
 
@@ -147,8 +156,8 @@ quantiles. Peak memory is that of a fresh process above what it holds with the m
 loaded. Weights are random. A multiply-add counts as one; multiply-adds are of one image's forward
 pass, with the Newton-Raphson iteration where the solver is one. "Ours" is the SOFT++ of the peer's
 size: Tiny for PVT-Tiny and PVTv2-B1, Small for PVTv2-B2, Swin-T, ConvNeXt-T and ResNet-50. SOFT++
-stands for the settings of the dense configs, 49 landmarks at most and the direct solver, unless
-it says Newton. `train` is a forward and a backward pass. "Of product" is the share of the device's
+has at most 49 landmarks, of the kind that each run names; those of Newton rows are
+released ones. `train` is a forward and a backward pass. "Of product" is the share of the device's
 best matrix product (2 FLOPs to a multiply-add) that the counted multiply-adds reach, "of copy" that
 of its best copy which the bytes read and written by all operators reach; it can exceed 100 % where
 caches help. The rest is the gap to the ceilings.
@@ -213,6 +222,7 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
         )
         parts.append(
             f"## {data['device']}\n\n{data['threads']} threads, {data['date'][:10]}; {versions}.\n"
+            f"SOFT++'s landmarks: {landmarks_of(data)}.\n"
             f"Limits of this device, as measured: {best}.\n\n```\n{data['command']}\n```\n"
         )
         if rows := target_rows(data):

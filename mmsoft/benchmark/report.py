@@ -178,11 +178,16 @@ def overview(data: dict[str, Any]) -> str:
     return markdown(rows) + "\n"
 
 
+def landmarks_of(run: dict[str, Any]) -> str:
+    """Of SOFT++ in a run; runs that do not say were made when the default was another."""
+    return run.get("landmarks", "released, with the direct solver")
+
+
 def merge(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join runs of the same device and versions: groups measured again replace the old ones."""
     found: dict[tuple, dict[str, Any]] = {}
     for run in runs:
-        key = run["device"], run["threads"], *run["versions"].items()
+        key = run["device"], run["threads"], landmarks_of(run), *run["versions"].items()
         if key not in found:
             found[key] = dict(run)
             continue

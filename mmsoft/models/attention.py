@@ -231,15 +231,15 @@ class SoftmaxFreeAttention(nn.Module):
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
             index, present = choose_landmarks(every, budget)
         chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
-        return chosen.transpose(1, 2) + self._nothing(), present, index
+        return chosen.transpose(1, 2) + self._nothing(q), present, index
 
-    def _nothing(self) -> Tensor | float:
+    def _nothing(self, q: Tensor) -> Tensor | float:
         """0 that depends on the parameters of released landmarks, which those by content lack.
 
         Released weights may be loaded once an optimizer and DistributedDataParallel know the
         parameters, and the latter waits for a gradient of each.
         """
-        if not (self.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled() or (traced(q) and not self.training):
             return 0.0
         parts = (self.landmark_norm, self.landmark_conv)
         idle = [p.flatten()[0] for part in parts if part is not None for p in part.parameters()]

@@ -146,7 +146,7 @@ class SequenceAttention(SoftmaxFreeAttention):
             heads = valid[:, None].expand(-1, self.num_heads, -1, -1)
             of_patch = heads.gather(2, where[..., 0]).transpose(1, 2)
         landmarks = salient_mean(chosen, centre, of_patch)
-        return landmarks.transpose(1, 2) + self._nothing(), present, None
+        return landmarks.transpose(1, 2) + self._nothing(q), present, None
 
 
 class _Compared(nn.Module):

@@ -1,6 +1,7 @@
 """How a program runs: under transforms, traced, or for its result alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ def forward_mode() -> bool:
     in a nested transform: what has to be right is plain torch.
     """
     return forward_ad._current_level >= 0
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """What is computed here has a derivative of 0, in reverse and in forward mode."""
+    with torch.no_grad():
+        if not forward_mode():
+            yield
+            return
+        with forward_ad._set_fwd_grad_enabled(False):
+            yield
 
 
 def transformed() -> bool:

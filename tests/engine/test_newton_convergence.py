@@ -16,6 +16,8 @@ from mmsoft.engine import NewtonConvergenceHook
 from mmsoft.engine.hooks import newton_convergence
 from mmsoft.models import SOFTPlusPlus
 
+RELEASED = dict(landmarks="released", max_landmarks=None)
+
 
 class TinyTrained(BaseModel):
     def __init__(self, backbone):
@@ -37,7 +39,7 @@ class Noise(torch.utils.data.Dataset):
 
 def runner_of(tmp_path, **backbone):
     return Runner(
-        TinyTrained(SOFTPlusPlus(ARCH, out_indices=(0, 2), **backbone)),
+        TinyTrained(SOFTPlusPlus(ARCH, out_indices=(0, 2), **(RELEASED | backbone))),
         work_dir=str(tmp_path),
         train_dataloader=dict(
             batch_size=2,
@@ -84,7 +86,7 @@ class Steps:
     """The parts of a runner that the hook uses: model, iteration, logger and visualizer."""
 
     def __init__(self, **options):
-        self.model = SOFTPlusPlus(ARCH, out_indices=(0, 1), **options)
+        self.model = SOFTPlusPlus(ARCH, out_indices=(0, 1), **(RELEASED | options))
         self.iter, self.scalars, self.warnings = 0, [], []
         self.logger = logging.Logger("steps")
         self.logger.addHandler(logging.NullHandler())

@@ -9,8 +9,13 @@ from mmsoft.analysis import load_model
 
 
 @pytest.fixture(scope="session")
-def config_path(root):
-    return root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
+def config_path(root, tmp_path_factory):
+    """Released landmarks, which have a spectrum."""
+    base = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
+    backbone = dict(landmarks="released", max_landmarks=None)
+    path = tmp_path_factory.mktemp("configs") / "released.py"
+    path.write_text(f"_base_ = {base!r}\nmodel = dict(backbone={backbone!r})\n")
+    return path
 
 
 @pytest.fixture(scope="session")

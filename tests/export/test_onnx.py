@@ -142,7 +142,7 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(functions, "newton_raphson_pinv", lambda *args: newton(*args[:3], 3))
     path = tmp_path / "wrong.onnx"
     path.write_text("an earlier file")
-    module = exportable(Model(SOFTPlusPlus(SMALL, out_indices=(0,))).eval(), "backbone")
+    module = exportable(Model(SOFT(SMALL, out_indices=(0,))).eval(), "backbone")
     with pytest.raises(
         ValueError, match=r"stage1 differs from the model's by .* nothing was written"
     ):
@@ -173,8 +173,9 @@ def test_invalid_inputs():
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((224, 230), dict(), "multiples of 32 pixels from 64 to 4096 a side"),
+        ((224, 230), dict(max_keys=None), "multiples of 32 pixels from 64 to 4096 a side"),
         ((32, 224), dict(), "multiples of 32 pixels from 64"),
+        ((224, 230), dict(), "to 1440 a side"),
         ((288, 320), dict(max_keys=64), "to 256 a side"),
     ],
 )

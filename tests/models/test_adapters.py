@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
 
-OPTIONS = dict(solver="direct", max_landmarks=9, max_keys=9)
+OPTIONS = dict(solver="direct", max_landmarks=9, max_keys=9, landmarks="released")
 ATTENTION = "stages.1.blocks.0.attn"
 SHORTCUTS = [
     *(f"{ATTENTION}.{name}" for name in ("query", "value", "proj")),

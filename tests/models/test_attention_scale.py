@@ -13,9 +13,8 @@ CASES = [(SOFTPlusPlus, None), (SOFTPlusPlus, 256), (SOFTPlusPlus, 49), (SOFT, 4
 
 
 def check(variant, arch, max_landmarks, solver="direct", train=False, sizes=tool.SIZES):
-    columns = tool.scales_by_size(
-        variant, sizes, train, arch=arch, max_landmarks=max_landmarks, solver=solver
-    )
+    options = dict(arch=arch, max_landmarks=max_landmarks, landmarks="released", solver=solver)
+    columns = tool.scales_by_size(variant, sizes, train, **options)
     for block, row in enumerate(zip(*columns)):
         attention, ratios = [a for a, _ in row], [a / c for a, c in row]
         assert min(ratios) > 0.1, (block, ratios)
@@ -42,16 +41,17 @@ def test_every_arch_has_one_scale_at_every_resolution(variant, max_landmarks, ar
 
 def test_without_normalization_nor_budget_the_attention_grows():
     """What the symmetric normalization is for: SOFT's term goes like the number of tokens."""
-    columns = tool.scales_by_size(SOFT, tool.SIZES[:2], arch="tiny")
+    columns = tool.scales_by_size(SOFT, tool.SIZES[:2], arch="tiny", max_landmarks=None)
     assert all(b / a > 3 for (a, _), (b, _) in zip(*columns))
 
 
 def test_released_initialization_is_nearly_silent_and_leaves_loaded_weights_alone():
-    balanced, released = (SOFTPlusPlus(attn_init=init) for init in ("balanced", "released"))
+    options = dict(landmarks="released", attn_init="released")
+    balanced, released = SOFTPlusPlus(landmarks="released"), SOFTPlusPlus(**options)
     norm = released.stages[0].blocks[0].attn.landmark_norm
     assert (norm.weight == 1).all()
     assert (norm.bias == 0).all()
-    (columns,) = tool.scales_by_size(SOFTPlusPlus, tool.SIZES[:1], attn_init="released")
+    (columns,) = tool.scales_by_size(SOFTPlusPlus, tool.SIZES[:1], **options)
     assert min(a / c for a, c in columns) < 0.05
     balanced.load_state_dict(released.state_dict())
     image = torch.randn(1, 3, 64, 64)

@@ -16,11 +16,15 @@ if before_torch("2.3"):
 else:
     MATH = partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH)
 OPTIONS = dict(max_landmarks=9, max_keys=9)
-CASES = [(SOFT, "direct"), (SOFTPlusPlus, "newton")]
+CASES = [
+    (SOFT, dict(solver="direct")),
+    (SOFTPlusPlus, dict(landmarks="released")),
+    (SOFTPlusPlus, dict()),
+]
 
 
-def build(variant, solver, **kwargs):
-    model = variant(ARCH, solver=solver, **OPTIONS, **kwargs).eval()
+def build(variant, options, **kwargs):
+    model = variant(ARCH, **OPTIONS, **options, **kwargs).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.2)
@@ -31,10 +35,10 @@ def product(a, b) -> float:
     return sum((x * y).sum() for x, y in zip(a, b)).item()
 
 
-@pytest.mark.parametrize(("variant", "solver"), CASES)
-def test_backward_inside_autocast(variant, solver):
+@pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
+def test_backward_inside_autocast(variant, options):
     """As mixed precision is often written: the whole step inside. To the last bit as outside."""
-    model = build(variant, solver, norm_eval=True).train()
+    model = build(variant, options, norm_eval=True).train()
     image, gradients = torch.randn(2, 3, 96, 128), []
     for inside in (False, True):
         model.zero_grad()
@@ -48,11 +52,11 @@ def test_backward_inside_autocast(variant, solver):
 
 
 @pytest.mark.parametrize("jvp", JVPS)
-@pytest.mark.parametrize(("variant", "solver"), CASES)
-def test_tangents_of_an_image(variant, solver, jvp, monkeypatch):
+@pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
+def test_tangents_of_an_image(variant, options, jvp, monkeypatch):
     """``<J t, w> = <t, J^T w>``; without gradients tokens are taken in turns."""
     monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 7 * ARCH["embed_dims"][0])
-    model = build(variant, solver).double()
+    model = build(variant, options).double()
     image, tangent = (torch.randn(1, 3, 96, 128).double() for _ in range(2))
     outs = model(image.requires_grad_())
     weights = [torch.randn_like(out) for out in outs]
@@ -61,9 +65,10 @@ def test_tangents_of_an_image(variant, solver, jvp, monkeypatch):
     assert found == pytest.approx(product([gradient], [tangent]), rel=1e-9)
 
 
-def test_derivatives_with_respect_to_parameters():
+@pytest.mark.parametrize("landmarks", ["content", "released"])
+def test_derivatives_with_respect_to_parameters(landmarks):
     """``functional_call`` under ``jvp``, ``grad``, and forward over reverse."""
-    model = build(SOFTPlusPlus, "direct").double()
+    model = build(SOFTPlusPlus, dict(solver="direct", landmarks=landmarks)).double()
     image = torch.randn(1, 3, 64, 96).double()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
@@ -94,8 +99,8 @@ def test_derivatives_with_respect_to_parameters():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("device", ["meta", "fake"])
-@pytest.mark.parametrize(("variant", "solver"), CASES)
-def test_tensors_without_data(variant, solver, device, train, autocast):
+@pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
+def test_tensors_without_data(variant, options, device, train, autocast):
     """Shapes and dtypes of a large image at no cost, and of all gradients."""
 
     def run(function, parameters):
@@ -114,10 +119,10 @@ def test_tensors_without_data(variant, solver, device, train, autocast):
         if device == "meta":
             with torch.device("meta"):
                 with_cp = not before_torch("2.4")  # whose checkpointing does not know the device
-                model = variant(ARCH, solver=solver, with_cp=with_cp, **OPTIONS).train(train)
+                model = variant(ARCH, with_cp=with_cp, **OPTIONS, **options).train(train)
                 run(lambda: model(torch.empty(2, 3, 800, 1280)), list(model.parameters()))
             return
-        model = variant(ARCH, solver=solver, drop_path_rate=0.1, **OPTIONS).train(train)
+        model = variant(ARCH, drop_path_rate=0.1, **OPTIONS, **options).train(train)
         with FakeTensorMode() as mode:
             tensors = (*model.named_parameters(), *model.named_buffers())
             fake = {name: mode.from_tensor(tensor) for name, tensor in tensors}

@@ -18,8 +18,8 @@ long = pytest.mark.long
 OPTIONS = [
     # torch 2.6 tells sizes below the budget from those above; 2.9 does not.
     pytest.param(dict(solver="direct", max_landmarks=16), marks=needs_torch_2_9),
-    pytest.param(dict(solver="direct"), marks=long),
-    pytest.param(dict(solver="newton"), marks=long),
+    pytest.param(dict(solver="direct", max_landmarks=None), marks=long),
+    pytest.param(dict(solver="newton", max_landmarks=None), marks=long),
     pytest.param(dict(solver="newton", max_landmarks=16), marks=[long, needs_torch_2_9]),
 ]
 
@@ -35,7 +35,7 @@ def fresh_compiler():
 )
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_few_graphs_serve_every_size(options, sizes, graphs):
-    model = SOFTPlusPlus(SMALL, **options).eval()
+    model = SOFTPlusPlus(SMALL, landmarks="released", max_keys=None, **options).eval()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
@@ -50,7 +50,9 @@ def test_few_graphs_serve_every_size(options, sizes, graphs):
 @pytest.mark.parametrize("solver", ["direct", "newton"])
 def test_compiled_training_step(solver):
     """Forward and backward, traced once, at two sizes."""
-    model = SOFTPlusPlus(SMALL, max_landmarks=16, solver=solver, norm_eval=True).train()
+    model = SOFTPlusPlus(
+        SMALL, landmarks="released", max_landmarks=16, solver=solver, norm_eval=True
+    ).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in ((160, 256), (250, 251)):
         image = torch.randn(2, 3, *size)
@@ -65,7 +67,7 @@ def test_compiled_training_step(solver):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_export_with_dynamic_height_and_width(options):
-    model = SOFTPlusPlus(SMALL, **options).eval()
+    model = SOFTPlusPlus(SMALL, landmarks="released", max_keys=None, **options).eval()
     sizes = {2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
     program = export(model, (torch.randn(1, 3, 224, 320),), dynamic_shapes={"x": sizes})
     for size in SIZES:

@@ -14,7 +14,7 @@ from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.ops import reference
 
-OPTIONS = dict(landmarks="content", solver="direct", max_landmarks=16)
+OPTIONS = dict(landmarks="content", max_landmarks=16)
 
 
 def layer(dims=64, heads=2, stride=4, landmarks="content", budget=16):
@@ -124,6 +124,13 @@ def test_each_layer_follows_its_own_weights():
     x = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
         assert all(map(torch.equal, source(x), model(x)))
+
+
+def test_defaults():
+    """By content where that can be: what a config that names nothing gets."""
+    attentions = [variant(ARCH).stages[1].blocks[0].attn for variant in (SOFT, SOFTPlusPlus)]
+    assert [attn.by_content for attn in attentions] == [False, True]
+    assert [attn.max_landmarks for attn in attentions] == [49, 49]
 
 
 def test_without_normalization_is_refused():

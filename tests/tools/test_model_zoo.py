@@ -77,7 +77,8 @@ def test_parameters_are_the_published_ones(counts):
 @pytest.mark.parametrize(("budget", "solver"), [(None, "newton"), (4, "direct")])
 def test_computed_cost_of_the_operator_equals_the_traced_one(zoo, budget, solver):
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # of operators that are not counted
-    backbone = SOFTPlusPlus("tiny", max_landmarks=budget, solver=solver).eval()
+    options = dict(landmarks="released", max_landmarks=budget, solver=solver)
+    backbone = SOFTPlusPlus("tiny", **options).eval()
     traced = FlopAnalyzer(backbone, torch.rand(1, 3, 120, 200)).by_operator()
     landmarks, macs = zoo.operator_macs((120, 200), budget, solver, "tiny")
     assert landmarks == (budget or 3 * 6)

@@ -32,7 +32,10 @@ def folder(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     make_demo_data(folder, train=1, val=3, size=SIZE)
     torch.manual_seed(0)
-    model = load_model(Config.fromfile(root / CONFIG))
+    backbone = dict(landmarks="released", max_landmarks=None)
+    text = f"_base_ = {str(root / CONFIG)!r}\nmodel = dict(backbone={backbone!r})\n"
+    (folder / "config.py").write_text(text)
+    model = load_model(Config.fromfile(folder / "config.py"))
     torch.save(dict(state_dict=model.state_dict()), folder / "model.pth")
     return folder
 
@@ -68,9 +71,9 @@ def drawn(monkeypatch):
 
 
 @pytest.fixture
-def state(root, folder, image):
+def state(folder, image):
     """What the tools should show: stage 1 of the checkpoint on the image."""
-    config = Config.fromfile(root / CONFIG)
+    config = Config.fromfile(folder / "config.py")
     model = load_model(config, str(folder / "model.pth"))
     with torch.no_grad(), capture(model, (1, 0)) as states:
         model.backbone(load_image(config, model, image).inputs)
@@ -84,11 +87,17 @@ def read(path):
     return picture
 
 
-def test_attention(run, root, image, folder, drawn, state):
+def test_attention(run, image, folder, drawn, state):
     recorded = drawn("draw_attention")
     options = ["--query", "20,30", "--query", "63,63", "--stage", "1", "--compare", "softmax"]
     status, out, _ = run(
-        "visualize_attention", root / CONFIG, image, "model.pth", *options, "--out", "sheet.png"
+        "visualize_attention",
+        "config.py",
+        image,
+        "model.pth",
+        *options,
+        "--out",
+        "sheet.png",
     )
     assert status == 0
     ranks = attention_usage(state).rank.tolist()
@@ -119,29 +128,29 @@ def test_attention(run, root, image, folder, drawn, state):
         (["--query", "3,3", "--head", "1"], "stage 0 has 1 head(s), from 0; got head 1"),
     ],
 )
-def test_bad_input_is_one_line(run, root, image, options, message):
-    status, out, errors = run("visualize_attention", root / CONFIG, image, "model.pth", *options)
+def test_bad_input_is_one_line(run, image, options, message):
+    status, out, errors = run("visualize_attention", "config.py", image, "model.pth", *options)
     assert (status, out) == (1, "")
     assert errors.startswith(f"visualize_attention: {message}")
     assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("method", ["performer", "nystromformer"])
-def test_a_missing_package_is_one_line(run, root, image, folder, monkeypatch, method):
+def test_a_missing_package_is_one_line(run, image, folder, monkeypatch, method):
     package = dict(performer="performer_pytorch", nystromformer="nystrom_attention")[method]
     monkeypatch.setitem(sys.modules, package, None)
     options = ["--query", "3,3", "--compare", method, "--out", "none.png"]
-    status, _, errors = run("visualize_attention", root / CONFIG, image, "model.pth", *options)
+    status, _, errors = run("visualize_attention", "config.py", image, "model.pth", *options)
     assert status == 1
     assert "pip install" in errors
     assert errors.count("\n") == 1
     assert not (folder / "none.png").exists()
 
 
-def test_landmarks(run, root, image, folder, drawn, state):
+def test_landmarks(run, image, folder, drawn, state):
     recorded = drawn("draw_landmarks")
     options = ["--stage", "1", "--head", "1"]
-    status, out, _ = run("visualize_landmarks", root / CONFIG, image, "model.pth", *options)
+    status, out, _ = run("visualize_landmarks", "config.py", image, "model.pth", *options)
     regions, strength = (
         t[0, 1].unflatten(0, (20, 20)) for t in landmark_regions(state.q, state.landmarks)
     )
@@ -152,15 +161,15 @@ def test_landmarks(run, root, image, folder, drawn, state):
     assert read(folder / "spectrum.png").shape == (520, 640, 3)
 
 
-def test_landmarks_by_content(run, root, image, folder, drawn):
+def test_landmarks_by_content(run, image, folder, drawn):
     """Those of the head alone, at the patches that it chose."""
     options = ["--stage", "1", "--head", "1", "--cfg-options", "model.backbone.landmarks=content"]
     recorded = drawn("draw_landmarks")
-    config = Config.fromfile(root / CONFIG)
+    config = Config.fromfile(folder / "config.py")
     config.model.backbone.landmarks = "content"
     model = load_model(config)
     torch.save(dict(state_dict=model.state_dict()), folder / "content.pth")
-    status, out, errors = run("visualize_landmarks", root / CONFIG, image, "content.pth", *options)
+    status, out, errors = run("visualize_landmarks", "config.py", image, "content.pth", *options)
     assert (status, out) == (0, "landmarks.png\n"), errors
     with torch.no_grad(), capture(model, (1, 0)) as states:
         model.backbone(load_image(config, model, image).inputs)
@@ -172,8 +181,8 @@ def test_landmarks_by_content(run, root, image, folder, drawn):
     assert recorded["draw_landmarks"][1].max() < len(centres)
 
 
-def test_usage_of_attention(run, root, image, state):
-    status, out, errors = run("attention_usage", root / CONFIG, "model.pth", image, image)
+def test_usage_of_attention(run, image, state):
+    status, out, errors = run("attention_usage", "config.py", "model.pth", image, image)
     assert status == 0, errors
     head, _, *rows = out.splitlines()
     assert head.split()[1::2] == ["block", "landmarks", "nearest", "rank", "ratio", "varying"]
@@ -184,10 +193,10 @@ def test_usage_of_attention(run, root, image, state):
     np.testing.assert_allclose(shown, expected, atol=0.006)
 
 
-def test_convergence(run, root, folder):
+def test_convergence(run, folder):
     status, out, errors = run(
         "newton_convergence",
-        root / CONFIG,
+        "config.py",
         "model.pth",
         "--images=2",
         "--out=curve.png",

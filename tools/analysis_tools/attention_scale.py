@@ -20,6 +20,7 @@ from mmsoft.analysis import capture
 from mmsoft.models import SOFT, SOFTPlusPlus
 
 SIZES = ((224, 224), (512, 512), (800, 1344))
+LARGE = (2048, 2048)
 
 
 def smooth_image(size: int = 224, seed: int = 0) -> Tensor:
@@ -66,18 +67,22 @@ def main() -> None:
     parser.add_argument("--variant", choices=("SOFT", "SOFTPlusPlus"), default="SOFTPlusPlus")
     parser.add_argument("--arch", default="tiny")
     parser.add_argument("--solver", choices=("newton", "direct"), default="direct")
-    parser.add_argument("--max-landmarks", type=int)
+    parser.add_argument("--landmarks", choices=("content", "released"))
+    parser.add_argument(
+        "--max-landmarks", type=lambda text: None if text == "none" else int(text), default=49
+    )
     parser.add_argument("--attn-init", choices=("balanced", "released"), default="balanced")
     parser.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
     args = vars(parser.parse_args())
     variant = {"SOFT": SOFT, "SOFTPlusPlus": SOFTPlusPlus}[args.pop("variant")]
-    columns = scales_by_size(variant, **args)
+    sizes = (*SIZES, LARGE)
+    columns = scales_by_size(variant, sizes, **args)
     print("attention / values' convolution = ratio")
     rows = [
         [block, *(f"{a:.3f} / {c:.3f} = {a / c:.2f}" for a, c in row)]
         for block, row in enumerate(zip(*columns, strict=True))
     ]
-    print(tabulate(rows, ["block", *(f"{h}x{w}" for h, w in SIZES)], "plain"))
+    print(tabulate(rows, ["block", *(f"{h}x{w}" for h, w in sizes)], "plain"))
 
 
 if __name__ == "__main__":

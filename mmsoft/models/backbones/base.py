@@ -4,6 +4,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
+from torch import Tensor
 from torch.nn import Module
 
 from mmsoft.checkpoint import LoadReport, load_backbone
@@ -99,6 +100,9 @@ class Backbone(BaseModule):
                 f"the checkpoint is of {variant} but the config has {self.variant}; change the "
                 "type of the config's backbone, or name another checkpoint"
             )
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def _match_landmarks(self, state_dict: dict, prefix: str) -> None:
         """Weights decide for which landmarks they were trained."""

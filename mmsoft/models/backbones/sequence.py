@@ -247,11 +247,11 @@ class SequenceSOFT(Backbone):
         self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
     ) -> None:
         """Refuse weights of another backbone, size, attention or variant: MMEngine only logs it."""
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = self._own_tensors()
         check_tensors(state_dict, prefix, own)
         self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = self._own_tensors()
         check_is_ours(state_dict, prefix, own, f"{type(self).__name__}, as configured,")
         for name, tensor in own.items():
             loaded = state_dict.get(f"{prefix}{name}")

@@ -45,17 +45,19 @@ class SOFT(Backbone):
         out_indices: stages whose features are returned, of 0 to 3. Later stages are not built.
         out_type: ``'featmap'`` for ``[B, C, H, W]`` of each stage in ``out_indices``;
             ``'cls_token'`` for the class token ``[B, C]`` (``out_indices`` must be ``(3,)``).
-        max_landmarks: keep at most this many landmarks, evenly spread; ``None`` lets them grow
-            with the image, as released (the cost of the inverse then grows with their cube).
+        max_landmarks: keep at most this many landmarks, which makes the cost linear. 49 changes
+            nothing up to 224x224. ``None`` lets them grow with the image, as released (the cost of
+            the inverse then grows with their cube).
         max_keys: limit of the number of keys in stage 4, whose attention is otherwise quadratic; a
-            larger grid is averaged for keys and values. 2048 leaves images up to 1440x1440 alone.
+            larger grid is averaged for keys and values. 2048 changes nothing up to 1440x1440.
             ``None`` for no limit, as released.
         solver: ``'newton'`` or ``'direct'``, see :func:`mmsoft.ops.softmax_free_attention`.
         newton_steps: Newton-Raphson steps, part of the model; 20 in the release.
-        landmarks: ``'released'``; or ``'content'``, landmarks among the queries, of which those are
-            kept that explain the others: SOFT++ only, for training from scratch; no inverse. See
+        landmarks: ``'content'``, landmarks among the queries, of which those are kept that explain
+            the others, without an inverse; or ``'released'``. See
             :meth:`~mmsoft.models.attention.SoftmaxFreeAttention.sample_landmarks`. Weights switch a
-            backbone to the landmarks that they were trained with, and the log says so.
+            backbone to the landmarks that they were trained with, and the log says so. ``None`` is
+            ``'content'`` for SOFT++, and for SOFT ``'released'``, the only ones it has.
         landmark_sampling: ``'conv'`` or ``'avg'``.
         attn_init: initial scale of the attention when training from scratch: ``'balanced'``, of the
             order of the values' convolution at every resolution, or ``'released'``, nearly silent
@@ -84,11 +86,11 @@ class SOFT(Backbone):
         in_channels: int = 3,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         out_type: str = "featmap",
-        max_landmarks: int | None = None,
-        max_keys: int | None = None,
+        max_landmarks: int | None = 49,
+        max_keys: int | None = 2048,
         solver: str = "newton",
         newton_steps: int = 20,
-        landmarks: str = "released",
+        landmarks: str | None = None,
         landmark_sampling: str = "conv",
         attn_init: str = "balanced",
         drop_rate: float = 0.0,
@@ -109,7 +111,9 @@ class SOFT(Backbone):
         self.norm_eval = norm_eval
         self._statistics_checked = False
         check_choice("solver", solver, SOLVERS)
-        check_choice("landmarks", landmarks, ("released", "content"))
+        if landmarks is None:
+            landmarks = "content" if self.normalize else "released"
+        check_choice("landmarks", landmarks, ("content", "released"))
         check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
         check_choice("attn_init", attn_init, ("balanced", "released"))
         check_int("in_channels", in_channels, 1)
@@ -208,15 +212,17 @@ class SOFT(Backbone):
 
         A state dict with only a few of our parameters is left to its author.
         """
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = self._own_tensors()
+        whole = f"{prefix}stages.0.pos_embed" in state_dict
         check_tensors(state_dict, prefix, own)
-        if f"{prefix}stages.0.pos_embed" in state_dict:
+        if whole:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
-            self._note_loading(state_dict, prefix, own, *args[1:])
         else:
             check_is_ours(state_dict, prefix, own, self.variant)
         self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
+        if whole:  # after the switch, because landmarks by content are among the tensors
+            self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _frozen_modules(self) -> list[nn.Module]:

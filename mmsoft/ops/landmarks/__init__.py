@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_patches
 from ..island import compute_dtype, matmul
+from ..mode import constants
 from .grid import landmark_centres, landmark_grid
 from .operators import choose, patches
 
@@ -105,7 +106,7 @@ def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -
         ``[B, m, h, d]``, float32 (float64 for float64 arguments); 0 of a patch of padding alone.
     """
     patches = patches.to(compute_dtype(patches))
-    with torch.no_grad():
+    with constants():
         origin = centre.to(patches.dtype)[:, None, :, None]
         weights = (patches - origin).square_().sum(-1).clamp(1e-12, DISTANCE_MAX)
         if valid is not None:

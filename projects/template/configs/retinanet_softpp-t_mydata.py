@@ -7,9 +7,9 @@ weights = None  # or a file that the authors released, such as "SOFT_Tiny_norm.p
 
 if weights is None:  # BatchNorm has to learn its statistics
     backbone = dict(norm_eval=False)
-else:  # these weights belong to this solver
+else:
     init_cfg = dict(type="Pretrained", checkpoint=weights)
-    backbone = dict(solver="newton", init_cfg=init_cfg)
+    backbone = dict(init_cfg=init_cfg)
 model = dict(backbone=backbone, bbox_head=dict(num_classes=len(metainfo["classes"])))
 
 train_dataloader = dict(
