@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .library import custom_op
-from .mode import forward_mode, is_compiling, transformed
+from .mode import forward_mode, may_set, transformed
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -28,7 +28,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     device = x.device.type
     if device == "meta":
         return nullcontext()
-    if device in TF32_DEVICES and not is_compiling():
+    if device in TF32_DEVICES and may_set():
         return _no_tf32(device)
     return torch.autocast(device, enabled=False)
 

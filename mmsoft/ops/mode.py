@@ -68,6 +68,11 @@ def traced(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or get_proxy_mode() is not None
 
 
+def may_set() -> bool:
+    """Whether settings of the process may be changed: ``torch.compile`` cannot record it."""
+    return not is_compiling()
+
+
 def readable(x: Tensor) -> bool:
     """Whether asking for a value of ``x`` neither makes a device wait nor leaves a transform."""
     return x.device.type == "cpu" and not transformed()
