@@ -31,7 +31,7 @@ def operators(program):
     ("options", "inputs"),
     [
         pytest.param(
-            dict(solver="direct", max_landmarks=9, out_indices=(1,)),
+            dict(landmarks="released", solver="direct", max_landmarks=9, out_indices=(1,)),
             dict(dynamic_size=True, dynamic_batch=True),
             marks=pytest.mark.long,
         ),
@@ -51,7 +51,7 @@ def test_runs_without_mmsoft(tmp_path, options, inputs):
 @pytest.mark.parametrize("library", ["mmdet", "mmseg", "mmpretrain"])
 def test_models(tmp_path, library):
     inputs = Input((192, 160), dynamic_size=True, dynamic_batch=True)
-    module = exportable(build(library, max_landmarks=9).eval())
+    module = exportable(build(library, landmarks="released", max_landmarks=9).eval())
     differences = export_program(module, inputs, tmp_path / "model.pt2")
     assert max(difference.error for difference in differences) < 1e-5
 
@@ -70,7 +70,8 @@ for ours, theirs in zip(expected, found, strict=True):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles with g++")
 def test_compiled_ahead_of_time(tmp_path, run_outside):
     """AOTInductor's library of one size, in a process without MMSOFT."""
-    module = exportable(Model(solver="direct", max_landmarks=9).eval(), "backbone")
+    options = dict(landmarks="released", solver="direct", max_landmarks=9)
+    module = exportable(Model(**options).eval(), "backbone")
     inputs = Input((96, 128))
     export_program(module, inputs, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
