@@ -1,7 +1,7 @@
 """How a program runs: under transforms, traced, or for its result alone."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -39,15 +39,14 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-@contextmanager
-def constants() -> Iterator[None]:
-    """What is computed here has a derivative of 0, in reverse and in forward mode."""
-    with torch.no_grad():
-        if not forward_mode():
-            yield
-            return
-        with forward_ad._set_fwd_grad_enabled(False):
-            yield
+def constants() -> AbstractContextManager:
+    """A context whose results have a derivative of 0, in reverse and in forward mode."""
+    if not forward_mode():
+        return torch.no_grad()
+    both = ExitStack()
+    both.enter_context(torch.no_grad())
+    both.enter_context(forward_ad._set_fwd_grad_enabled(False))
+    return both
 
 
 def transformed() -> bool:
