@@ -73,7 +73,7 @@ PARTS = [dict(out_indices=(0,), out_type="featmap", landmarks="released")]
             marks=pytest.mark.long,
         ),
     ],
-    ids=str,
+    ids=["batch", "size and batch"],
 )
 @pytest.mark.parametrize("options", PARTS, ids=str)
 def test_onnx_of_a_part(run_tool, config, model, tmp_path, dynamic, sizes):
