@@ -88,8 +88,8 @@ class SoftmaxFreeAttention(nn.Module):
         landmark_stride: tokens per landmark along each axis.
         value_kernel: size of the depthwise convolution of the values, odd.
         normalize: the symmetric normalization of SOFT++.
-        max_landmarks: keep at most this many landmarks, evenly spread over the grid that the stride
-            gives; ``None`` for all of them.
+        max_landmarks: keep at most this many of the landmarks that the stride gives: released ones
+            evenly spread, by content those that explain the others; ``None`` for all of them.
         landmarks: ``'released'`` or ``'content'``, see :meth:`sample_landmarks`.
         landmark_sampling: ``'conv'``, or ``'avg'`` as in the paper's ablation.
         attn_init: ``'balanced'`` or ``'released'``, see :meth:`init_landmark_norm`.
