@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmsoft.ops import (
     choose_landmarks,
     landmark_attention,
+    landmark_candidates,
     landmark_grid,
     landmark_patches,
     salient_mean,
@@ -19,7 +20,7 @@ from mmsoft.ops import (
     softmax_free_attention,
 )
 from mmsoft.ops.island import compute_dtype
-from mmsoft.ops.mode import cpu_shortcut, traced
+from mmsoft.ops.mode import cpu_shortcut, traced, transformed
 
 from .plain import is_plain
 
@@ -227,11 +228,15 @@ class SoftmaxFreeAttention(nn.Module):
         with torch.no_grad():
             centre = q.to(compute_dtype(q)).mean(1).unflatten(1, (self.num_heads, self.head_dims))
             valid = self._inside(hw_shape, q.device)
-            every = salient_mean(landmark_patches(q, *grid), centre, valid).transpose(1, 2)
+            every = landmark_candidates(q, *grid, centre, valid)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
             index, present = choose_landmarks(every, budget)
-        chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
-        return chosen.transpose(1, 2) + self._nothing(q), present, index
+        if q.requires_grad or transformed():
+            chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
+            landmarks = chosen.transpose(1, 2)
+        else:
+            landmarks = every.gather(2, index[..., None].expand(-1, -1, -1, self.head_dims))
+        return landmarks + self._nothing(q), present, index
 
     def _nothing(self, q: Tensor) -> Tensor | float:
         """0 that depends on the parameters of released landmarks, which those by content lack.

@@ -6,6 +6,7 @@ from .gaussian import gaussian_gram, gaussian_kernel, gaussian_kernel_product
 from .inverse import newton_iterates, newton_raphson_pinv, step_size, tikhonov_pinv_product
 from .landmarks import (
     choose_landmarks,
+    landmark_candidates,
     landmark_centres,
     landmark_grid,
     landmark_patches,
@@ -19,6 +20,7 @@ __all__ = [
     "gaussian_kernel",
     "gaussian_kernel_product",
     "landmark_attention",
+    "landmark_candidates",
     "landmark_centres",
     "landmark_grid",
     "landmark_patches",

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import ConvNormAct, SOFTBlock, TanhGELU, as_image
-from mmsoft.ops import softmax_free_attention
+from mmsoft.ops import landmark_candidates, softmax_free_attention
 
 
 class Module(nn.Module):
@@ -55,6 +55,10 @@ SHORTCUTS = {
     "sum in place": (lambda m, x: m(x, (5, 6)), attention, TOKENS, EVALUATION, "add_", True),
     "scaled product": (
         lambda m, x: torch.cat(m.queries_and_values(x)), attention, TOKENS, EAGER, "mul", False,
+    ),
+    "candidates in bands": (
+        lambda m, x: landmark_candidates(x, (5, 6), 2, 2, x.mean(1).view(2, 2, 8)), lambda: None,
+        TOKENS, EAGER, "avg_pool2d", True,
     ),
     "folded norm": (
         lambda m, x: m(x), lambda: ConvNormAct(3, 8, 2, dict(type="BN")),
@@ -160,7 +164,9 @@ def test_every_shortcut_is_here(root):
     sources = (path for path in (root / "mmsoft").rglob("*.py") if path.name != "mode.py")
     texts = [path.read_text() for path in sources]
     asking = [re.findall(r"\b(?:cpu_shortcut|traced)\(", text) for text in texts]
-    others = 2  # the warning of many landmarks, and the gradients of those that are idle
+    # The warning of many landmarks, the gradients of those that are idle, and the two forms of the
+    # choice inside its operator, which tests/ops/test_choice.py compares.
+    others = 3
     assert sum(map(len, asking)) == len(SHORTCUTS) + others
     # by another condition
     assert not [text for text in texts if re.search(r"is_compiling|is_dynamo|\.is_cpu", text)]

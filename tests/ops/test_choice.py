@@ -7,10 +7,12 @@ from operators import opcheck
 
 from mmsoft.ops import (
     choose_landmarks,
+    landmark_candidates,
     landmark_patches,
     reference,
     salient_mean,
 )
+from mmsoft.ops.landmarks import choice, salient
 
 # vmap says so of every operation that it has no rule for.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -19,6 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 def normal(*shape, seed=0, scale=1.0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+
+@pytest.fixture(params=[None, 0], ids=["stored", "streamed"])
+def either_form(request, monkeypatch):
+    """With the Gram matrix stored, where there are few candidates, and without."""
+    if request.param is not None:
+        monkeypatch.setattr(choice, "FEW", request.param)
 
 
 # candidates, budget, tolerance
@@ -33,6 +42,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize(("shape", "budget", "tolerance"), CHOICES, ids=str)
 def test_the_choice_is_that_of_the_definition(shape, budget, tolerance):
     candidates = normal(*shape, scale=0.4)
@@ -41,14 +51,16 @@ def test_the_choice_is_that_of_the_definition(shape, budget, tolerance):
     assert all(map(torch.equal, ours, truth))
 
 
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_choice_in_low_precision(dtype):
     """That of the same, rounded candidates in float64."""
-    candidates = normal(2, 2, 200, 16, scale=0.5, dtype=dtype)
+    candidates = normal(2, 2, 120, 16, scale=0.5, dtype=dtype)
     truth = reference.choose_landmarks(candidates.double(), 30)
     assert all(map(torch.equal, choose_landmarks(candidates, 30), truth))
 
 
+@pytest.mark.usefixtures("either_form")
 def test_clusters_have_one_landmark_each():
     places = 4 * torch.eye(3, 8, dtype=torch.float64)
     candidates = places.repeat_interleave(torch.tensor([50, 7, 1]), 0)[None, None]
@@ -57,6 +69,7 @@ def test_clusters_have_one_landmark_each():
     assert present[0, 0].tolist() == [True] * 3 + [False] * 13
 
 
+@pytest.mark.usefixtures("either_form")
 def test_equal_candidates_are_one_landmark():
     index, present = choose_landmarks(torch.full((2, 2, 9, 4), 1.5), 5, tolerance=0.0)
     assert not index.any()
@@ -71,6 +84,7 @@ def test_what_is_chosen_explains_more_than_an_even_grid():
     assert 437 in index[0, 0, :2]
 
 
+@pytest.mark.usefixtures("either_form")
 def test_samples_and_heads_are_chosen_alone():
     candidates = normal(3, 2, 60, 8, scale=0.4)
     index, present = choose_landmarks(candidates, 20)
@@ -87,6 +101,7 @@ def test_candidates_may_be_strided():
         assert torch.equal(ours, truth)
 
 
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e6, 1e38])
 def test_any_finite_candidates(size):
     candidates = size * normal(1, 2, 40, 8, dtype=torch.float32).clamp(-3, 3)
@@ -191,3 +206,42 @@ def test_salient_mean_in_low_precision(dtype, size):
     assert mean.dtype == torch.float32
     assert error(mean, reference.salient_mean(patches.double(), centre.double())) < 1e-5
     assert salient_mean(patches.float() * 1e30, centre * 1e30).isfinite().all()
+
+
+def candidates_by_definition(q, hw, heads, stride, centre, valid=None):
+    every = landmark_patches(q.double(), hw, heads, stride)
+    return reference.salient_mean(every, centre.double(), valid).transpose(1, 2)
+
+
+@pytest.mark.parametrize("band", [1, 700, 2**19])
+@pytest.mark.parametrize(("hw", "stride"), [((9, 14), 2), ((17, 19), 4), ((8, 8), 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_candidates_are_those_of_the_definition(dtype, hw, stride, band, monkeypatch):
+    monkeypatch.setattr(salient, "BAND", band)
+    q = normal(6, hw[0] * hw[1], 2, dtype=dtype).permute(2, 1, 0).requires_grad_()
+    centre = normal(2, 3, 2, seed=1, dtype=torch.float32)
+    ours = landmark_candidates(q, hw, 3, stride, centre)
+    assert ours.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert not ours.requires_grad
+    assert error(ours, candidates_by_definition(q, hw, 3, stride, centre)) < 1e-6
+
+
+def test_candidates_of_an_image_smaller_than_a_patch():
+    q, centre = normal(2, 15, 6), normal(2, 2, 3, seed=1)
+    valid = ((torch.arange(8) < 3)[:, None] & (torch.arange(8) < 5)).flatten()
+    ours = landmark_candidates(q, (3, 5), 2, 8, centre, valid)
+    torch.testing.assert_close(ours, candidates_by_definition(q, (3, 5), 2, 8, centre, valid))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e6, 1e38])
+def test_candidates_of_any_finite_queries(size):
+    q = size * normal(1, 64, 8, dtype=torch.float32).clamp(-3, 3)
+    centre = q.double().mean(1).float().unflatten(1, (2, 4))
+    assert landmark_candidates(q, (8, 8), 2, 4, centre).isfinite().all()
+
+
+def test_candidates_are_the_same_where_a_program_is_recorded():
+    q, centre = normal(2, 9 * 14, 6), normal(2, 3, 2, seed=1)
+    plain = torch.func.vmap(lambda q, c: landmark_candidates(q[None], (9, 14), 3, 2, c[None])[0])
+    expected = landmark_candidates(q, (9, 14), 3, 2, centre)
+    torch.testing.assert_close(plain(q, centre), expected)

@@ -13,6 +13,7 @@ from mmsoft.ops import (
     softmax_free_attention,
 )
 from mmsoft.ops.gaussian import eager
+from mmsoft.ops.landmarks import choice
 
 LENGTHS = (63, 1, 40)  # of 63 tokens; one sample has no padding
 KEPT = (9, 1, 4)  # of 9 landmarks
@@ -180,9 +181,11 @@ def test_memory_is_as_without_a_mask():
         assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
+@pytest.mark.parametrize("few", [choice.FEW, 0], ids=["stored", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_candidates_of_padding_are_not_there(dtype):
+def test_candidates_of_padding_are_not_there(dtype, few, monkeypatch):
     """The choice is that of the others alone, in the same order."""
+    monkeypatch.setattr(choice, "FEW", few)
     candidates, lengths = normal(3, 2, 50, 8, scale=0.5, dtype=dtype), (50, 3, 21)
     mask = first(lengths, 50)
     mask[2] = mask[2].flip(0)

@@ -4,16 +4,14 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_patches
-from ..island import compute_dtype, matmul
-from ..mode import constants
+from ..mode import constants, traced, transformed
 from .grid import landmark_centres, landmark_grid
 from .operators import choose, patches
-
-# Of squared distances: sums of a few stay finite.
-DISTANCE_MAX = 1e30
+from .salient import of_bands, salient_mean
 
 __all__ = [
     "choose_landmarks",
+    "landmark_candidates",
     "landmark_centres",
     "landmark_grid",
     "landmark_patches",
@@ -58,6 +56,41 @@ def landmark_patches(
     return patches(q, *hw_shape, num_heads, stride, max_landmarks, index)
 
 
+def landmark_candidates(
+    q: Tensor,
+    hw_shape: tuple[int, int],
+    num_heads: int,
+    stride: int,
+    centre: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The :func:`salient_mean` of every patch, without gradients.
+
+    Args:
+        q: ``[B, H*W, C]``, row by row.
+        hw_shape: ``(H, W)``.
+        num_heads: heads ``h``; d = C / h channels each.
+        stride: side ``r`` of a patch.
+        centre: ``[B, h, d]``, the mean query of each head.
+        valid: ``[r*r]``, bool, the tokens of a patch that are not padding; ``None`` for all.
+
+    Returns:
+        ``[B, h, M, d]``, float32 (float64 for float64 arguments); ``M`` as
+        :func:`landmark_patches` has patches.
+
+    Raises:
+        TypeError, ValueError: as by :func:`landmark_patches`.
+    """
+    if torch.jit.is_tracing():  # as get_flops does: sizes are tensors there
+        hw_shape = (int(hw_shape[0]), int(hw_shape[1]))
+    check_patches(q, hw_shape, num_heads, stride, None, None)
+    with constants():
+        if not (traced(q) or transformed()) and min(hw_shape) >= stride:
+            return of_bands(q, *hw_shape, num_heads, stride, centre)
+        every = patches(q, *hw_shape, num_heads, stride, None, None)
+        return salient_mean(every, centre, valid).transpose(1, 2)
+
+
 def choose_landmarks(
     candidates: Tensor, budget: int, *, tolerance: float = 0.1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -88,28 +121,3 @@ def choose_landmarks(
         budget = int(budget)
     check_choice(candidates, budget, tolerance, mask)
     return choose(candidates, budget, float(tolerance), mask)
-
-
-def salient_mean(patches: Tensor, centre: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The mean of each patch, its tokens weighted by their squared distances from ``centre``.
-
-    A patch of equal tokens has the plain mean; of a patch with one token unlike the rest of the
-    image, it is that token. The weights are constants in the backward pass.
-
-    Args:
-        patches: ``[B, m, h, n, d]``.
-        centre: ``[B, h, d]``, the mean query of each head.
-        valid: ``[n]``, or of any shape that broadcasts to ``[B, m, h, n]``, bool: the tokens that
-            are not padding; ``None`` for all. Padding must be finite.
-
-    Returns:
-        ``[B, m, h, d]``, float32 (float64 for float64 arguments); 0 of a patch of padding alone.
-    """
-    patches = patches.to(compute_dtype(patches))
-    with constants():
-        origin = centre.to(patches.dtype)[:, None, :, None]
-        weights = (patches - origin).square_().sum(-1).clamp(1e-12, DISTANCE_MAX)
-        if valid is not None:
-            weights = weights * valid
-        weights = (weights / weights.sum(-1, keepdim=True).clamp(min=1e-12))[..., None, :]
-    return matmul(weights, patches).squeeze(-2)

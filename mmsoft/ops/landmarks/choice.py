@@ -1,19 +1,24 @@
 """The greedy choice of landmarks, a pivoted Cholesky factorization, in plain torch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..gaussian.kernel import COORDINATE_MAX, centre
 from ..island import compute_dtype, no_autocast
-from ..mode import may_decide
+from ..mode import may_decide, traced, transformed
+
+FEW = 128  # candidates whose Gram matrix is stored, at half the calls of a step
+STEPS_UNSEEN = 4  # between two looks at whether a landmark is still missing
 
 
 def choose(
     candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The choice, see :func:`mmsoft.ops.choose_landmarks`."""
-    batch, heads, total, d = candidates.shape
+    batch, heads, total = candidates.shape[:3]
     points = candidates.detach().flatten(0, 1).to(compute_dtype(candidates))
     points = points.clamp(-COORDINATE_MAX, COORDINATE_MAX)
     there = None  # [B * heads, M]
@@ -21,6 +26,51 @@ def choose(
         there = mask[:, None].expand(-1, heads, -1).flatten(0, 1)
         points = points.masked_fill(~there[..., None], 0)
     points = points - centre(points, None if there is None else there[..., None])
+    stored = not (traced(candidates) or transformed()) and total <= FEW
+    with no_autocast(points):
+        lefts, pivots = (_stored if stored else _streamed)(points, there, budget, tolerance)
+    index, present = torch.cat(pivots, 1), torch.cat(lefts, 1) < math.inf
+    index = torch.where(present, index, 0)
+    missing = torch.sym_min(total, budget) - len(pivots)
+    index, present = (F.pad(t, (0, missing)).unflatten(0, (batch, heads)) for t in (index, present))
+    return index, present
+
+
+def _exhausted(left: Tensor, j: int) -> bool:
+    """Whether no head needs another landmark, where a value may be looked at."""
+    return j > 0 and j % STEPS_UNSEEN == 0 and may_decide(left) and bool(torch.isinf(left).all())
+
+
+def _stored(
+    points: Tensor, there: Tensor | None, budget: int, tolerance: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the pivots ``[B * heads, 1]`` leave unexplained before, infinite of no landmark."""
+    half = points.square().sum(-1, keepdim=True) * 0.5
+    gram = torch.baddbmm(half.mT, points, points.mT, beta=-1).sub_(half).clamp_(max=0).exp_()
+    residual, nearness = gram.diagonal(0, 1, 2).fill_(1), -half.squeeze(2)
+    if there is not None:
+        residual.masked_fill_(~there, -1)
+        nearness = nearness.masked_fill(~there, -math.inf)
+    left, pivot = residual.amax(1, keepdim=True), nearness.argmax(1, keepdim=True)
+    lefts, pivots = [], []
+    for j in range(min(gram.shape[1], budget)):
+        left = F.threshold(left, tolerance, math.inf)
+        if _exhausted(left, j):
+            break
+        lefts.append(left)
+        pivots.append(pivot)
+        row = gram.gather(1, pivot[..., None].expand(-1, 1, gram.shape[2]))
+        # The Schur complement. It leaves a landmark exactly 0 of itself.
+        gram.baddbmm_(row.mT, row / left[..., None], alpha=-1)
+        left, pivot = residual.max(1, keepdim=True)
+    return lefts, pivots
+
+
+def _streamed(
+    points: Tensor, there: Tensor | None, budget: int, tolerance: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As :func:`_stored`, with as many rows of the factor stored as there are landmarks."""
+    total, d = points.shape[1:]
     points = points.mT  # [B * heads, d, M]
     half = points.square().sum(1, keepdim=True) * 0.5
     kept = torch.sym_min(total, budget)
@@ -30,31 +80,25 @@ def choose(
     factor = half.new_zeros(half.shape[0], kept, total)
     columns = torch.cat((points, torch.ones_like(half), -half, factor), 1)
     factor, width = columns[:, d + 2 :], columns.shape[1]
-    # What is left unexplained of each candidate's own kernel value, and how near the centre it is.
     residual, nearness = torch.ones_like(half[:, 0]), -half[:, 0]
     if there is not None:
         residual = residual.masked_fill(~there, -1)
-        nearness = nearness.masked_fill(~there, -torch.inf)
+        nearness = nearness.masked_fill(~there, -math.inf)
     left, pivot = residual.amax(1, keepdim=True), nearness.argmax(1, keepdim=True)
-    pivots, present = [], []
-    stops = may_decide(candidates)
+    lefts, pivots = [], []
     for j in range(kept):
-        new = left > tolerance
-        if j and stops and not new.any():
+        left = F.threshold(left, tolerance, math.inf)
+        if _exhausted(left, j):
             break
+        lefts.append(left)
         pivots.append(pivot)
-        present.append(new)
         column = columns.gather(2, pivot[:, None].expand(-1, width, 1)).mT
-        with no_autocast(points):
-            row = (column[..., : d + 2] @ right).clamp_(max=0).exp_()
-            row = row.squeeze(1).scatter_(1, pivot, 1.0)
-            if j:
-                row = row - (column[..., d + 2 : d + 2 + j] @ factor[:, :j]).squeeze(1)
-        row = row * torch.where(new, left.clamp(min=1e-12).rsqrt(), 0)
+        row = (column[..., : d + 2] @ right).clamp_(max=0).exp_()
+        row = row.squeeze(1).scatter_(1, pivot, 1.0)
+        if j:
+            row = row - (column[..., d + 2 : d + 2 + j] @ factor[:, :j]).squeeze(1)
+        row = row * left.rsqrt()
         factor[:, j] = row
         residual = torch.addcmul(residual, row, row, value=-1).scatter_(1, pivot, -1.0)
         left, pivot = residual.max(1, keepdim=True)
-    chosen, taken = torch.cat(pivots, 1), torch.cat(present, 1)
-    chosen, taken = (F.pad(t, (0, kept - t.shape[1])) for t in (chosen, taken))
-    index = torch.where(taken, chosen, 0)
-    return index.unflatten(0, (batch, heads)), taken.unflatten(0, (batch, heads))
+    return lefts, pivots
