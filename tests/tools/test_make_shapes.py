@@ -129,7 +129,7 @@ def test_a_mask_with_a_hole_becomes_several_polygons():
     mask[8:72, 8:72] = True
     mask[24:40, 24:40] = False
     mask[48:64, 20:60] = False
-    outlines = make_shapes.polygons(mask)
+    outlines = make_shapes.polygons(mask, np.zeros(2))
     assert len(outlines) > 1
     filled = np.zeros((80, 80), np.uint8)
     for ring in outlines:
@@ -137,23 +137,15 @@ def test_a_mask_with_a_hole_becomes_several_polygons():
     np.testing.assert_array_equal(filled.astype(bool), mask)
 
 
-def test_shapes_are_mostly_inside_and_visible(monkeypatch):
+def test_shapes_are_mostly_inside_and_visible():
     """At least 70 % of each inside the picture, and of that at least 65 % not hidden by others."""
-    side, areas, fill = 96 * make_shapes.SUPERSAMPLE, [], make_shapes.fill
-
-    def fill_and_note(points, side):
-        mask = fill(points, side)
-        areas.append((mask, cv2.contourArea(points.astype(np.float32))))
-        return mask
-
-    monkeypatch.setattr(make_shapes, "fill", fill_and_note)
-    found = 0
+    found, size = 0, (96, 96)
+    whole = make_shapes.Window(np.zeros(2), np.array(size), size)
     for seed in range(20):
-        shapes = make_shapes.place(np.random.default_rng(seed), 96)
-        front = np.zeros((side, side), bool)
-        for _, mask in reversed(shapes):
-            (area,) = (area for other, area in areas if other is mask)
-            assert mask.sum() >= 0.7 * area
+        front = np.zeros([96 * make_shapes.SUPERSAMPLE] * 2, bool)
+        for _, points in reversed(make_shapes.place(np.random.default_rng(seed), size)):
+            mask = whole.fill(points)
+            assert mask.sum() >= 0.7 * cv2.contourArea(points.astype(np.float32))
             assert (mask & ~front).sum() >= 0.65 * mask.sum()
             front |= mask
             found += 1
@@ -172,7 +164,7 @@ def test_colour_does_not_depend_on_the_class():
     """The mean colours of the classes differ by less than chance would explain, times three."""
     colours = [[] for _ in make_shapes.CLASSES]
     for number in range(60):
-        picture, index, *_ = make_shapes.draw_scene([0, 0, number], 64)
+        picture, index, *_ = make_shapes.draw_scene([0, 0, number], (64, 64))
         for label in np.unique(index[index > 1]):
             colours[label - 2].append(picture[index == label].mean(0))
     overall = np.concatenate(colours)
@@ -192,8 +184,9 @@ def hue(picture, mask):
 def legends():
     """Of scenes: for each shape its class, whether it is a square of the legend, and its hue."""
     found = []
-    for number in range(24):
-        picture, index, shapes, _ = make_shapes.draw_scene([0, 0, number], 128, legend=True)
+    for size, number in [*(((128, 128), n) for n in range(24)), ((144, 272), 0), ((300, 128), 1)]:
+        picture, index, shapes, _ = make_shapes.draw_scene([0, 0, number], size, legend=True)
+        assert picture.shape[:2] == index.shape == size
         scene = []
         for place, shape in enumerate(shapes[::-1]):  # as they were drawn: the legend first
             mask = np.zeros(index.shape, np.uint8)
@@ -220,6 +213,17 @@ def test_a_plain_shape_is_of_the_class_of_the_square_of_its_colour(legends):
                 assert min(distances, key=distances.get) == label
 
 
+def test_a_part_of_the_picture_is_drawn_as_the_whole_would_be(monkeypatch):
+    size = (150, 200)
+    parts = make_shapes.draw_scene([0, 0, 5], size, legend=True)
+    window = make_shapes.Window(np.zeros(2), np.array(size[::-1]), size)
+    monkeypatch.setattr(make_shapes, "around", lambda *_: window)
+    whole = make_shapes.draw_scene([0, 0, 5], size, legend=True)
+    assert np.abs(parts[0].astype(int) - whole[0]).max() <= 1
+    assert np.array_equal(parts[1], whole[1])
+    assert parts[2] == whole[2]
+
+
 def test_neither_colour_nor_place_in_the_legend_tells_the_class(legends):
     """Hues of each class spread over the circle; every class is as frequent as the others."""
     plain = [
@@ -235,8 +239,10 @@ def test_legend_data_set(tmp_path, call):
     status, _, error = call(tmp_path / "s", "--legend", "--size", 96)
     assert status == 2
     assert "--legend needs a --size of at least 128, got 96" in error
-    arguments = ["--legend", "--size", "128", "--train", "1", "--val", "1"]
+    arguments = ["--legend", "--size", "128", "160", "--train", "1", "--val", "1"]
     assert call(tmp_path / "s", *arguments)[0] == 0
+    picture = cv2.imread(str(tmp_path / "s/ade/images/validation/ADE_val_00000001.jpg"))
+    assert picture.shape == (128, 160, 3)
     content = (tmp_path / "s/coco/annotations/instances_val2017.json").read_text()
     assert [c["name"] for c in json.loads(content)["categories"]] == list(make_shapes.MATERIALS)
 
@@ -281,6 +287,7 @@ def test_disk_full_leaves_nothing_and_the_next_call_recovers(tmp_path, call):
     ("arguments", "message"),
     [
         (["--size", "10"], "argument --size: must be at least 64, got 10"),
+        (["--size", "64", "64", "64"], "--size takes one or two numbers, got 3"),
         (["--train", "0"], "argument --train: must be at least 1, got 0"),
         (["--val", "many"], "argument --val: invalid integer value: 'many'"),
         (["--seed", "-1"], "argument --seed: must be at least 0, got -1"),

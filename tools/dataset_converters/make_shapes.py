@@ -18,8 +18,8 @@ background, 2 and up the shapes, so `reduce_zero_label=True` gives the classes 0
 With `--legend` what a shape is can be told only by finding its like elsewhere in the picture. Three
 squares, anywhere, show a material each (stripes down or across, checks), each in a colour of its
 own; all other shapes are plain, and of the class of the square of their colour. Which colour goes
-with which material is drawn anew for every scene. Sizes are in pixels whatever `--size` is; larger
-pictures hold more shapes.
+with which material is drawn anew for every scene. Shapes and their shadows have the same size in
+pixels whatever `--size` is; larger pictures hold more shapes.
 
 The folder gets its name when it is complete; a complete one with the same parameters is kept.
 """
@@ -110,13 +110,13 @@ def pattern(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
 def surface(
     rng: np.random.Generator, picture: np.ndarray, alpha: np.ndarray, name: str
 ) -> np.ndarray:
-    """A vivid surface of class `name` that differs in mean colour from what it will cover."""
+    """A vivid surface of class `name`, unlike in mean colour to what it will cover; square."""
     covered = (picture * alpha[..., None]).sum((0, 1)) / alpha.sum()
     colour = vivid(rng)
     while np.linalg.norm(colour - covered) < 0.5:
         colour = vivid(rng)
     contrast = np.float32(rng.uniform(0.25, 0.4))
-    return colour * (1 + contrast * pattern(rng, len(picture), name)[..., None])
+    return colour * (1 + contrast * pattern(rng, max(alpha.shape), name)[..., None])
 
 
 def palette(rng: np.random.Generator, count: int) -> list[np.ndarray]:
@@ -192,51 +192,76 @@ def rotation(angle: float) -> np.ndarray:
     return np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
 
 
-def fill(points: np.ndarray, side: int) -> np.ndarray:
-    """The polygon's mask, bool [side, side]."""
-    mask = np.zeros((side, side), np.uint8)
-    cv2.fillPoly(mask, [points.round().astype(np.int32)], 1)
-    return mask.astype(bool)
+class Window:
+    """A part of the picture.
+
+    Args:
+        low: x and y of its first pixel.
+        high: those past its last.
+        size: height and width of the picture, which a window ends at.
+    """
+
+    def __init__(self, low: np.ndarray, high: np.ndarray, size: tuple[int, int]):
+        x, y = np.maximum(np.floor(low), 0).astype(int)
+        right, bottom = np.minimum(np.ceil(high), size[::-1]).astype(int)
+        self.low, self.shape = np.array([x, y]), (bottom - y, right - x)
+        self.pixels = slice(y, bottom), slice(x, right)
+        fine = [slice(s.start * SUPERSAMPLE, s.stop * SUPERSAMPLE) for s in self.pixels]
+        self.fine = fine[0], fine[1]
+
+    def fill(self, points: np.ndarray) -> np.ndarray:
+        """The part of a polygon's supersampled mask that lies here, bool."""
+        mask = np.zeros([n * SUPERSAMPLE for n in self.shape], np.uint8)
+        whole = points.round().astype(np.int32) - self.low.astype(np.int32) * SUPERSAMPLE
+        cv2.fillPoly(mask, [whole], 1)
+        return mask.astype(bool)
 
 
-def place(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndarray]]:
-    """Choose shapes, the nearest last: their classes and whole (amodal) supersampled masks.
+def around(points: np.ndarray, margin: float, size: tuple[int, int]) -> Window:
+    """A polygon's surroundings, ``margin`` pixels wide."""
+    low, high = (points.min(0) / SUPERSAMPLE, points.max(0) / SUPERSAMPLE + 1)
+    return Window(low - margin, high + margin, size)
+
+
+def place(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[int, np.ndarray]]:
+    """Choose shapes, the nearest last: their classes and supersampled polygons.
 
     A candidate is dropped if it would lie mostly outside or hide too much of an earlier one, so
     that whatever stays can be recognized and nothing unannotated remains in the picture.
     """
-    side = size * SUPERSAMPLE
+    whole_picture = Window(np.zeros(2), np.array(size[::-1]), size)
+    extent = np.array(size[::-1]) * SUPERSAMPLE
     shapes: list[tuple[int, np.ndarray]] = []
+    areas: list[int] = []
     visible: list[np.ndarray] = []
     for _ in range(rng.integers(4, 10)):
         label = int(rng.integers(len(CLASSES)))
-        radius = side * math.exp(rng.uniform(math.log(0.09), math.log(0.26)))
-        points = outline(rng, CLASSES[label]) * radius + rng.uniform(0.02, 0.98, 2) * side
-        mask = fill(points, side)
+        radius = extent.max() * math.exp(rng.uniform(math.log(0.09), math.log(0.26)))
+        points = outline(rng, CLASSES[label]) * radius + rng.uniform(0.02, 0.98, 2) * extent
+        mask = whole_picture.fill(points)
         whole = cv2.contourArea(points.astype(np.float32))
         kept = [seen & ~mask for seen in visible]
-        hidden = any(
-            seen.sum() < 0.65 * full.sum() for seen, (_, full) in zip(kept, shapes, strict=True)
-        )
+        hidden = any(seen.sum() < 0.65 * area for seen, area in zip(kept, areas, strict=True))
         if mask.sum() >= 0.7 * whole and not hidden:
-            shapes.append((label, mask))
+            shapes.append((label, points))
+            areas.append(int(mask.sum()))
             visible = [*kept, mask]
     return shapes
 
 
-def place_legend(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndarray]]:
+def place_legend(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[int, np.ndarray]]:
     """The legend's squares, one for each material, then plain shapes; none overlaps another.
 
     Of the plain ones those are left out that find no place.
     """
-    side, taken, count = size * SUPERSAMPLE, np.zeros((size, size), bool), len(MATERIALS)
+    taken, count = np.zeros(size, bool), len(MATERIALS)
     square = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     shapes: list[tuple[int, np.ndarray]] = []
-    for number in range(count + round(6 * (size / 128) ** 2)):
+    for number in range(count + round(6 * size[0] * size[1] / LEGEND_SIZE**2)):
         legend = number < count
         width = 28 if legend else int(rng.integers(22, 30))
         for _ in range(1000 if legend else 30):
-            x, y = rng.integers(0, size - width + 1, 2)
+            x, y = rng.integers(0, np.array(size[::-1]) - width + 1)
             if not taken[max(y - 2, 0) : y + width + 2, max(x - 2, 0) : x + width + 2].any():
                 break
         else:
@@ -248,12 +273,14 @@ def place_legend(rng: np.random.Generator, size: int) -> list[tuple[int, np.ndar
         elif not legend:
             points = 0.75 * square @ rotation(rng.uniform(0, math.tau))
         points = (points * width / 2 + [x + width / 2, y + width / 2]) * SUPERSAMPLE
-        shapes.append((number if legend else int(rng.integers(count)), fill(points, side)))
+        shapes.append((number if legend else int(rng.integers(count)), points))
     return shapes
 
 
-def polygons(mask: np.ndarray) -> list[list[float]]:
+def polygons(mask: np.ndarray, low: np.ndarray) -> list[list[float]]:
     """The outlines of a supersampled mask in picture coordinates, as COCO writes them.
+
+    The mask is that of a window whose first pixel is `low`.
 
     COCO polygons cannot have holes: a mask with a hole (a shape in front of a larger one) is cut in
     two through the hole's centre, as often as needed.
@@ -265,68 +292,81 @@ def polygons(mask: np.ndarray) -> list[list[float]]:
             x, _, width, _ = cv2.boundingRect(contour)
             left = mask.copy()
             left[:, x + width // 2 :] = False
-            return polygons(left) + polygons(mask & ~left)
+            return polygons(left, low) + polygons(mask & ~left, low)
         points = cv2.approxPolyDP(contour, 0.8, True)[:, 0]
         if len(points) >= 3:
             # Contours run through the centres of the finer pixels.
-            rings.append(((points + 0.5) / SUPERSAMPLE).round(3).ravel().tolist())
+            rings.append(((points + 0.5) / SUPERSAMPLE + low).round(3).ravel().tolist())
     return rings
 
 
 # ------------------------------------------------------------------------------------------- scenes
 
 
-def coverage(mask: np.ndarray, size: int) -> np.ndarray:
-    """How much of each picture pixel a supersampled mask covers, [size, size]."""
-    return cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+def coverage(mask: np.ndarray) -> np.ndarray:
+    """How much of each picture pixel a supersampled mask covers."""
+    size = mask.shape[1] // SUPERSAMPLE, mask.shape[0] // SUPERSAMPLE
+    return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
 
 
 def photograph(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-    """Light, lens and sensor: uneven light, colour cast, blur, noise; uint8 [size, size, 3]."""
-    size = len(picture)
+    """Light, lens and sensor: uneven light, colour cast, blur, noise; uint8 [height, width, 3]."""
+    size, (height, width) = max(picture.shape), picture.shape[:2]
     light = 1 + rng.uniform(0, 0.35) * plane(size, rng.uniform(0, math.tau))
     vignette = 1 - rng.uniform(0, 0.25) * (plane(size, 0) ** 2 + plane(size, math.pi / 2) ** 2)
-    picture = picture * (light * vignette)[..., None] * rng.uniform(0.85, 1.15, 3)
+    light = (light * vignette)[:height, :width]
+    picture = picture * light[..., None] * rng.uniform(0.85, 1.15, 3)
     picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.7))
     picture = picture + rng.normal(0, rng.uniform(0.005, 0.02), picture.shape)
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def draw_scene(
-    seed: list[int], size: int, legend: bool = False
+    seed: list[int], size: tuple[int, int], legend: bool = False
 ) -> tuple[np.ndarray, np.ndarray, list[dict], int]:
-    """Draw one scene: picture (BGR), index map, COCO annotations (no ids), JPEG quality."""
+    """Draw one scene: picture (BGR), index map, COCO annotations (no ids), JPEG quality.
+
+    A part of a square one, if it is not square.
+    """
     cv2.setNumThreads(1)  # the scenes share the cores already
     rng = np.random.default_rng(seed)
     shapes: list[tuple[int, np.ndarray]] = []
     while not shapes:
         shapes = place_legend(rng, size) if legend else place(rng, size)
     colours = palette(rng, len(MATERIALS)) if legend else []
-    picture = background(rng, size)
-    covers = np.zeros((len(CLASSES) + 1, size, size), np.float32)
+    side, picture_window = max(size), Window(np.zeros(2), np.array(size[::-1]), size)
+    picture = background(rng, side)[: size[0], : size[1]]
     sun = rng.uniform(0, math.tau)
-    for number, (label, mask) in enumerate(shapes):
-        alpha = coverage(mask, size)
-        reach = size * rng.uniform(0.005, 0.03)
-        shift = np.array([[1, 0, reach * math.cos(sun)], [0, 1, reach * math.sin(sun)]], np.float32)
-        shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (size, size)), (0, 0), reach + 0.5)
-        picture *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
+    across, away = plane(side, sun), np.array([math.cos(sun), math.sin(sun)])
+    for number, (label, points) in enumerate(shapes):
+        reach = (LEGEND_SIZE if legend else side) * rng.uniform(0.005, 0.03)
+        # A shadow of any weight ends within 4 standard deviations of the blur.
+        window = around(points, reach + 4 * (reach + 0.5) + 2, size) if legend else picture_window
+        here = window.pixels
+        alpha = coverage(window.fill(points))
+        shift = np.concatenate((np.eye(2), reach * away[:, None]), 1).astype(np.float32)
+        shadow = cv2.warpAffine(alpha, shift, alpha.shape[::-1])
+        shadow = cv2.GaussianBlur(shadow, (0, 0), reach + 0.5)
+        picture[here] *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
         if not legend:
-            coat = surface(rng, picture, alpha, CLASSES[label])
+            coat = surface(rng, picture, alpha, CLASSES[label])[here]
         elif number < len(MATERIALS):
-            coat = colours[label] * material(size, MATERIALS[label])[..., None]
+            coat = colours[label] * material(side, MATERIALS[label])[here][..., None]
         else:
-            coat = np.tile(colours[label], (size, size, 1))
-        coat *= (1 - rng.uniform(0, 0.25) * plane(size, sun))[..., None]
-        picture += alpha[..., None] * (coat - picture)
+            coat = np.tile(colours[label], (*window.shape, 1))
+        coat *= (1 - rng.uniform(0, 0.25) * across[here])[..., None]
+        picture[here] += alpha[..., None] * (coat - picture[here])
 
     annotations = []
-    front = np.zeros(shapes[0][1].shape, bool)
-    for label, mask in reversed(shapes):
-        seen = mask & ~front
-        front |= mask
-        covers[label + 1] += coverage(seen, size)
-        outline = polygons(seen)
+    covers = np.zeros((len(CLASSES) + 1, *size), np.float32)
+    front = np.zeros([n * SUPERSAMPLE for n in size], bool)
+    for label, points in reversed(shapes):
+        window = around(points, 1, size)
+        mask = window.fill(points)
+        seen = mask & ~front[window.fine]
+        front[window.fine] |= mask
+        covers[label + 1][window.pixels] += coverage(seen)
+        outline = polygons(seen, window.low)
         # The box is that of the outline: a sliver too thin for a polygon does not stretch it.
         points = np.concatenate([np.reshape(ring, (-1, 2)) for ring in outline])
         low, high = points.min(0), points.max(0)
@@ -356,7 +396,7 @@ def write_split(
     root: Path,
     split: str,
     count: int,
-    size: int,
+    size: tuple[int, int],
     seed: int,
     legend: bool,
 ) -> None:
@@ -375,7 +415,8 @@ def write_split(
         save(jpeg, picture, (cv2.IMWRITE_JPEG_QUALITY, quality))
         shutil.copyfile(jpeg, root / "ade/images" / ade / f"{name}.jpg")
         save(root / "ade/annotations" / ade / f"{name}.png", index)
-        results.append(({"file_name": jpeg.name, "width": size, "height": size}, shapes))
+        image = {"file_name": jpeg.name, "width": size[1], "height": size[0]}
+        results.append((image, shapes))
     write_coco(root / f"coco/annotations/instances_{coco}.json", results, class_names(legend))
 
 
@@ -385,15 +426,16 @@ def class_names(legend: bool) -> tuple[str, ...]:
 
 
 def make_dataset(
-    out: Path, train: int, val: int, size: int, seed: int, legend: bool = False
+    out: Path, train: int, val: int, size: int | list[int], seed: int, legend: bool = False
 ) -> bool:
     """Write the data set to the folder `out`, whole or not at all; False if it was there."""
     numbers = dict(version=VERSION, train=train, val=val, size=size, seed=seed)
+    height, width = (size, size) if isinstance(size, int) else size
 
     def write(folder: Path) -> None:
         with ProcessPoolExecutor() as pool:
             for split, count in (("train", train), ("val", val)):
-                write_split(pool, folder, split, count, size, seed, legend)
+                write_split(pool, folder, split, count, (height, width), seed, legend)
 
     return write_once(out, numbers | {"classes": list(class_names(legend))}, write)
 
@@ -401,12 +443,17 @@ def make_dataset(
 def main() -> None:
     """Read the command line and write the data set."""
     parser = generator_parser(__doc__, dict(train=1000, val=120), "images")
-    size = "height and width of an image in pixels (160)"
-    parser.add_argument("--size", type=at_least(MIN_SIZE), default=160, help=size)
+    size = "height and width of an image in pixels, one number for both (160)"
+    parser.add_argument("--size", type=at_least(MIN_SIZE), nargs="+", default=160, help=size)
     parser.add_argument("--legend", action="store_true", help="the data set that needs attention")
     args = parser.parse_args()
-    if args.legend and args.size < LEGEND_SIZE:
-        parser.error(f"--legend needs a --size of at least {LEGEND_SIZE}, got {args.size}")
+    if isinstance(args.size, list):
+        if len(args.size) > 2:
+            parser.error(f"--size takes one or two numbers, got {len(args.size)}")
+        args.size = args.size[0] if len(set(args.size)) == 1 else args.size
+    smallest = min(args.size) if isinstance(args.size, list) else args.size
+    if args.legend and smallest < LEGEND_SIZE:
+        parser.error(f"--legend needs a --size of at least {LEGEND_SIZE}, got {smallest}")
     generate(args.out, lambda: make_dataset(**vars(args)))
 
 
