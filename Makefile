@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv/bin
 
-.PHONY: help setup triton demo test test-long test-versions gpu fuzz lint format typecheck docs wheel clean distclean
+.PHONY: help setup triton demo test test-long test-versions gpu figures fuzz lint format typecheck docs wheel clean distclean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test-long: setup triton  ## Run the tests marked `long`, which take minutes
 # On the GPU's own Python and torch, which `setup` does not manage.
 gpu:  ## On a GPU, in nine minutes: tests, kernels, backbones, training
 	$(PYTHON) tools/dev/gpu.py
+
+figures: setup  ## Make the pictures of docs/look_inside.md and docs/method.md anew (20 minutes)
+	$(VENV)/python tools/dev/figures.py
 
 fuzz: setup  ## Try the public API on random arguments for ten minutes
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest tests/faults/test_fuzz.py --hypothesis-profile fuzz

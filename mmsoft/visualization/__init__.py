@@ -1,6 +1,7 @@
 """The papers' figures, drawn from the numbers that :mod:`mmsoft.analysis` gives."""
 
 from .attention import draw_attention
+from .budgets import draw_budgets
 from .convergence import draw_convergence
 from .landmarks import draw_landmarks
 from .learning import draw_learning
@@ -12,6 +13,7 @@ from .tradeoff import draw_tradeoff
 
 __all__ = [
     "draw_attention",
+    "draw_budgets",
     "draw_convergence",
     "draw_landmarks",
     "draw_learning",

@@ -239,6 +239,7 @@ def test_legend_data_set(tmp_path, call):
     status, _, error = call(tmp_path / "s", "--legend", "--size", 96)
     assert status == 2
     assert "--legend needs a --size of at least 128, got 96" in error
+    assert len(make_shapes.place_legend(np.random.default_rng(0), (800, 1344))) == 99
     arguments = ["--legend", "--size", "128", "160", "--train", "1", "--val", "1"]
     assert call(tmp_path / "s", *arguments)[0] == 0
     picture = cv2.imread(str(tmp_path / "s/ade/images/validation/ADE_val_00000001.jpg"))

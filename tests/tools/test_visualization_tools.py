@@ -1,6 +1,7 @@
 """The tools that draw a model's attention, landmarks and convergence, on generated images."""
 
 import csv
+import json
 import sys
 
 import cv2
@@ -193,6 +194,46 @@ def test_usage_of_attention(run, image, state):
     np.testing.assert_allclose(shown, expected, atol=0.006)
 
 
+STOCK = ("test_dataloader.num_workers=0", "test_dataloader.persistent_workers=False")
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_budgets_are_stock_tests(run, folder, root):
+    """The AP of `mim test`, which an untrained model has none of, and the landmarks that it had."""
+    options = ("--budgets", "2", "all", "--solvers", "direct", "newton", "--json", "rows.json")
+    data = ("--data", "data/shapes/coco")
+    arguments = (*options, *data, "--cfg-options", *STOCK)
+    status, out, errors = run("landmark_budgets", "config.py", "model.pth", *arguments)
+    assert status == 0, errors
+    head, _, *table = out[out.index("| data") :].splitlines()
+    assert cells(head) == ["data", "budget", "solver", "landmarks", "coco/bbox_mAP"]
+    found = [cells(line)[1:4] for line in table]
+    assert found == [
+        [most, solver, landmarks]
+        for solver in ("direct", "newton")
+        for most, landmarks in (("2", "2"), ("all", "25"))
+    ]
+    assert len(json.loads((folder / "rows.json").read_text())) == 4
+
+
+def test_budgets_of_landmarks_by_content_need_no_solver(run, folder, root):
+    text = f"_base_ = {str(root / CONFIG)!r}\n"
+    (folder / "content.py").write_text(text)
+    model = load_model(Config.fromfile(folder / "content.py"))
+    torch.save(dict(state_dict=model.state_dict()), folder / "content.pth")
+    options = ("--budgets", "1", "all", "--blocks", "--cfg-options", *STOCK)
+    status, out, errors = run("landmark_budgets", "content.py", "content.pth", *options)
+    assert status == 0, errors
+    head, _, one, every = map(cells, out[out.index("| budget") :].splitlines())
+    assert head == ["budget", "solver", "1.1", "2.1", "3.1", "3.2"]
+    assert every == ["all", "none", *4 * ["0.000"]]
+    assert one[:2] == ["1", "none"]
+    assert all(float(value) > 0.005 for value in one[2:])
+
+
 def test_convergence(run, folder):
     status, out, errors = run(
         "newton_convergence",
@@ -201,8 +242,7 @@ def test_convergence(run, folder):
         "--images=2",
         "--out=curve.png",
         "--cfg-options",
-        "test_dataloader.num_workers=0",
-        "test_dataloader.persistent_workers=False",
+        *STOCK,
     )
     assert (status, out.splitlines()[-2:]) == (0, ["curve.png", "curve.csv"])
     assert "2/2" in errors  # progress

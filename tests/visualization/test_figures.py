@@ -8,6 +8,7 @@ import pytest
 
 from mmsoft.visualization import (
     draw_attention,
+    draw_budgets,
     draw_convergence,
     draw_landmarks,
     draw_memory,
@@ -64,7 +65,19 @@ def tradeoff():
     return draw_tradeoff(RESULTS, ACCURACIES)
 
 
-FIGURES = (attention, convergence, landmarks, spectrum, memory, tradeoff)
+def budgets():
+    found = [(32, 49, 90.0), (32, 49, 80.0), (64, 49, 70.0), (64, "all", 60.0)]
+    rows = [dict(size=[n, n], budget=most, mIoU=miou) for n, most, miou in found]
+    return draw_budgets(
+        [
+            row | model
+            for row in rows
+            for model in (dict(model="a", solver="none"), dict(model="b", solver="direct"))
+        ]
+    )
+
+
+FIGURES = (attention, budgets, convergence, landmarks, spectrum, memory, tradeoff)
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -112,7 +125,21 @@ def test_memory_and_tradeoff_draw_what_was_measured():
     assert right.lines[1].get_xydata().tolist() == [[13.0, 75.0]]
 
 
+def test_budgets_draw_means_and_ranges_of_the_seeds():
+    left, right = budgets().axes
+    assert (left.get_title(), right.get_title()) == ("a", "b, direct")
+    assert [label.get_text() for label in left.get_xticklabels()] == ["32 x 32", "64 x 64"]
+    first, second = left.containers
+    assert (first.get_label(), second.get_label()) == ("49", "all")
+    assert first.lines[0].get_ydata().tolist() == [85, 70]
+    assert second.lines[0].get_ydata().tolist() == [60]
+    ends = [path.vertices[:, 1].tolist() for path in first.lines[2][0].get_paths()]
+    assert ends == [[80, 90], [70, 70]]
+
+
 def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ValueError, match="there are no rows to draw"):
+        draw_budgets([])
     with pytest.raises(ValueError, match="no entry under 'operator' has a peak_mib"):
         draw_memory(OPERATORS[-1:])
     with pytest.raises(ValueError, match="no backbone under 'results' has a published accuracy"):

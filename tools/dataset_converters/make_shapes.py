@@ -19,7 +19,7 @@ With `--legend` what a shape is can be told only by finding its like elsewhere i
 squares, anywhere, show a material each (stripes down or across, checks), each in a colour of its
 own; all other shapes are plain, and of the class of the square of their colour. Which colour goes
 with which material is drawn anew for every scene. Shapes and their shadows have the same size in
-pixels whatever `--size` is; larger pictures hold more shapes.
+pixels whatever `--size` is; larger pictures hold more of them, up to 99.
 
 The folder gets its name when it is complete; a complete one with the same parameters is kept.
 """
@@ -40,6 +40,7 @@ CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
 MATERIALS = ("upright", "level", "checked")  # of the legend
 SUPERSAMPLE = 4  # outlines are drawn this much finer than the picture
 MIN_SIZE, LEGEND_SIZE = 64, 128
+MAX_PLAIN = 96  # with the legend 99: COCO's AP counts at most 100 detections of a picture
 SPLITS = {"train": ("train2017", "training"), "val": ("val2017", "validation")}
 
 
@@ -257,7 +258,8 @@ def place_legend(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[
     taken, count = np.zeros(size, bool), len(MATERIALS)
     square = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     shapes: list[tuple[int, np.ndarray]] = []
-    for number in range(count + round(6 * size[0] * size[1] / LEGEND_SIZE**2)):
+    plain = min(round(6 * size[0] * size[1] / LEGEND_SIZE**2), MAX_PLAIN)
+    for number in range(count + plain):
         legend = number < count
         width = 28 if legend else int(rng.integers(22, 30))
         for _ in range(1000 if legend else 30):

@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+r"""Test a trained detector or segmentor with several budgets of landmarks, as it is.
+
+    python tools/analysis_tools/landmark_budgets.py CONFIG CHECKPOINT --budgets 16 49 256 all \
+        --data data/legend/ade data/legend_large/ade --json budgets.json
+
+For each data root, of the layout that the config tests on, and each solver: the config's own
+measures (mIoU, AP), beside the number of landmarks that the first image had in the head with most
+of them. `--blocks` prints the relative error of each block's attention term instead: that of a
+budget against all landmarks and Newton's iteration, on the first test image, with the inputs that
+all landmarks give.
+
+The solver matters for released landmarks alone: those by content need none.
+"""
+
+import json
+import sys
+import tempfile
+from argparse import ArgumentTypeError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from mmsoft.analysis import BlockState, attention_blocks, capture
+from mmsoft.builder import config_parser, read_config, tool_main
+from mmsoft.fileio import write_whole
+
+MEASURES = ("mIoU", "coco/bbox_mAP", "coco/segm_mAP", "accuracy/top1")
+
+
+def budget(text: str) -> int | None:
+    """A number of landmarks, or `all`."""
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a positive integer or 'all', got {text}")
+    return int(text)
+
+
+def settings(
+    model: nn.Module, budgets: Sequence[int | None], solvers: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Set each combination in turn; solvers once for landmarks by content."""
+    layers = list(attention_blocks(model).values())
+    if all(layer.by_content for layer in layers):
+        solvers = ["none"]
+    for solver in solvers:
+        for most in budgets:
+            for layer in layers:
+                layer.max_landmarks = most
+                layer.solver = layer.solver if solver == "none" else solver
+            yield dict(budget="all" if most is None else most, solver=solver)
+
+
+@torch.no_grad()
+def most_landmarks(model: Any, batch: Any) -> int:
+    """How many landmarks the head has that has most of them, in any block."""
+    with capture(model.eval()) as states:
+        model.test_step(batch)
+    return max(
+        state.landmarks.shape[2] if state.present is None else int(state.present.sum(-1).max())
+        for state in states.values()
+    )
+
+
+@contextmanager
+def loaded(config: Config) -> Iterator[Runner]:
+    """A runner with the checkpoint, whose files are removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Loggers and visualizers are kept under these names, with the folders of the first.
+        config.work_dir, config.experiment_name = folder, Path(folder).name
+        config.pop("visualizer", None)
+        runner = Runner.from_cfg(config)
+        runner.load_or_resume()
+        yield runner
+
+
+def test(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]) -> list[dict]:
+    """The rows of one data root, each a stock test."""
+    rows = []
+    with loaded(config) as runner:
+        first = next(iter(runner.test_dataloader))
+        for setting in settings(runner.model, budgets, solvers):
+            measured = runner.test()
+            found = {name: measured[name] for name in MEASURES if name in measured}
+            rows.append(setting | dict(landmarks=most_landmarks(runner.model, first)) | found)
+    return rows
+
+
+@torch.no_grad()
+def blocks(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]) -> list[dict]:
+    """The relative error of each block's term, Frobenius norm over tokens and channels."""
+    with loaded(config) as runner:
+        model = runner.model.eval()
+        for layer in attention_blocks(model).values():
+            layer.max_landmarks, layer.solver = None, "newton"
+        with capture(model) as states:
+            model.test_step(next(iter(runner.test_dataloader)))
+
+    def attend(state: BlockState) -> Tensor:
+        q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
+        return state.layer.attend(q, v, state.hw_shape)
+
+    truth = {block: attend(state) for block, state in states.items()}
+    rows = []
+    for setting in settings(model, budgets, solvers):
+        errors = {
+            f"{stage + 1}.{block + 1}": float(
+                (attend(state) - truth[stage, block]).norm() / truth[stage, block].norm()
+            )
+            for (stage, block), state in states.items()
+        }
+        rows.append(setting | errors)
+    return rows
+
+
+@tool_main
+def main() -> None:
+    """Run the command line."""
+    parser = config_parser(__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--budgets", nargs="+", type=budget, default=[49, 64, 128, 256, None])
+    parser.add_argument("--solvers", nargs="+", choices=("newton", "direct"), default=["newton"])
+    parser.add_argument("--data", nargs="+", help="data roots (default: the config's)")
+    parser.add_argument("--blocks", action="store_true", help="errors of the attention terms")
+    parser.add_argument("--json", type=Path, help="where to write the rows too")
+    args = parser.parse_args()
+    rows: list[dict] = []
+    for root in args.data or [None]:
+        config = read_config(args)
+        config.load_from = args.checkpoint
+        if root is not None:
+            former = config.test_dataloader.dataset.data_root
+            config.test_dataloader.dataset.data_root = root
+            if "ann_file" in config.test_evaluator:
+                name = config.test_evaluator.ann_file
+                config.test_evaluator.ann_file = name.replace(former.rstrip("/"), root.rstrip("/"))
+        measure = blocks if args.blocks else test
+        data = {} if root is None else {"data": root}
+        rows += [data | row for row in measure(config, args.budgets, args.solvers)]
+    print(tabulate(rows, "keys", "github", floatfmt=".3f"))
+    if args.json:
+        with write_whole(args.json) as path:
+            path.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
