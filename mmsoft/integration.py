@@ -183,8 +183,8 @@ def announce_missing_weights() -> None:
     """Say in `mim download`, which reads the configs that it copies, why it fetches nothing."""
     if _is_called_by("mim/commands/download.py"):  # mim executes it as text, without a name
         print(
-            "mmsoft publishes no weights. Those that the authors released: "
-            "mim search mmsoft --field released_file"
+            "mmsoft publishes no weights; those that the authors released are linked from "
+            "https://github.com/fudan-zvg/SOFT"
         )
 
 

@@ -211,7 +211,8 @@ def weights_table(counts: dict[str, Counts]) -> str:
             with torch.device("meta"):
                 tensors = len(build_model(Config.fromfile(ROOT / model["Config"])).state_dict())
             parameters = counts[name].parameters
-            row = [f"[{metadata['Label']}]({metadata['Released File']})", f"`{folder}/{name}.py`"]
+            link = f"[{metadata['Label']}]({metadata['Released File']['URL']})"
+            row = [link, f"`{folder}/{name}.py`"]
             row += [f"{parameters / 1e6:.2f}", str(tensors), f"{parameters * 4 / 1e6:.0f}"]
             rows.append([*row, f"{published(model)['top-1']:.1f}"])
     return table(header, rows)
