@@ -26,7 +26,7 @@ import torch
 from mmengine.logging import MMLogger
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from mmsoft import flops
 from mmsoft.benchmark.cases import DTYPES, Case, make_model, make_step, precision
@@ -169,7 +169,7 @@ class _Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         returns = func._schema.returns
         if not any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
-            flat = tree_leaves((args, kwargs, out))
+            flat = tree_flatten((args, kwargs, out))[0]
             self.bytes += sum(t.nbytes for t in flat if isinstance(t, torch.Tensor))
         return out
 

@@ -31,7 +31,7 @@ def export_onnx(
         How far they are in onnxruntime, for each output and several sizes.
 
     Raises:
-        ImportError: onnx, onnxscript or onnxruntime is missing.
+        ImportError: onnx, onnxscript or onnxruntime is missing, or torch is older than 2.6.
         ValueError: the file's outputs differ by more.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):

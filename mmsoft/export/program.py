@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from mmsoft.fileio import write_whole
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
@@ -21,6 +21,7 @@ from .bodies import PlainTorch
 STRIDE = 32  # pixels: one token of stage 4, one landmark in each of the others
 LARGEST = 4096  # of a dynamic height and width
 TOLERANCE = 1e-4  # of the largest output
+OLDEST_TORCH = "2.6"  # that records the backbones
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ class Input:
         """For ``torch.export``."""
         dims: dict[int, Any] = {}
         if self.dynamic_batch:
-            dims[0] = Dim("batch", min=1, max=1024)
+            dims[0] = torch.export.Dim("batch", min=1, max=1024)
         if self.dynamic_size:
             low, high = (limit // STRIDE for limit in limits)
             # Of other sizes torch cannot tell that patches of landmarks fit into the tokens.
-            dims[2] = STRIDE * Dim("rows", min=low, max=high)
-            dims[3] = STRIDE * Dim("columns", min=low, max=high)
+            dims[2] = STRIDE * torch.export.Dim("rows", min=low, max=high)
+            dims[3] = STRIDE * torch.export.Dim("columns", min=low, max=high)
         return dims
 
 
@@ -155,7 +156,9 @@ class _Plain(nn.Module):
 
 
 @torch.no_grad()
-def record(module: nn.Module, inputs: Input, *, linear_algebra: bool) -> ExportedProgram:
+def record(
+    module: nn.Module, inputs: Input, *, linear_algebra: bool
+) -> torch.export.ExportedProgram:
     """The program of a module from :func:`exportable`, in plain torch.
 
     Args:
@@ -164,8 +167,13 @@ def record(module: nn.Module, inputs: Input, *, linear_algebra: bool) -> Exporte
         linear_algebra: False leaves the inverses and the choice of landmarks as custom operators.
 
     Raises:
+        ImportError: torch is too old.
         ValueError: no program of any size takes images of this one.
     """
+    if Version(Version(torch.__version__).base_version) < Version(OLDEST_TORCH):
+        raise ImportError(
+            f"exporting needs torch>={OLDEST_TORCH}, but torch {torch.__version__} is installed"
+        )
     limits = size_limits(module)
     if inputs.dynamic_size:
         for side in inputs.shape:
@@ -200,6 +208,7 @@ def export_program(
         How far they are, for each output and several sizes.
 
     Raises:
+        ImportError: torch is older than 2.6.
         ValueError: the program's outputs differ by more, or this module has no program of any size.
     """
     layers = [m for m in module.modules() if isinstance(m, SoftmaxFreeAttention)]

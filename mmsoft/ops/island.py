@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import custom_op
+from .library import custom_op, has_fp32_precision
 from .mode import forward_mode, may_set, transformed
 
 
@@ -41,7 +41,7 @@ def _no_tf32(device: str) -> Iterator[None]:
     """
     products, after = torch.backends.cuda.matmul, None
     with torch.autocast(device, enabled=False):
-        if not hasattr(products, "fp32_precision"):  # before torch 2.9
+        if not has_fp32_precision():  # before torch 2.9
             after = products.allow_tf32
             products.allow_tf32 = False
         elif products.fp32_precision == "tf32":  # the older name raises once this one was set

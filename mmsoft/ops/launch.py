@@ -6,6 +6,7 @@ Triton itself is imported by the modules of kernels alone, when the first of the
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 TRITON = "triton"
 DEVICES = {"cuda"}  # tests add the CPU, for Triton's interpreter
 CAPABILITY = (8, 0)
+OLDEST = (3, 4)  # Triton; torch before 2.8 has one of its own that is older
 _PROGRAMS = 4  # for each multiprocessor, so that none idles at the end
 
 
@@ -32,8 +34,8 @@ def refusal(*tensors: Tensor) -> str | None:
     device = tensors[0].device
     if device.type not in DEVICES:
         return f"the tensors are on {device.type}, not on cuda"
-    if not _installed():
-        return 'Triton is not installed; pip install "mmsoft[triton]"'
+    if (reason := lacking()) is not None:
+        return reason
     if any(t.dtype == torch.float64 for t in tensors):
         return "an argument is float64"
     if any(t.numel() == 0 for t in tensors):
@@ -48,8 +50,17 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 @lru_cache(None)
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def lacking() -> str | None:
+    """Why no kernel runs in this environment; ``None`` if Triton is there and new enough."""
+    if find_spec("triton") is None:
+        return 'Triton is not installed; pip install "mmsoft[triton]"'
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # a build under another name
+        return None
+    if tuple(map(int, found.split(".")[:2])) < OLDEST:
+        return f"Triton {found} is older than {'.'.join(map(str, OLDEST))}: update torch"
+    return None
 
 
 def splits(tensor: Tensor, programs: int, blocks: int) -> int:

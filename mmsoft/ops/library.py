@@ -16,6 +16,14 @@ def autocast_enabled(device: str) -> bool:
         return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
+def has_fp32_precision() -> bool:
+    """Whether TF32 has its newer name, with which the older one can disagree."""
+    try:
+        return hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    except AssertionError:  # for an AttributeError, before torch 2.4
+        return False
+
+
 # ----------------------------------------------------------------------------- custom operators
 
 _TYPES = {

@@ -39,6 +39,11 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def lacks_batch_rule() -> bool:
+    """Whether ``torch.func.vmap`` may be at work that fused attention does not know."""
+    return not hasattr(torch.library, "custom_op") and transforms_active()  # before torch 2.4
+
+
 def constants() -> AbstractContextManager:
     """A context whose results have a derivative of 0, in reverse and in forward mode."""
     if not forward_mode():

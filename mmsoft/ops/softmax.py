@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
-from .mode import forward_mode
+from .mode import forward_mode, lacks_batch_rule
 
 # Their products and sums are within float32's range.
 QUERY_MAX, VALUE_MAX = 1e17, 1e30
@@ -15,7 +15,7 @@ QUERY_MAX, VALUE_MAX = 1e17, 1e30
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float = 1.0
 ) -> Tensor:
-    """``softmax(scale q k^T + bias) v``, fused but where fused attention lacks tangents or FLOPs.
+    """``softmax(scale q k^T + bias) v``, fused unless that lacks tangents, FLOPs or batch rule.
 
     Args:
         q: queries ``[B, heads, n, d]``.
@@ -24,7 +24,7 @@ def softmax_attention(
         bias: broadcasts to ``[B, heads, n, N]``.
         scale: of the products.
     """
-    if torch.jit.is_tracing() or forward_mode():  # get_flops traces
+    if torch.jit.is_tracing() or forward_mode() or lacks_batch_rule():  # get_flops traces
         logits = (q * scale) @ k.mT
         return (logits if bias is None else logits + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

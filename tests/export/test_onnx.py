@@ -4,6 +4,7 @@ import pytest
 import torch
 from mini_models import LIBRARIES, import_library
 from mmengine.config import Config, ConfigDict
+from operators import needs_torch_2_6
 from released import SMALL
 
 from mmsoft.analysis import load_model
@@ -15,6 +16,7 @@ from mmsoft.models import SOFT, SOFTPlusPlus
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytestmark = needs_torch_2_6
 
 DYNAMIC = dict(dynamic_batch=True, dynamic_size=True)
 long = pytest.mark.long

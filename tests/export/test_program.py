@@ -1,15 +1,19 @@
 """torch.export programs, run in a process without MMSOFT."""
 
+import re
 import shutil
 
 import pytest
 import torch
 from mini_models import build
+from operators import needs_torch_2_6
 from released import SMALL
 
 from mmsoft.export import Input, export_program, exportable
 from mmsoft.export.program import record
 from mmsoft.models import SOFTPlusPlus
+
+pytestmark = needs_torch_2_6
 
 
 class Model(torch.nn.Module):
@@ -54,6 +58,14 @@ def test_models(tmp_path, library):
     module = exportable(build(library, landmarks="released", max_landmarks=9).eval())
     differences = export_program(module, inputs, tmp_path / "model.pt2")
     assert max(difference.error for difference in differences) < 1e-5
+
+
+@pytest.mark.parametrize("found", ["2.1.2+cu121", "2.5.1"])
+def test_older_torch_is_named(monkeypatch, tmp_path, found):
+    monkeypatch.setattr(torch, "__version__", found)
+    module = exportable(Model(out_indices=(0,)).eval(), "backbone")
+    with pytest.raises(ImportError, match=rf"needs torch>=2\.6, but torch {re.escape(found)} is"):
+        export_program(module, Input(), tmp_path / "model.pt2")
 
 
 LOADED = """

@@ -19,6 +19,11 @@ def before_torch(version):
 needs_torch_2_6 = pytest.mark.skipif(
     before_torch("2.6"), reason="one graph, or torch.export, needs torch >= 2.6"
 )
+# Products of it, in plain torch too.
+FLOAT16 = pytest.param(
+    torch.float16,
+    marks=pytest.mark.skipif(before_torch("2.3"), reason="float16 on a CPU needs torch >= 2.3"),
+)
 needs_torch_2_9 = pytest.mark.skipif(before_torch("2.9"), reason="needs torch >= 2.9")
 
 

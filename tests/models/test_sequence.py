@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from operators import needs_torch_2_6
 from torch import nn
 
 from mmsoft.models import SequenceSOFT, SequenceSOFTPlusPlus
@@ -192,6 +193,7 @@ def test_a_sequence_of_padding_alone_and_pairs():
     torch.testing.assert_close(joined, torch.cat((a, b, a * b, a - b), 1))
 
 
+@needs_torch_2_6
 def test_compiles_without_a_break():
     model = backbone(value_kernel=3, landmarks="content", landmark_stride=3).eval()
     x = sequences()

@@ -19,7 +19,8 @@ def poisoned_memory():
 @pytest.fixture
 def kernels(device, monkeypatch):
     """Run everything by Triton: its kernels, or on a CPU their interpreter."""
-    pytest.importorskip("triton", reason="Triton is not installed")
+    if reason := launch.lacking():
+        pytest.skip(reason)
     if device == "cpu":
         monkeypatch.setattr(launch, "DEVICES", {"cpu"})
     with use_backend(launch.TRITON):

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
-from mmsoft.ops import choose_landmarks, landmark_patches, softmax_free_attention, use_backend
+from mmsoft.ops import (
+    choose_landmarks,
+    landmark_patches,
+    launch,
+    softmax_free_attention,
+    use_backend,
+)
 from mmsoft.ops.backends import EAGER, OPERATIONS, Implementation
 from mmsoft.ops.gaussian.eager import BLOCK_ELEMENTS
 
@@ -264,3 +270,15 @@ def test_the_kernel_is_stored_or_streamed_as_asked(fake):
                 softmax_free_attention(q, q, landmarks)
     with use_backend("stored"), pytest.raises(RuntimeError, match="evaluation on a CPU"):
         softmax_free_attention(*tensors)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [("2.1.0", "Triton 2.1.0 is older than 3.4: update torch"), ("3.10.0", None)],
+)
+def test_triton_of_older_torch_is_refused(monkeypatch, found, reason):
+    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    monkeypatch.setattr(launch, "version", lambda name: found)
+    monkeypatch.setattr(launch, "lacking", launch.lacking.__wrapped__)  # which remembers
+    assert launch.refusal(torch.ones(1)) == reason

@@ -8,6 +8,8 @@ import sys
 import pytest
 from compiled_kernels import CASES
 
+from mmsoft.ops import launch
+
 # What every GPU from compute capability 8.0 on has for a block of threads.
 SHARED_MEMORY = 99 * 1024
 # The usual number of landmarks, and what needs the most.
@@ -23,7 +25,8 @@ SOON = ("spread-49", "gather-backward-49", "gather-backward-wide", "newton-49", 
     ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)} cases",
 )
 def test_nothing_spills_and_shared_memory_suffices(arch, cases, root, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed")
+    if reason := launch.lacking():
+        pytest.skip(reason)
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
     environment.pop("TRITON_INTERPRET", None)
     program = root / "tests/helpers/compiled_kernels.py"

@@ -3,13 +3,16 @@
 import pytest
 import torch
 from metrics import error
+from operators import FLOAT16, before_torch
 from torch import Tensor
 
 from mmsoft.ops import choose_landmarks, landmark_attention, reference
 
 # batch, heads, tokens, landmarks, head dim
 SHAPES = [(2, 3, 63, 9, 16), (1, 2, 1000, 49, 32), (2, 1, 1, 1, 64), (1, 2, 40, 50, 32)]
-HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, FLOAT16)
+# Before, on a CPU, none of it takes a mask: softmax and products apart, each rounded.
+FUSED = not before_torch("2.6")
 
 
 def arguments(shape=SHAPES[0], spread=1.0, dtype=torch.float64) -> list[Tensor]:
@@ -71,7 +74,7 @@ def test_autocast(dtype):
     *tensors, present = arguments((1, 2, 4000, 49, 32), 12.0, torch.float32)
     ours = run(landmark_attention, tensors, present, autocast=dtype)
     truth = run(reference.landmark_attention, [t.to(dtype).double() for t in tensors], present)
-    assert error(ours[0], truth[0]) < 8 * torch.finfo(dtype).eps
+    assert error(ours[0], truth[0]) < (8 if FUSED else 24) * torch.finfo(dtype).eps
     assert all(t.isfinite().all() for t in ours)
 
 
@@ -83,7 +86,8 @@ def test_any_memory():
     for a, b in zip(run(landmark_attention, strided, present), expected):
         torch.testing.assert_close(a, b)
     out = landmark_attention(*tensors, present)
-    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    if FUSED:
+        assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
 def test_absent_landmarks_do_nothing():

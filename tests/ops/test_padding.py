@@ -3,7 +3,7 @@
 import pytest
 import torch
 from metrics import error
-from operators import VARIANTS, jvp_of_duals, opcheck
+from operators import FLOAT16, VARIANTS, jvp_of_duals, opcheck
 
 from mmsoft.ops import (
     choose_landmarks,
@@ -80,7 +80,7 @@ def test_through_landmarks_the_definition_cuts_padding_off():
         assert not result.transpose(1, 2)[~mask].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT16])
 def test_through_landmarks_what_padding_holds_changes_no_bit(dtype):
     results = []
     for fill in (torch.nan, torch.inf, 0.0, 6e4):
