@@ -102,6 +102,8 @@ class CustomOperator:
 
 def custom_op(name: str) -> Callable[[Callable], Any]:
     """Make a custom operator of a function that changes none of its arguments."""
-    if hasattr(torch.library, "custom_op"):
-        return torch.library.custom_op(name, mutates_args=())
-    return lambda function: CustomOperator(name, function)
+    if not hasattr(torch.library, "custom_op"):
+        return lambda function: CustomOperator(name, function)
+    # Given the schema, because not every version reads `Sequence[bool]` and `Tensor | None`.
+    make = torch.library.custom_op
+    return lambda function: make(name, function, mutates_args=(), schema=_schema(function))

@@ -6,6 +6,7 @@ from operators import opcheck
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from mmsoft.ops import library
 from mmsoft.ops.library import CustomOperator, autocast_enabled
 
 
@@ -77,3 +78,14 @@ def test_autocast_enabled():
     with torch.autocast("cpu", torch.bfloat16):
         assert autocast_enabled("cpu")
         assert not autocast_enabled("cuda")
+
+
+def test_torch_is_given_the_schema(monkeypatch):
+    """It would infer it, but up to 2.6 cannot for every operator of ours."""
+    given = {}
+    monkeypatch.setattr(
+        torch.library, "custom_op", lambda *_, **options: given.update(options), raising=False
+    )
+    library.custom_op("mmsoft_tests::weigh_again")(weigh)
+    tensors = "Tensor x, Tensor? other=None"
+    assert given["schema"] == f"({tensors}, float factor=2.0, SymInt power=1) -> (Tensor)"
