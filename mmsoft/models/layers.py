@@ -92,9 +92,9 @@ def as_image(tokens: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         # torch transposes a matrix in blocks, three times as fast as it permutes a batch
         images = [matrix.mT.clone(memory_format=layout) for matrix in tokens]
         image = torch.stack(images) if len(images) > 1 else images[0][None]
-    else:
-        image = tokens.mT.clone(memory_format=layout)
-    return image.unflatten(2, hw_shape)
+        return image.unflatten(2, hw_shape)
+    # A copy and then a view, as above, of any height and width is more than Inductor can order.
+    return tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2).clone(memory_format=layout)
 
 
 class TanhGELU(nn.GELU):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from operators import before_torch, needs_torch_2_9
 from released import SMALL
 
 from mmsoft.models import SOFTPlusPlus
+from mmsoft.models.layers import as_image
 from mmsoft.ops import softmax_free_attention
 
 if before_torch("2.6"):
@@ -44,6 +46,32 @@ def test_few_graphs_serve_every_size(options, sizes, graphs):
             for ours, expected in zip(compiled(image), model(image)):
                 torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= graphs
+
+
+def test_inductor_compiles_an_image_of_any_size():
+    """As torch.compile does by itself once it has seen two sizes."""
+    weight = torch.randn(8, 3, 4, 4)
+
+    @torch.compile(dynamic=True)
+    def features(x):
+        x = F.conv2d(x, weight, stride=4, padding=1)
+        return as_image(x.flatten(2).mT, x.shape[2:])
+
+    for size in ((96, 128), (160, 96)):
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(features(x), F.conv2d(x, weight, stride=4, padding=1))
+
+
+@long
+@pytest.mark.parametrize("landmarks", ["content", "released"])
+def test_inductor_compiles_a_backbone_for_any_size(landmarks):
+    model = SOFTPlusPlus(SMALL, landmarks=landmarks, max_landmarks=16).eval()
+    compiled = torch.compile(model)
+    with torch.no_grad():
+        for size in ((96, 128), (128, 128), (160, 96)):
+            image = torch.randn(1, 3, *size)
+            for ours, expected in zip(compiled(image), model(image)):
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @long
