@@ -73,7 +73,13 @@ test_dataloader = val_dataloader
 # Schedule
 train_cfg = dict(max_iters=1400, val_interval=350)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(
+        _delete_=True,
+        type="AdamW",
+        lr=2e-3,
+        weight_decay=0.05,
+        fused=__import__("torch").__version__ >= "2.4",  # since then on a CPU too
+    ),
     clip_grad=dict(_delete_=True, max_norm=1),
 )
 param_scheduler = [

@@ -87,7 +87,13 @@ test_evaluator = val_evaluator
 # Schedule
 train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=700, val_interval=700)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(
+        _delete_=True,
+        type="AdamW",
+        lr=1e-3,
+        weight_decay=0.05,
+        fused=__import__("torch").__version__ >= "2.4",  # since then on a CPU too
+    ),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         custom_keys=dict(

@@ -64,7 +64,13 @@ test_dataloader = val_dataloader
 # Schedule
 train_cfg = dict(max_iters=500, val_interval=500)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(
+        _delete_=True,
+        type="AdamW",
+        lr=1e-3,
+        weight_decay=0.05,
+        fused=__import__("torch").__version__ >= "2.4",  # since then on a CPU too
+    ),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         custom_keys=dict(
