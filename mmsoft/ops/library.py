@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+HAS_CUSTOM_OPERATORS = hasattr(torch.library, "custom_op")  # and more that came with torch 2.4
+
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is at work on a type of device."""
-    try:
+    if HAS_CUSTOM_OPERATORS:
         return torch.is_autocast_enabled(device)
-    except TypeError:  # before torch 2.4
-        return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
+    return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
 def has_fp32_precision() -> bool:
