@@ -291,7 +291,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
 
 def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Measure what the arguments ask for."""
-    from mmsoft.benchmark.measure import device_name, versions
+    from mmsoft.benchmark.measure import commit, device_name, versions
     from mmsoft.benchmark.report import SECTIONS
 
     if unknown := [name for name in args.models or [] if name not in BACKBONES]:
@@ -313,6 +313,7 @@ def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         "versions": versions(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": f"{p.prog} {shlex.join(sys.argv[1:])}",
+        "commit": commit(),
         "repeats": args.repeats,
         "landmarks": "by content",
         **{section: [] for section in (*SECTIONS, "skipped")},

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -70,8 +71,10 @@ class Backbone:
     config: str
     changes: dict[str, Any] = field(default_factory=dict)
     top1: float | None = None  # as published, see `published`
+    channels_last: bool = False
 
 
+CHANNELS_LAST = "-channels-last"  # ends the names of peers in that memory format
 BACKBONES = {
     **{
         f"softpp-{arch}": Backbone(f"SOFT++ {arch.capitalize()}", f"softpp-{arch}", config)
@@ -108,6 +111,12 @@ BACKBONES = {
         "ResNet-50", "softpp-small", "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
     ),
 }  # fmt: skip
+# Peers with convolutions may be faster so. Ours are channels-last inside, whatever comes in.
+for _name in ("pvtv2-b1", "pvtv2-b2", "convnext-tiny", "resnet-50"):
+    _label = f"{BACKBONES[_name].label}, channels-last"
+    BACKBONES[_name + CHANNELS_LAST] = replace(
+        BACKBONES[_name], label=_label, channels_last=True, top1=None
+    )
 
 
 def published() -> dict[str, float]:
@@ -136,10 +145,22 @@ def load_config(name: str, **changes: Any) -> Config:
     return config
 
 
+def fuse_attention(model: nn.Module) -> None:
+    """Let torch's attention layers run fused: they do where nobody asks for the weights.
+
+    PVT's ask, and drop them.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            layer.forward = partial(layer.forward, need_weights=False)  # type: ignore[method-assign]
+
+
 def make_backbone(name: str) -> Any:
     """Build one of ``BACKBONES``."""
     backbone = BACKBONES[name]
-    return builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
+    model = builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
+    fuse_attention(model)
+    return model.to(memory_format=torch.channels_last) if backbone.channels_last else model
 
 
 class Exported(nn.Module):
@@ -267,7 +288,9 @@ def make_whole(name: str) -> Any:
             # MMSegmentation has none: MMDetection's, under the head of our config (same channels).
             peer = load_config(PVTV2_B1).model.backbone
             config.model.backbone = {**peer, "type": f"mmdet.{peer.type}"}
-    return builder.build_model(config)
+    model = builder.build_model(config)
+    fuse_attention(model)
+    return model
 
 
 def _samples(task: str, size: tuple[int, int], batch: int) -> list:
@@ -364,6 +387,8 @@ def make_step(model: Any, case: Case) -> Callable[[], Any]:
     else:
         x = torch.randn(shape, generator=generator)
     x = x.to(case.device)
+    if case.section == "backbone" and BACKBONES[case.name].channels_last:
+        x = x.to(memory_format=torch.channels_last)
 
     def forward() -> Any:
         with torch.no_grad(), autocast():

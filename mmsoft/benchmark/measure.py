@@ -12,6 +12,7 @@ import multiprocessing
 import platform
 import re
 import resource
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -109,9 +110,8 @@ def measure_times(
     times = {}
     for case, values in samples.items():
         q10, median, q90 = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
-        times[case] = dict(median_ms=median, q10_ms=q10, q90_ms=q90, repeats=len(values))
-        if case.section == "onnx":
-            times[case]["min_ms"] = min(values)
+        found = dict(median_ms=median, q10_ms=q10, q90_ms=q90, min_ms=min(values))
+        times[case] = found | dict(repeats=len(values))
     return times, skipped
 
 
@@ -269,6 +269,14 @@ def device_name(device: str) -> str:
         if found := re.search(r"^model name\s*: (.*)", processors, re.MULTILINE):
             return found[1].strip()
     return platform.machine()
+
+
+def commit() -> str | None:
+    """The commit that the package was checked out at, with ``-dirty``; None if it was not."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return None
 
 
 def versions() -> dict[str, str]:

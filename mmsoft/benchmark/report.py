@@ -184,10 +184,11 @@ def landmarks_of(run: dict[str, Any]) -> str:
 
 
 def merge(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join runs of the same device and versions: groups measured again replace the old ones."""
+    """Join runs of one device, commit and versions: groups measured again replace the old."""
     found: dict[tuple, dict[str, Any]] = {}
     for run in runs:
-        key = run["device"], run["threads"], landmarks_of(run), *run["versions"].items()
+        what = run["device"], run["threads"], landmarks_of(run), run.get("commit")
+        key = (*what, *run["versions"].items())
         if key not in found:
             found[key] = dict(run)
             continue

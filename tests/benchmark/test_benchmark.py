@@ -7,6 +7,7 @@ import cv2
 import pytest
 import torch
 from metrics import error
+from operators import Calls
 from released import ARCH, images, outputs, state_dict
 
 from mmsoft.benchmark import cases, page, plots, report
@@ -232,6 +233,28 @@ def test_shares_of_the_ceilings():
     head, row = report.table([entry], ceilings)
     assert dict(zip(head, row))["of product"] == "40 %"
     assert "of product" not in report.table([entry])[0]
+
+
+def test_targets_take_the_faster_memory_format_of_a_peer(data):
+    claim = "800x1344: SOFT++ Small's speed over {}'s"
+    for times in ((260.0, 300.0), (300.0, 260.0)):
+        names = ("convnext-tiny", "convnext-tiny-channels-last")
+        run = dict(data, results=[*data["results"], *map(measured, names, times, (1.0, 1.0))])
+        found = {target.claim: target.measured for target in page.targets(run)}
+        assert found[claim.format("ConvNeXt-T")] == 1.3
+
+
+def test_peers_attention_runs_fused():
+    """torch's layers do when nobody asks for the weights; the result is the same."""
+    layer = torch.nn.MultiheadAttention(8, 2, batch_first=True).train()
+    x = torch.randn(1, 5, 8)
+    with Calls() as calls:
+        expected = layer(x, x, x)[0]
+    assert not {name for name in calls.names if "scaled_dot_product" in name}
+    cases.fuse_attention(layer)
+    with Calls() as calls:
+        torch.testing.assert_close(layer(x, x, x)[0], expected)
+    assert {name for name in calls.names if "scaled_dot_product" in name}
 
 
 def test_targets(data):
