@@ -89,7 +89,7 @@ def test(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]) 
         first = next(iter(runner.test_dataloader))
         for setting in settings(runner.model, budgets, solvers):
             measured = runner.test()
-            found = {name: measured[name] for name in MEASURES if name in measured}
+            found = {name: float(measured[name]) for name in MEASURES if name in measured}
             rows.append(setting | dict(landmarks=most_landmarks(runner.model, first)) | found)
     return rows
 

@@ -9,6 +9,7 @@ measured.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,15 +50,16 @@ def main() -> None:
     content, released = trained("content"), trained("released")
     queries = [word for query in QUERIES for word in ("--query", query)]
     ours = (MODELS["content"], IMAGE, content, "--stage", 2, "--block", 0)
-    tools, out = "analysis_tools", FIGURES / "attention.png"
+    tools, out = "analysis_tools", FIGURES / "attention.jpg"
     run(f"{tools}/visualize_attention.py", *ours, *queries, "--compare", "softmax", "--out", out)
-    out = FIGURES / "landmarks.png"
+    out = FIGURES / "landmarks.jpg"
     run(f"{tools}/visualize_landmarks.py", *ours, "--head", 1, "--out", out)
     theirs = (MODELS["released"], IMAGE, released, "--stage", 2, "--block", 0)
     regions, out = WORK / "regions.png", FIGURES / "spectrum.png"
     run(f"{tools}/visualize_landmarks.py", *theirs, "--out", regions, "--spectrum-out", out)
-    out = FIGURES / "convergence.png"
+    out = WORK / "convergence.png"  # with a CSV beside it
     run(f"{tools}/newton_convergence.py", MODELS["released"], released, "--out", out)
+    shutil.copy(out, FIGURES)
     rows: Sequence[Mapping[str, Any]] = json.loads(ROWS.read_text())
     save_figure(draw_budgets(rows), FIGURES / "budgets.png")
 
