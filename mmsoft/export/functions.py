@@ -1,9 +1,8 @@
 """Our custom operators in those of ONNX, which has no linear algebra.
 
 The inverses are written out for each layer. The choice of landmarks, whose steps are not known
-beforehand, is a function of one definition in the file, called once for each layer: onnxscript
-reads its source, where the annotations tell the types, and every name has to be the operator set's,
-an argument or a constant.
+beforehand, is a loop: onnxscript reads its source, where the annotations tell the types, and every
+name has to be the operator set's, an argument or a constant.
 """
 
 import math
@@ -38,7 +37,7 @@ SCALES = _scales(TIKHONOV**2 / (1 + TIKHONOV**2))
 
 @onnxscript.script(_OURS, default_opset=op)
 def landmark_choice(candidates: FLOAT, budget: INT64, tolerance: FLOAT) -> tuple[INT64, BOOL]:
-    """``mmsoft.ops.choose_landmarks``, without the early end: what is idle is absent."""
+    """``mmsoft.ops.choose_landmarks``."""
     shape = op.Shape(candidates)
     total = op.Gather(shape, 2)
     kept = op.Min(total, budget)
@@ -48,38 +47,39 @@ def landmark_choice(candidates: FLOAT, budget: INT64, tolerance: FLOAT) -> tuple
     near = op.CastLike(squared <= 16.0 * op.ReduceMin(squared, [1], keepdims=1), points)
     middle = op.ReduceSum(near * points, [1], keepdims=1) / op.ReduceSum(near, [1], keepdims=1)
     points = points - middle  # [P, M, d]
-    half = op.Squeeze(op.ReduceSumSquare(points, [2], keepdims=1), [2]) * 0.5  # [P, M]
+    half = op.ReduceSumSquare(points, [2], keepdims=1) * 0.5  # [P, M, 1]
     # The exponents are products of [p, 1, -half] with [p, -half, 1], as elsewhere.
-    column = op.Unsqueeze(half, [2])
-    ones = column * 0.0 + 1.0
-    left_side = op.Concat(points, ones, -column, axis=2)
-    right_side = op.Transpose(op.Concat(points, -column, ones, axis=2), perm=[0, 2, 1])
+    ones = half * 0.0 + 1.0
+    left_side = op.Concat(points, ones, -half, axis=2)
+    right_side = op.Transpose(op.Concat(points, -half, ones, axis=2), perm=[0, 2, 1])
 
-    everyone = op.Unsqueeze(op.Range(0, total, 1), [0])  # [1, M]
-    # Rows of the factor and, below them, what they do not explain: one variable, because two may
-    # change places in a loop of onnxscript 0.7.
-    lines = op.Unsqueeze(op.Range(0, kept + 1, 1), [0, 2])  # [1, k + 1, 1]
-    last = op.CastLike(lines == kept, half)
-    state = last + 0.0 * op.Unsqueeze(half, [1])  # [P, k + 1, M]
-    for j in range(kept):
-        residual = op.ReduceSum(last * state, [1], keepdims=0)  # [P, M]
-        pivot = op.ArgMax(op.Where(j == 0, -half, residual), axis=1, keepdims=1)  # [P, 1]
-        at_pivot = everyone == pivot  # [P, M]
-        left = op.ReduceSum(op.Where(at_pivot, residual, 0.0), [1], keepdims=1)
-        chosen = op.Unsqueeze(op.CastLike(at_pivot, half), [1])  # [P, 1, M]
-        row = op.MatMul(op.MatMul(chosen, left_side), right_side)
-        row = op.Exp(op.Min(op.Squeeze(row, [1]), 0.0))
-        row = op.Where(at_pivot, 1.0, row)
-        at_pivot_before = (1.0 - last) * op.MatMul(state, op.Transpose(chosen, perm=[0, 2, 1]))
-        explained = op.MatMul(op.Transpose(at_pivot_before, perm=[0, 2, 1]), state)
-        row = row - op.Squeeze(explained, [1])
-        row = op.Where(left > tolerance, row / op.Sqrt(op.Max(left, 1e-12)), 0.0)
-        residual = op.Where(at_pivot, -1.0, residual - row * row)
-        state = op.Where(lines == j, op.Unsqueeze(row, [1]), state)
-        state = op.Where(lines == kept, op.Unsqueeze(residual, [1]), state)
-    factor = op.Slice(state, [0], op.Unsqueeze(kept, [0]), [1])  # [P, k, M]
-    pivots = op.ArgMax(factor, axis=2, keepdims=0)  # [P, k]: a row is largest at its pivot
-    taken = op.ReduceMax(factor, [2], keepdims=0) > 0.0
+    nearest = op.ArgMin(half, axis=1, keepdims=1)  # [P, 1, 1]
+    first = op.MatMul(op.GatherND(left_side, nearest, batch_dims=1), right_side)
+    everyone = op.Unsqueeze(op.Range(0, total, 1), [0, 1])  # [1, 1, M]
+    first = op.Where(everyone == nearest, 1.0, op.Exp(op.Min(first, 0.0)))
+    # What is unexplained, nearly 0 of those taken, and the factor's rows: one variable, because two
+    # may change places in a loop of onnxscript 0.7.
+    state = op.Concat(1.0 - first * first, first, axis=1)  # [P, 1 + j, M]
+    for _ in range(kept - 1):
+        residual = op.Slice(state, [0], [1], [1])  # [P, 1, M]
+        factor = op.Slice(state, [1], [2147483647], [1])
+        pivot = op.ArgMax(residual, axis=2, keepdims=1)  # [P, 1, 1]
+        left = op.ReduceMax(residual, [2], keepdims=1)
+        at_pivot = everyone == pivot  # [P, 1, M]
+        row = op.MatMul(op.GatherND(left_side, pivot, batch_dims=1), right_side)
+        row = op.Where(at_pivot, 1.0, op.Exp(op.Min(row, 0.0)))
+        before = op.MatMul(op.CastLike(at_pivot, row), op.Transpose(factor, perm=[0, 2, 1]))
+        row = row - op.MatMul(before, factor)
+        row = row / op.Sqrt(op.Where(left > tolerance, left, op.Constant(value_float=math.inf)))
+        state = op.Concat(residual - row * row, factor, row, axis=1)
+        ended = op.ReduceMax(left, keepdims=0) <= tolerance
+        if ended:
+            break
+    rows = op.Slice(state, [1], [2147483647], [1])
+    missing = kept - op.Shape(rows, start=1, end=2)
+    rows = op.Pad(rows, op.Concat([0, 0, 0, 0], missing, [0], axis=0))
+    pivots = op.ArgMax(rows, axis=2, keepdims=0)  # [P, k]: each is largest at its pivot
+    taken = op.ReduceMax(rows, [2], keepdims=0) > 0.0
     index = op.Where(taken, pivots, 0)
     result = op.Concat(op.Slice(shape, [0], [2]), [-1], axis=0)
     return op.Reshape(index, result), op.Reshape(taken, result)

@@ -9,7 +9,7 @@ import torch
 from mmsoft.builder import require
 from mmsoft.fileio import write_whole
 
-from .program import TOLERANCE, Difference, Input, compare, record, refuse, size_limits
+from .program import TOLERANCE, Difference, Input, compare, record, refuse, sizes_of
 
 OPSET = 18
 
@@ -19,7 +19,7 @@ def export_onnx(
 ) -> list[Difference]:
     """Write an ONNX file of opset 18, which holds its weights.
 
-    The choice of landmarks is a function of the file, in its domain ``mmsoft``.
+    The choice of landmarks is a loop in it, one for each layer.
 
     Args:
         module: from :func:`exportable`, on the CPU.
@@ -65,7 +65,7 @@ def export_onnx(
         converted.save(partial, external_data=False)
         differences = []
         session = start(partial)
-        for images in inputs.checked(size_limits(module)):
+        for images in inputs.checked(sizes_of(module)):
             with torch.no_grad():
                 expected = module(images)
             found = session.run(None, {"images": images.numpy()})
