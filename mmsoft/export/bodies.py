@@ -1,4 +1,4 @@
-"""Our custom operators in plain torch, for programs that leave this process.
+"""Our custom operators, and pooling, in plain torch, for programs that leave this process.
 
 Elsewhere a custom operator decides when it runs how to compute; a program without MMSOFT has to
 hold one way that serves every size.
@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmsoft.ops.gaussian.kernel import COORDINATE_MAX, centre
 from mmsoft.ops.inverse import eager as inverse
 from mmsoft.ops.island import compute_dtype
-from mmsoft.ops.landmarks import choice, landmark_grid
 from mmsoft.ops.landmarks import eager as landmarks
+from mmsoft.ops.landmarks import landmark_grid
 from mmsoft.ops.landmarks.grid import spread
 
 
@@ -76,6 +77,84 @@ def patches(
     return every.gather(2, taken).transpose(1, 2)
 
 
+def choose(
+    candidates: Tensor, budget: int, tolerance: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The choice of landmarks as a loop of the program, where eager's steps are Python's.
+
+    It takes any number of candidates and has one step in the file. There are always ``budget``
+    landmarks: what eager does not give is absent.
+
+    Raises:
+        NotImplementedError: ``mask`` is given.
+    """
+    from torch._higher_order_ops.while_loop import while_loop_op  # not in all versions of torch
+
+    if mask is not None:
+        raise NotImplementedError("the choice of landmarks of padded sequences is not exported")
+    batch, heads, _, _ = candidates.shape
+    points = candidates.flatten(0, 1).to(compute_dtype(candidates))
+    points = points.clamp(-COORDINATE_MAX, COORDINATE_MAX)
+    points = points - centre(points)
+    half = points.square().sum(2, keepdim=True) * 0.5
+    ones = torch.ones_like(half)
+    left_side, right_side = torch.cat((points, ones, -half), 2), torch.cat((points, -half, ones), 2)
+    nearness, residual = -half.squeeze(2), ones.squeeze(2)  # [P, M]
+    step = torch.zeros((), dtype=torch.int64)
+    factor = half.new_zeros(half.shape[0], budget, half.shape[1])
+    pivots = torch.zeros_like(factor[..., 0], dtype=torch.int64)
+    present = torch.zeros_like(pivots, dtype=torch.bool)
+
+    def goes_on(step: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
+        return (step < budget) & (residual > tolerance).any()
+
+    def take(
+        step: Tensor,
+        residual: Tensor,
+        factor: Tensor,
+        pivots: Tensor,
+        present: Tensor,
+        *constants: Tensor,
+    ) -> tuple[Tensor, ...]:
+        left_side, right_side, nearness = constants
+        pivot = torch.where(step == 0, nearness, residual).argmax(1, keepdim=True)
+        left = residual.gather(1, pivot)
+        own = left_side.gather(1, pivot[..., None].expand(-1, 1, left_side.shape[2]))
+        row = (own @ right_side.mT).squeeze(1).clamp(max=0).exp().scatter(1, pivot, 1.0)
+        before = factor.gather(2, pivot[:, None].expand(-1, budget, 1)).mT
+        row = row - (before @ factor).squeeze(1)
+        new = left > tolerance
+        row = row * torch.where(new, left.clamp(min=1e-12).rsqrt(), 0)
+        now = torch.arange(budget) == step
+        factor = torch.where(now[:, None], row[:, None], factor)
+        residual = (residual - row.square()).scatter(1, pivot, -1.0)
+        pivots = torch.where(now & new, pivot, pivots)
+        return step + 1, residual, factor, pivots, present | (now & new)
+
+    carried: Any = step, residual, factor, pivots, present
+    *_, pivots, present = while_loop_op(goes_on, take, carried, (left_side, right_side, nearness))
+    return pivots.unflatten(0, (batch, heads)), present.unflatten(0, (batch, heads))
+
+
+def pool(image: Tensor, output_size: int | tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of ``[B, C, H, W]``; ONNX has it for sizes that are known alone."""
+    height, width = image.shape[2:]
+    if isinstance(height, int) and isinstance(width, int):
+        return F.adaptive_avg_pool2d(image, output_size)
+    rows, cols = (output_size,) * 2 if isinstance(output_size, int) else output_size
+    image = F.linear(image, _means(width, cols, image)).mT
+    return F.linear(image, _means(height, rows, image)).mT
+
+
+def _means(size: int, kept: int, x: Tensor) -> Tensor:
+    """The matrix ``[kept, size]`` whose product is the adaptive average pooling of a side."""
+    token = torch.arange(size, device=x.device)
+    mean = torch.arange(kept, device=x.device)[:, None]
+    inside = (token >= mean * size // kept) & (token * kept < (mean + 1) * size)
+    inside = inside.to(x.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
@@ -88,14 +167,14 @@ _EVERYWHERE: dict[str, Callable[..., Any]] = dict(
 )
 # What ONNX cannot express, or only as a loop: see functions.py.
 _TORCH_ALONE: dict[str, Callable[..., Any]] = dict(
-    landmark_choice=choice.choose,
+    landmark_choice=choose,
     newton_raphson_pinv=inverse.newton,
     tikhonov_solve=inverse.solve,
 )
 
 
 class PlainTorch(TorchFunctionMode):
-    """While a program is recorded, put plain torch in the place of our custom operators.
+    """While a program is recorded, put plain torch in the place of what a program cannot hold.
 
     Args:
         linear_algebra: also of the inverses and the choice of landmarks.
@@ -104,7 +183,7 @@ class PlainTorch(TorchFunctionMode):
     def __init__(self, linear_algebra: bool):
         super().__init__()
         bodies = _EVERYWHERE | (_TORCH_ALONE if linear_algebra else {})
-        self.bodies: dict[Any, Callable[..., Any]] = {}
+        self.bodies: dict[Any, Callable[..., Any]] = {F.adaptive_avg_pool2d: pool}
         for name, body in bodies.items():
             packet = getattr(torch.ops.mmsoft, name)
             self.bodies |= {packet: body, packet.default: body}

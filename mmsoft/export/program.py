@@ -7,14 +7,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
 from mmsoft.fileio import write_whole
-from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
+from mmsoft.models.attention import SoftmaxAttention
 
 from .bodies import PlainTorch
 
@@ -32,9 +32,8 @@ class Input:
         shape: (height, width) in pixels, of the sample that the program is recorded with.
         batch: images in it.
         dynamic_batch: take any number of images.
-        dynamic_size: take heights and widths that are multiples of 32: at least 64 pixels, more
-            than the stride of a detector's coarsest level; at most 4096, or what ``max_keys``
-            leaves alone.
+        dynamic_size: take heights and widths that are multiples of 32, from 64 pixels, or more than
+            the stride of a detector's coarsest level, to 4096.
     """
 
     shape: tuple[int, int] = (224, 224)
@@ -55,7 +54,7 @@ class Input:
         images = torch.nn.functional.interpolate(coarse, shape, mode="bicubic")
         return images + 0.1 * torch.randn(images.shape, generator=generator)
 
-    def recorded(self, limits: tuple[int, int]) -> Tensor:
+    def recorded(self) -> Tensor:
         """The sample. Where it may change, a number unlike any in the model.
 
         torch takes 1 for a constant, and a size that equals another number for that number: a
@@ -64,44 +63,45 @@ class Input:
         batch = 7 if self.dynamic_batch else self.batch
         shape = self.shape
         if self.dynamic_size:
-            shape = (min(11 * STRIDE, limits[1]), min(13 * STRIDE, limits[1]))
+            shape = (11 * STRIDE, 13 * STRIDE)
         return self.images(batch, shape)
 
-    def checked(self, limits: tuple[int, int]) -> list[Tensor]:
+    def checked(self, sizes: "Sizes") -> list[Tensor]:
         """Images of all sizes and numbers for which to compare program and model."""
         shapes = [self.shape]
         if self.dynamic_size:
-            height, width = self.shape
-            shapes.append((limits[0], min(width + 3 * STRIDE, limits[1])))
-            shapes.append((min(height + STRIDE, limits[1]), limits[0] + STRIDE))
+            height, width = (side + STRIDE for side in self.shape)
+            wide = max(width + 2 * STRIDE, sizes.turn + STRIDE)
+            shapes.append((sizes.smallest, min(wide, LARGEST)))
+            shapes.append((min(height, LARGEST), sizes.smallest + STRIDE))
         batches = [self.batch, self.batch + 1] if self.dynamic_batch else [self.batch]
         return [self.images(batch, shape) for batch in batches for shape in shapes]
 
-    def dims(self, limits: tuple[int, int]) -> dict[int, Any]:
+    def dims(self, smallest: int) -> dict[int, Any]:
         """For ``torch.export``."""
         dims: dict[int, Any] = {}
         if self.dynamic_batch:
             dims[0] = torch.export.Dim("batch", min=1, max=1024)
         if self.dynamic_size:
-            low, high = (limit // STRIDE for limit in limits)
+            low, high = smallest // STRIDE, LARGEST // STRIDE
             # Of other sizes torch cannot tell that patches of landmarks fit into the tokens.
             dims[2] = STRIDE * torch.export.Dim("rows", min=low, max=high)
             dims[3] = STRIDE * torch.export.Dim("columns", min=low, max=high)
         return dims
 
 
-def size_limits(module: Any) -> tuple[int, int]:
-    """Between which sides, multiples of 32, a program of any size holds.
+class Sizes(NamedTuple):
+    """Of images for which a program of any size holds, in pixels; see :func:`sizes_of`."""
 
-    Below, a level of the features has one row, which torch takes for a constant. Above,
-    ``max_keys`` changes what stage 4 computes.
-    """
-    keys = [
-        math.isqrt(layer.max_keys) * STRIDE
-        for layer in module.modules()
-        if isinstance(layer, SoftmaxAttention) and layer.max_keys is not None
-    ]
-    return module.coarsest + STRIDE, min([LARGEST, *keys])
+    smallest: int  # side
+    turn: int  # the side beyond which ``max_keys`` changes what stage 4 computes; 0 for none
+
+
+def sizes_of(module: Any) -> Sizes:
+    """Below the smallest a level of the features has one row, which torch takes for a constant."""
+    layers = [m for m in module.modules() if isinstance(m, SoftmaxAttention)]
+    turns = [math.isqrt(layer.max_keys) * STRIDE for layer in layers if layer.max_keys is not None]
+    return Sizes(module.coarsest + STRIDE, max(turns, default=0))
 
 
 @dataclass(frozen=True)
@@ -174,18 +174,18 @@ def record(
         raise ImportError(
             f"exporting needs torch>={OLDEST_TORCH}, but torch {torch.__version__} is installed"
         )
-    limits = size_limits(module)
+    smallest = sizes_of(module).smallest
     if inputs.dynamic_size:
         for side in inputs.shape:
-            if side % STRIDE or not limits[0] <= side <= limits[1]:
+            if side % STRIDE or not smallest <= side <= LARGEST:
                 raise ValueError(
-                    f"a program of any size takes multiples of {STRIDE} pixels from {limits[0]} to "
-                    f"{limits[1]} a side, but shape is {inputs.shape}: change it, or fix the size"
+                    f"a program of any size takes multiples of {STRIDE} pixels from {smallest} to "
+                    f"{LARGEST} a side, but shape is {inputs.shape}: change it, or fix the size"
                 )
-    dims = inputs.dims(limits)
+    dims = inputs.dims(smallest)
     return torch.export.export(
         _Plain(module, linear_algebra),
-        (inputs.recorded(limits),),
+        (inputs.recorded(),),
         dynamic_shapes={"images": dims} if dims else None,
         strict=False,
     )
@@ -209,16 +209,10 @@ def export_program(
 
     Raises:
         ImportError: torch is older than 2.6.
-        ValueError: the program's outputs differ by more, or this module has no program of any size.
+        ValueError: the program's outputs differ by more.
     """
-    layers = [m for m in module.modules() if isinstance(m, SoftmaxFreeAttention)]
-    if inputs.dynamic_size and any(layer.by_content for layer in layers):
-        raise ValueError(
-            "landmarks by content are chosen in a loop that torch.export records for one size: "
-            "export without a dynamic size, or to ONNX"
-        )
     program = record(module, inputs, linear_algebra=True).run_decompositions({})
-    cases = inputs.checked(size_limits(module))
+    cases = inputs.checked(sizes_of(module))
     with torch.no_grad():
         expected = [module(images) for images in cases]
     with write_whole(path) as partial:

@@ -381,11 +381,14 @@ class SoftmaxAttention(nn.Module):
 
     def _keys(self, x: Tensor, hw_shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """The tokens that keys are made from, and what their number adds to the logits."""
-        height, width = hw_shape
-        side = height + width if self.max_keys is None else math.isqrt(self.max_keys)
-        if height <= side and width <= side:
+        if self.max_keys is None:
             return x, None
-        rows, cols = min(height, side), min(width, side)
+        (height, width), side = hw_shape, math.isqrt(self.max_keys)
+        # A program of torch.export for any size is on both sides of the limit.
+        known = not isinstance(height, torch.SymInt) and not isinstance(width, torch.SymInt)
+        if known and height <= side and width <= side:
+            return x, None
+        rows, cols = torch.sym_min(height, side), torch.sym_min(width, side)
         image = x[:, 1:].transpose(1, 2).unflatten(2, hw_shape)
         image = F.adaptive_avg_pool2d(image, (rows, cols))
         keys = torch.cat((x[:, :1], image.flatten(2).transpose(1, 2)), 1)

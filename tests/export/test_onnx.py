@@ -123,6 +123,26 @@ def test_detector_gives_what_its_dense_head_says(tmp_path):
             torch.testing.assert_close(ours, expected)
 
 
+class Pool(torch.nn.Module):
+    """Adaptive pooling to a number, as of UperNet, and to at most a number, as of `max_keys`."""
+
+    names, coarsest = ("fixed", "limited"), 32
+
+    def forward(self, images):
+        most = [torch.sym_min(side, 128) for side in images.shape[2:]]
+        pool = torch.nn.functional.adaptive_avg_pool2d
+        return pool(images, 6), pool(images, most)
+
+
+def test_pooling_of_any_size(tmp_path):
+    _, differences = check(Pool().eval(), Input((96, 160), **DYNAMIC), tmp_path / "pool.onnx")
+    assert {d.shape[2:] for d in differences if d.name == "limited"} == {
+        (96, 128),
+        (64, 128),
+        (128, 96),
+    }
+
+
 @long
 @pytest.mark.parametrize("library", ["mmdet", "mmseg", "mmpretrain"])
 def test_models_of_any_size(tmp_path, library):

@@ -10,8 +10,12 @@ from operators import needs_torch_2_6
 from released import SMALL
 
 from mmsoft.export import Input, export_program, exportable
-from mmsoft.export.program import record
+from mmsoft.export.bodies import choose
+from mmsoft.export.program import record, sizes_of
 from mmsoft.models import SOFTPlusPlus
+from mmsoft.ops import choose_landmarks
+
+ANY = dict(dynamic_size=True, dynamic_batch=True)
 
 pytestmark = needs_torch_2_6
 
@@ -36,9 +40,11 @@ def operators(program):
     [
         pytest.param(
             dict(landmarks="released", solver="direct", max_landmarks=9, out_indices=(1,)),
-            dict(dynamic_size=True, dynamic_batch=True),
+            ANY,
             marks=pytest.mark.long,
         ),
+        pytest.param(dict(max_landmarks=9, max_keys=64), ANY, marks=pytest.mark.long),
+        pytest.param(dict(max_landmarks=None, out_indices=(0,)), ANY, marks=pytest.mark.long),
         (dict(landmarks="content", max_landmarks=4, out_indices=(0,)), dict()),
     ],
     ids=str,
@@ -52,10 +58,17 @@ def test_runs_without_mmsoft(tmp_path, options, inputs):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("library", ["mmdet", "mmseg", "mmpretrain"])
-def test_models(tmp_path, library):
-    inputs = Input((192, 160), dynamic_size=True, dynamic_batch=True)
-    module = exportable(build(library, landmarks="released", max_landmarks=9).eval())
+@pytest.mark.parametrize(
+    ("library", "options"),
+    [
+        ("mmdet", dict(landmarks="released", max_landmarks=9)),
+        ("mmseg", dict()),
+        ("mmpretrain", dict(max_landmarks=9, max_keys=64)),
+    ],
+)
+def test_models(tmp_path, library, options):
+    inputs = Input((192, 160), **ANY)
+    module = exportable(build(library, **options).eval())
     differences = export_program(module, inputs, tmp_path / "model.pt2")
     assert max(difference.error for difference in differences) < 1e-5
 
@@ -80,9 +93,13 @@ for ours, theirs in zip(expected, found, strict=True):
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles with g++")
-def test_compiled_ahead_of_time(tmp_path, run_outside):
+@pytest.mark.parametrize(
+    "options",
+    [dict(landmarks="released", solver="direct", max_landmarks=9), dict(max_landmarks=9)],
+    ids=str,
+)
+def test_compiled_ahead_of_time(tmp_path, run_outside, options):
     """AOTInductor's library of one size, in a process without MMSOFT."""
-    options = dict(landmarks="released", solver="direct", max_landmarks=9)
     module = exportable(Model(**options).eval(), "backbone")
     inputs = Input((96, 128))
     export_program(module, inputs, tmp_path / "model.pt2")
@@ -106,10 +123,40 @@ def test_recorded_and_custom_operators_stay_where_asked(by_content):
     assert {name for name in operators(program) if name.startswith("mmsoft")} == {expected}
 
 
-def test_by_content_of_any_size_is_refused(tmp_path):
-    module = exportable(Model(landmarks="content").eval(), "backbone")
-    with pytest.raises(ValueError, match="records for one size: export without a dynamic size"):
-        export_program(module, Input(dynamic_size=True), tmp_path / "model.pt2")
+@pytest.fixture(scope="module")
+def choice():
+    """The loop that chooses landmarks, at most 49, of any number of candidates and images."""
+
+    class Choice(torch.nn.Module):
+        def forward(self, points):
+            return choose(points, 49, 0.1)
+
+    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("candidates")}
+    sample = torch.randn(2, 3, 11, 16)
+    return torch.export.export(Choice(), (sample,), dynamic_shapes={"points": dims}, strict=False)
+
+
+@pytest.mark.parametrize("candidates", [1, 7, 49, 300, 1050])
+@pytest.mark.parametrize("spread", [0.1, 0.5, 2])
+def test_choice_in_a_loop(choice, candidates, spread):
+    """No file has more than one step of it, and it ends where eager does."""
+    assert len(choice.graph.nodes) < 80
+    points = torch.randn(1, 3, candidates, 16) * spread + 5
+    index, present = choice.module()(points)
+    expected = choose_landmarks(points, 49)
+    kept = min(candidates, 49)
+    assert torch.equal(index[..., :kept], expected[0])
+    assert torch.equal(present[..., :kept], expected[1])
+    assert not present[..., kept:].any()
+
+
+def test_sizes_that_are_compared_are_on_both_sides_of_max_keys():
+    module = exportable(Model(max_keys=64).eval(), "backbone")
+    sizes = sizes_of(module)
+    assert sizes == (64, 256)
+    images = Input((96, 128), **ANY).checked(sizes)
+    assert {tuple(x.shape[2:]) for x in images} == {(96, 128), (64, 288), (128, 96)}
+    assert {len(x) for x in images} == {1, 2}
 
 
 def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):

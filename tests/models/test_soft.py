@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from metrics import same
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from operators import needs_torch_2_9
 from released import ARCH, images
 from torch import nn
 
@@ -309,6 +310,31 @@ def test_max_keys_where_it_is_exact():
     assert difference.abs().max() < 1e-5 * full(x, (6, 6)).abs().max()
     small = torch.cat((x[:, :1], grid[:, ::2, ::2].flatten(1, 2)), 1)
     assert torch.equal(limited(small, (3, 3)), full(small, (3, 3)))
+
+
+@needs_torch_2_9
+def test_max_keys_in_a_program_of_any_size():
+    """Recorded at one size, right on both sides of the limit, of 3 rows and columns here."""
+    attn = SoftmaxAttention(16, 2, max_keys=13)
+
+    class OfImages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = attn
+
+        def forward(self, x):
+            tokens = x.flatten(2).mT
+            return self.attn(torch.cat((tokens[:, :1] + 1, tokens), 1), x.shape[2:])
+
+    model = OfImages().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    dims = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    sample = torch.randn(2, 16, 5, 6)
+    program = torch.export.export(model, (sample,), dynamic_shapes={"x": dims}, strict=False)
+    for size in ((2, 3), (3, 3), (2, 7), (7, 2), (5, 6), (10, 11)):
+        x = torch.randn(2, 16, *size)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_max_keys_of_the_backbone(pair):
