@@ -119,8 +119,11 @@ function painted(values, offset, [rows, columns]) {
   }
   for (let i = 0; i < rows * columns; i++) {
     const share = high > 0 ? Math.min(Math.max(values[offset + i] / high, 0), 1) : 0;
-    const colour = about.viridis[Math.round(share * 255)];
-    image.data.set([...colour, 255], 4 * i);
+    const colour = about.viridis[Math.round(share * 255)], at = 4 * i;
+    image.data[at] = colour[0];  // a list for every token takes three times as long
+    image.data[at + 1] = colour[1];
+    image.data[at + 2] = colour[2];
+    image.data[at + 3] = 255;
   }
   context.putImageData(image, 0, 0);
   return { canvas, low, high };
