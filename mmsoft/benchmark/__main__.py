@@ -4,11 +4,13 @@
     python -m mmsoft.benchmark --models softpp-tiny pvtv2-b1 --sizes 512 --modes train
     python -m mmsoft.benchmark --write-docs work_dirs/benchmark/benchmark.json
     python -m mmsoft.benchmark plot work_dirs/benchmark/benchmark.json
+    python -m mmsoft.benchmark compare main
 
 Prints tables and writes `benchmark.json`, kept current after every group of measurements, and PNG
 plots. All models of a group are warmed at the measured shape and then timed in turns. Peak memory
 is that of a fresh process, above what it is with the model and its input loaded. `--write-docs`
-makes `benchmarks.md` and its plots from such files, `plot` the papers' figures alone.
+makes `benchmarks.md` and its plots from such files, `plot` the papers' figures alone. `compare`
+tells in two minutes what the working tree made slower than a commit, and fails if anything.
 """
 
 import argparse
@@ -165,6 +167,9 @@ def parser() -> argparse.ArgumentParser:
     figures = command.add_parser("plot", help="draw memory.png and tradeoff.png from a JSON")
     figures.add_argument("json", type=Path, help="written by this program")
     figures.add_argument("--out-dir", type=Path, default=Path(), help="default: this folder")
+    other = command.add_parser("compare", help="the working tree with a commit, in turns")
+    other.add_argument("commit")
+    other.add_argument("--rounds", type=positive, default=15, help="of all cases (default: 15)")
     return p
 
 
@@ -345,7 +350,11 @@ def main() -> None:
     p = parser()
     args = p.parse_args()
     try:
-        if "json" in args:
+        if "commit" in args:
+            from mmsoft.benchmark.compare import compare
+
+            p.exit(not compare(args.commit, args.rounds, args.threads))
+        elif "json" in args:
             draw(args.json, args.out_dir)
         elif args.write_docs:
             from mmsoft.benchmark.page import write_docs

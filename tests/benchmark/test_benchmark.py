@@ -4,13 +4,14 @@ import json
 from functools import partial
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from metrics import error
 from operators import Calls
 from released import ARCH, images, outputs, state_dict
 
-from mmsoft.benchmark import cases, page, plots, report
+from mmsoft.benchmark import cases, compare, page, plots, report
 from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models.attention import SoftmaxFreeAttention
@@ -451,3 +452,34 @@ def test_published_accuracies_are_of_our_metafile_and_the_peers_papers():
     ours = {f"{variant}-{arch}" for variant in ("soft", "softpp") for arch in archs}
     assert set(found) == ours | set(PEERS) - {"resnet-50"}
     assert all(75 < accuracy < 85 for accuracy in found.values())
+
+
+# -------------------------------------------------------------------- the tree against a commit
+
+
+@pytest.mark.parametrize(
+    ("factor", "drift", "word"),
+    [(1.2, 1.0, "slower"), (0.8, 1.0, "faster"), (1.0, 1.0, "same"), (1.2, 1.3, "same")],
+)
+def test_a_change_counts_beyond_the_noise_between_equal_processes(factor, drift, word):
+    g = np.random.default_rng(0)
+    tree, commit, again = g.normal(1, 0.02, (3, 15))
+    change, noise, found = compare.verdict(factor * tree, commit, drift * again)
+    assert found == word
+    assert noise >= abs(drift - 1) - 0.03
+    assert change == pytest.approx(factor / ((1 + drift) / 2) - 1, abs=0.16)
+
+
+def test_comparing_with_no_commit_is_one_line(command):
+    done = command("compare", "no-such-commit")
+    assert done.returncode == 2
+    assert "rev-parse --verify no-such-commit^{commit} failed" in done.stderr
+
+
+@pytest.mark.long
+def test_a_tree_is_compared_with_its_own_commit(capsys, root):
+    before = sorted((root / ".git").rglob("worktrees/*"))
+    case = dict(section="operator", name="softpp", size=[8, 8])
+    compare.compare("HEAD", 3, 1, [case])
+    assert "softpp, 8x8, forward" in capsys.readouterr().out
+    assert sorted((root / ".git").rglob("worktrees/*")) == before
