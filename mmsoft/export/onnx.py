@@ -81,6 +81,8 @@ def start(path: str | os.PathLike) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # it warns of every constant that it folds
+    # Its threads would keep the cores busy after a run, and slow torch down beside it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         os.fspath(path), options, providers=["CPUExecutionProvider"]
     )
