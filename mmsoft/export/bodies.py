@@ -99,7 +99,8 @@ def choose(
     half = points.square().sum(2, keepdim=True) * 0.5
     ones = torch.ones_like(half)
     left_side, right_side = torch.cat((points, ones, -half), 2), torch.cat((points, -half, ones), 2)
-    nearness, residual = -half.squeeze(2), ones.squeeze(2)  # [P, M]
+    from_mean = points - points.mean(1, keepdim=True)
+    nearness, residual = -from_mean.square().sum(2), ones.squeeze(2)  # [P, M]
     step = torch.zeros((), dtype=torch.int64)
     factor = half.new_zeros(half.shape[0], budget, half.shape[1])
     pivots = torch.zeros_like(factor[..., 0], dtype=torch.int64)

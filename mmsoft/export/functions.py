@@ -53,7 +53,8 @@ def landmark_choice(candidates: FLOAT, budget: INT64, tolerance: FLOAT) -> tuple
     left_side = op.Concat(points, ones, -half, axis=2)
     right_side = op.Transpose(op.Concat(points, -half, ones, axis=2), perm=[0, 2, 1])
 
-    nearest = op.ArgMin(half, axis=1, keepdims=1)  # [P, 1, 1]
+    from_mean = points - op.ReduceMean(points, [1], keepdims=1)
+    nearest = op.ArgMin(op.ReduceSumSquare(from_mean, [2], keepdims=1), axis=1, keepdims=1)
     first = op.MatMul(op.GatherND(left_side, nearest, batch_dims=1), right_side)
     everyone = op.Unsqueeze(op.Range(0, total, 1), [0, 1])  # [1, 1, M]
     first = op.Where(everyone == nearest, 1.0, op.Exp(op.Min(first, 0.0)))

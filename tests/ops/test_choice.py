@@ -52,6 +52,17 @@ def test_the_choice_is_that_of_the_definition(shape, budget, tolerance):
 
 
 @pytest.mark.usefixtures("either_form")
+def test_the_first_landmark_does_not_depend_on_the_origin():
+    """It is nearest the mean of all, however their norms differ."""
+    candidates = normal(20, 2, 60, 8) * normal(20, 2, 60, 1, seed=1).exp()
+    candidates[:10] = normal(10, 2, 60, 8, seed=2, scale=0.2) + 2
+    candidates[:10, :, 7] = 0
+    for shift in (0, 3):
+        ours = choose_landmarks(candidates + shift, 8)
+        assert all(map(torch.equal, ours, reference.choose_landmarks(candidates + shift, 8)))
+
+
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_choice_in_low_precision(dtype):
     """That of the same, rounded candidates in float64."""

@@ -97,9 +97,10 @@ def choose_landmarks(
     """Choose the landmarks that explain the candidates best, head by head.
 
     A pivoted Cholesky factorization of the candidates' Gram matrix: the first landmark is the one
-    nearest their centre, each next one that which those before explain worst (Fine and Scheinberg
+    nearest their mean, each next one that which those before explain worst (Fine and Scheinberg
     2001; Harbrecht, Peters and Schneider 2012). ``O(M k^2)``: linear in the image, ``[M, M]`` is
-    never stored. Samples and heads do not depend on each other, ties go to the first.
+    stored of up to 128 candidates only. Samples and heads do not depend on each other, ties go to
+    the first.
 
     Args:
         candidates: ``[B, h, M, d]``.

@@ -36,6 +36,16 @@ def choose(
     return index, present
 
 
+def _nearest_their_mean(points: Tensor, there: Tensor | None) -> Tensor:
+    """The point ``[B * heads, 1]`` that is nearest the mean of those that are there."""
+    if there is None:
+        return (points - points.mean(1, keepdim=True)).square().sum(-1).argmin(1, keepdim=True)
+    counted = there[..., None].to(points.dtype)
+    mean = (points * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    distance = (points - mean).square().sum(-1).masked_fill(~there, math.inf)
+    return distance.argmin(1, keepdim=True)
+
+
 def _exhausted(left: Tensor, j: int) -> bool:
     """Whether no head needs another landmark, where a value may be looked at."""
     return j > 0 and j % STEPS_UNSEEN == 0 and may_decide(left) and bool(torch.isinf(left).all())
@@ -47,11 +57,10 @@ def _stored(
     """What the pivots ``[B * heads, 1]`` leave unexplained before, infinite of no landmark."""
     half = points.square().sum(-1, keepdim=True) * 0.5
     gram = torch.baddbmm(half.mT, points, points.mT, beta=-1).sub_(half).clamp_(max=0).exp_()
-    residual, nearness = gram.diagonal(0, 1, 2).fill_(1), -half.squeeze(2)
+    residual = gram.diagonal(0, 1, 2).fill_(1)
     if there is not None:
         residual.masked_fill_(~there, -1)
-        nearness = nearness.masked_fill(~there, -math.inf)
-    left, pivot = residual.amax(1, keepdim=True), nearness.argmax(1, keepdim=True)
+    left, pivot = residual.amax(1, keepdim=True), _nearest_their_mean(points, there)
     lefts, pivots = [], []
     for j in range(min(gram.shape[1], budget)):
         left = F.threshold(left, tolerance, math.inf)
@@ -71,6 +80,7 @@ def _streamed(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As :func:`_stored`, with as many rows of the factor stored as there are landmarks."""
     total, d = points.shape[1:]
+    pivot = _nearest_their_mean(points, there)
     points = points.mT  # [B * heads, d, M]
     half = points.square().sum(1, keepdim=True) * 0.5
     kept = torch.sym_min(total, budget)
@@ -80,11 +90,10 @@ def _streamed(
     factor = half.new_zeros(half.shape[0], kept, total)
     columns = torch.cat((points, torch.ones_like(half), -half, factor), 1)
     factor, width = columns[:, d + 2 :], columns.shape[1]
-    residual, nearness = torch.ones_like(half[:, 0]), -half[:, 0]
+    residual = torch.ones_like(half[:, 0])
     if there is not None:
         residual = residual.masked_fill(~there, -1)
-        nearness = nearness.masked_fill(~there, -math.inf)
-    left, pivot = residual.amax(1, keepdim=True), nearness.argmax(1, keepdim=True)
+    left = residual.amax(1, keepdim=True)
     lefts, pivots = [], []
     for j in range(kept):
         left = F.threshold(left, tolerance, math.inf)
