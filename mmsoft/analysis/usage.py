@@ -18,8 +18,9 @@ class Usage:
         landmarks: how many there are.
         nearest: median over the tokens of the largest kernel value of a token: near 0, and tokens
             resemble no landmark.
-        rank: effective rank of ``K``, ``(sum s^2)^2 / sum s^4`` of its singular values ``s``: near
-            1, and all rows are multiples of one.
+        rank: effective rank of ``K``, by content of ``softmax(q l^T)``, which the layer makes of
+            it: ``(sum s^2)^2 / sum s^4`` of the singular values ``s``. Near 1, all rows are
+            multiples of one.
         ratio: standard deviation of the attention term over that of the values' convolution.
         varying: share of the former that differs between the tokens of an image, in [0, 1].
     """
@@ -34,12 +35,14 @@ class Usage:
 @torch.no_grad()
 def attention_usage(state: BlockState) -> Usage:
     """Measure a layer that :func:`mmsoft.analysis.capture` has recorded, in float64."""
-    kernel = gaussian_kernel(state.q.double(), state.landmarks.double())
+    points, landmarks = state.q.double(), state.landmarks.double()
+    rows = kernel = gaussian_kernel(points, landmarks)
     count = kernel.new_full(kernel.shape[:2], kernel.shape[-1])
     if state.present is not None:
-        kernel = kernel * state.present[:, :, None]
-        count = state.present.double().sum(-1)
-    energy = torch.linalg.eigvalsh(kernel.mT @ kernel).clamp(min=0)
+        missing = ~state.present[:, :, None]
+        kernel, count = kernel.masked_fill(missing, 0), state.present.double().sum(-1)
+        rows = (points @ landmarks.mT).masked_fill(missing, -torch.inf).softmax(-1)
+    energy = torch.linalg.eigvalsh(rows.mT @ rows).clamp(min=0)
     rank = energy.sum(-1).square() / energy.square().sum(-1)
     q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
     heads = (state.q.shape[1], -1)

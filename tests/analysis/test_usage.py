@@ -26,7 +26,11 @@ def test_usage_is_the_definition(landmarks):
                 if state.present is not None:
                     landmarks = landmarks[state.present[b, h]]
                 kernel = reference.gaussian_kernel(state.q[b, h].double(), landmarks)
-                s = torch.linalg.svdvals(kernel)
+                read = kernel
+                if state.present is not None:  # rows sum to 1, keys weigh by their length
+                    read = kernel * landmarks.square().sum(-1).div(2).exp()
+                    read = read / read.sum(-1, keepdim=True)
+                s = torch.linalg.svdvals(read)
                 rows = state.attention_rows(every)[b, h]
                 term = rows @ state.v[b, h].double()
                 v = state.v.transpose(1, 2).flatten(2)
@@ -61,3 +65,15 @@ def test_rank_of_equal_and_of_unlike_rows():
     state.q = 9 * torch.eye(4, 32).repeat_interleave(64, 0).expand(1, 1, 256, 32)
     state.landmarks = 9 * torch.eye(4, 32)[None, None]
     torch.testing.assert_close(attention_usage(state).rank, torch.full((1,), 4.0).double())
+
+
+def test_rows_that_one_long_landmark_draws_are_alike():
+    """Whatever the kernel of distances is."""
+    model = SOFTPlusPlus(ARCH, landmarks="content").eval()
+    with torch.no_grad(), capture(model, (0, 0)) as states:
+        model(torch.randn(1, 3, 64, 64))
+    (state,) = states.values()
+    state.q = torch.eye(32)[None, None, :4].repeat(1, 1, 64, 1)
+    state.landmarks = torch.cat((torch.eye(32)[:4], torch.full((1, 32), 50.0)))[None, None]
+    state.present = torch.ones(1, 1, 5, dtype=torch.bool)
+    torch.testing.assert_close(attention_usage(state).rank, torch.ones(1).double())

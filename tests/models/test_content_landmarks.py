@@ -67,6 +67,42 @@ def test_landmarks_are_the_definition_of_the_chosen_patches():
     torch.testing.assert_close(landmarks.double(), chosen, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_the_layer_are_those_of_the_definition():
+    """The chosen landmarks' gradient included, the choice and the weights of a mean being fixed."""
+    attn = layer().double()
+    q, v = (torch.randn(2, 24 * 32, 64, dtype=torch.float64) for _ in range(2))
+    q, v = q.requires_grad_(), v.requires_grad_()
+
+    def split(t):
+        return t.unflatten(2, (2, 32)).transpose(1, 2)
+
+    tokens = q.view(2, 6, 4, 8, 4, 2, 32).permute(0, 1, 3, 5, 2, 4, 6)
+    patches = tokens.reshape(2, 48, 2, 16, 32)
+    centre = q.detach().mean(1).view(2, 2, 32)
+    candidates = reference.salient_mean(patches, centre).transpose(1, 2)
+    index, present = reference.choose_landmarks(candidates.detach(), 16)
+    landmarks = candidates.gather(2, index[..., None].expand(-1, -1, -1, 32))
+    truth = reference.landmark_attention(split(q), split(v), landmarks, present)
+    truth = truth.transpose(1, 2).flatten(2)
+    ours, weight = attn.attend(q, v, (24, 32)), torch.randn_like(truth)
+    torch.testing.assert_close(ours, truth)
+    grads = (torch.autograd.grad(out, (q, v), weight) for out in (ours, truth))
+    for mine, expected in zip(*grads):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_queries_start_about_one_bandwidth_apart():
+    """Of unlike tokens of unit variance; with released landmarks they start much closer."""
+    apart = {}
+    for landmarks in ("content", "released"):
+        attn = backbone(landmarks=landmarks).stages[2].blocks[0].attn
+        x = torch.randn(1, 400, attn.query.in_features)
+        q = attn.queries_and_values(x)[0].unflatten(2, (attn.num_heads, -1))
+        apart[landmarks] = (q[:, 1:] - q[:, :-1]).square().sum(-1).mean().item()
+    assert 3 < apart["content"] < 9
+    assert apart["released"] < 0.5
+
+
 @pytest.mark.parametrize("hw", [(3, 5), (3, 11), (9, 2)], ids=str)
 def test_padding_of_an_image_smaller_than_a_patch_is_no_landmark(hw):
     """Landmarks of tokens far from 0 are among them."""

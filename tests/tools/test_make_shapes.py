@@ -224,7 +224,7 @@ def test_a_part_of_the_picture_is_drawn_as_the_whole_would_be(monkeypatch):
     assert parts[2] == whole[2]
 
 
-def test_neither_colour_nor_place_in_the_legend_tells_the_class(legends):
+def test_the_colour_alone_does_not_tell_the_class(legends):
     """Hues of each class spread over the circle; every class is as frequent as the others."""
     plain = [
         (label, colour) for scene, _ in legends for label, square, colour in scene if not square
@@ -233,6 +233,19 @@ def test_neither_colour_nor_place_in_the_legend_tells_the_class(legends):
         own = [colour for other, colour in plain if other == label]
         assert np.linalg.norm(np.mean(own, 0)) < 0.5
         assert 0.2 < len(own) / len(plain) < 0.47
+
+
+def test_the_place_of_a_square_does_not_tell_its_material():
+    """Mean places of the materials differ by less than chance would explain, times 3.5."""
+    places = []
+    for seed in range(60):
+        shapes = make_shapes.place_legend(np.random.default_rng(seed), (128, 128))[:3]
+        assert [label for label, _ in shapes] == [0, 1, 2]
+        places.append([points.mean(0) / make_shapes.SUPERSAMPLE for _, points in shapes])
+    places = np.array(places)  # [60, 3, 2]
+    assert (places.std(0) > 20).all()
+    error = places.std((0, 1)) / 60**0.5
+    assert (abs(places.mean(0) - places.mean((0, 1))) < 3.5 * error).all()
 
 
 def test_legend_data_set(tmp_path, call):

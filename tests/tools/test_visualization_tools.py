@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import cv2
@@ -101,9 +102,15 @@ def test_attention(run, image, folder, drawn, state):
         "sheet.png",
     )
     assert status == 0
-    ranks = attention_usage(state).rank.tolist()
-    assert [line[:27] for line in out.splitlines()] == [
-        *(f"head {head}: effective rank {rank:.2f}" for head, rank in enumerate(ranks)),
+    usage = attention_usage(state)
+    assert (usage.varying < 0.2).any()  # of an untrained model
+    assert out.splitlines() == [
+        *(
+            f"head {head}: effective rank {rank:.2f}"
+            + f", {100 * varying:.0f}% of its output differs between tokens: "
+            "rows hardly depend on the query" * (varying < 0.2)
+            for head, (rank, varying) in enumerate(zip(usage.rank, usage.varying))
+        ),
         "sheet.png",
     ]
     # 2 queries; image, 2 heads, mean, softmax and the colour bar
@@ -209,14 +216,25 @@ def test_budgets_are_stock_tests(run, folder, root):
     status, out, errors = run("landmark_budgets", "config.py", "model.pth", *arguments)
     assert status == 0, errors
     head, _, *table = out[out.index("| data") :].splitlines()
-    assert cells(head) == ["data", "budget", "solver", "landmarks", "coco/bbox_mAP"]
-    found = [cells(line)[1:4] for line in table]
+    about = ["data", "model", "seed", "size"]
+    assert cells(head) == [*about, "budget", "solver", "landmarks", "coco/bbox_mAP"]
+    assert cells(table[0])[1:4] == ["released", "0", "[160, 160]"]
+    found = [cells(line)[4:7] for line in table]
     assert found == [
         [most, solver, landmarks]
         for solver in ("direct", "newton")
         for most, landmarks in (("2", "2"), ("all", "25"))
     ]
     assert len(json.loads((folder / "rows.json").read_text())) == 4
+    shutil.copytree(folder / "data/shapes/coco", folder / "other")  # of one image
+    names = folder / "other/annotations/instances_val2017.json"
+    content = json.loads(names.read_text())
+    content["images"] = content["images"][:1]
+    names.write_text(json.dumps(content))
+    arguments = (*options[:2], *options[-2:], "--data", "other", "--cfg-options", *STOCK)
+    status, out, errors = run("landmark_budgets", "config.py", "model.pth", *arguments)
+    assert (status, "(test) [1/1]" in out + errors) == (0, True), errors
+    assert len(json.loads((folder / "rows.json").read_text())) == 5
 
 
 def test_budgets_of_landmarks_by_content_need_no_solver(run, folder, root):

@@ -5,10 +5,11 @@ r"""Test a trained detector or segmentor with several budgets of landmarks, as i
         --data data/legend/ade data/legend_large/ade --json budgets.json
 
 For each data root, of the layout that the config tests on, and each solver: the config's own
-measures (mIoU, AP), beside the number of landmarks that the first image had in the head with most
+measures (mIoU, AP), beside the number of landmarks that the first images had in the head with most
 of them. `--blocks` prints the relative error of each block's attention term instead: that of a
-budget against all landmarks and Newton's iteration, on the first test image, with the inputs that
-all landmarks give.
+budget against all landmarks and Newton's iteration, on the first test images, with the inputs that
+all landmarks give. `--json` collects the rows of several models, for the figure of docs/method.md
+(`make figures`).
 
 The solver matters for released landmarks alone: those by content need none.
 """
@@ -87,10 +88,18 @@ def test(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]) 
     rows = []
     with loaded(config) as runner:
         first = next(iter(runner.test_dataloader))
+        by_content = any(layer.by_content for layer in attention_blocks(runner.model).values())
+        about = dict(
+            model="by content" if by_content else "released",
+            seed=config.get("randomness", {}).get("seed"),
+            size=list(first["inputs"][0].shape[1:]),
+        )
         for setting in settings(runner.model, budgets, solvers):
             measured = runner.test()
             found = {name: float(measured[name]) for name in MEASURES if name in measured}
-            rows.append(setting | dict(landmarks=most_landmarks(runner.model, first)) | found)
+            rows.append(
+                about | setting | dict(landmarks=most_landmarks(runner.model, first)) | found
+            )
     return rows
 
 
@@ -130,7 +139,7 @@ def main() -> None:
     parser.add_argument("--solvers", nargs="+", choices=("newton", "direct"), default=["newton"])
     parser.add_argument("--data", nargs="+", help="data roots (default: the config's)")
     parser.add_argument("--blocks", action="store_true", help="errors of the attention terms")
-    parser.add_argument("--json", type=Path, help="where to write the rows too")
+    parser.add_argument("--json", type=Path, help="file to which the rows are added")
     args = parser.parse_args()
     rows: list[dict] = []
     for root in args.data or [None]:
@@ -147,8 +156,9 @@ def main() -> None:
         rows += [data | row for row in measure(config, args.budgets, args.solvers)]
     print(tabulate(rows, "keys", "github", floatfmt=".3f"))
     if args.json:
+        rows = (json.loads(args.json.read_text()) if args.json.exists() else []) + rows
         with write_whole(args.json) as path:
-            path.write_text(json.dumps(rows, indent=1))
+            path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":

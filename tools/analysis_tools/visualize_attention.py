@@ -82,15 +82,19 @@ def draw(args: argparse.Namespace) -> None:
     maps = {f"{name}, head {head}": grid(rows[head]).numpy() for head in heads}
     if len(heads) > 1:
         maps[f"{name}, mean"] = grid(rows[list(heads)].mean(0)).numpy()
-    q = state.q[:, list(heads)]
+    q, most = state.q[:, list(heads)], state.landmarks.shape[2]
+    if state.present is not None:
+        most = int(state.present[:, list(heads)].sum(-1).max())
     peers = dict(
         softmax=lambda: softmax_rows(q, queries),
         performer=lambda: performer_rows(q, queries),
-        nystromformer=lambda: nystromformer_rows(q, queries, state.landmarks.shape[2]),
+        nystromformer=lambda: nystromformer_rows(q, queries, most),
     )
     for method in args.compare:
         maps[method] = grid(peers[method]()[0].mean(0)).numpy()
-    title = f"stage {block[0]}, block {block[1]}: {state.landmarks.shape[2]} landmarks"
+    title = f"stage {block[0]}, block {block[1]}: {most} landmarks"
+    if state.present is not None:
+        title = title.replace(": ", ": at most ") + " in a head"
     figure = draw_attention(
         image.picture, args.query, maps, image.extent(state.hw_shape), title=title
     )

@@ -35,7 +35,8 @@ import numpy as np
 
 from mmsoft.conversion import at_least, generate, generator_parser, track, write_coco, write_once
 
-VERSION = 2  # raise it when the same parameters no longer give the same pictures
+# Raise them when the same parameters no longer give the same pictures.
+VERSION, LEGEND_VERSION = 2, 3
 CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
 MATERIALS = ("upright", "level", "checked")  # of the legend
 SUPERSAMPLE = 4  # outlines are drawn this much finer than the picture
@@ -431,7 +432,8 @@ def make_dataset(
     out: Path, train: int, val: int, size: int | list[int], seed: int, legend: bool = False
 ) -> bool:
     """Write the data set to the folder `out`, whole or not at all; False if it was there."""
-    numbers = dict(version=VERSION, train=train, val=val, size=size, seed=seed)
+    version = LEGEND_VERSION if legend else VERSION
+    numbers = dict(version=version, train=train, val=val, size=size, seed=seed)
     height, width = (size, size) if isinstance(size, int) else size
 
     def write(folder: Path) -> None:
