@@ -82,9 +82,10 @@ def draw(args: argparse.Namespace) -> None:
     maps = {f"{name}, head {head}": grid(rows[head]).numpy() for head in heads}
     if len(heads) > 1:
         maps[f"{name}, mean"] = grid(rows[list(heads)].mean(0)).numpy()
-    q, most = state.q[:, list(heads)], state.landmarks.shape[2]
+    q, most, what = state.q[:, list(heads)], state.landmarks.shape[2], "landmarks"
     if state.present is not None:
         most = int(state.present[:, list(heads)].sum(-1).max())
+        what = "landmarks at most"
     peers = dict(
         softmax=lambda: softmax_rows(q, queries),
         performer=lambda: performer_rows(q, queries),
@@ -92,9 +93,7 @@ def draw(args: argparse.Namespace) -> None:
     )
     for method in args.compare:
         maps[method] = grid(peers[method]()[0].mean(0)).numpy()
-    title = f"stage {block[0]}, block {block[1]}: {most} landmarks"
-    if state.present is not None:
-        title = title.replace(": ", ": at most ") + " in a head"
+    title = f"stage {block[0]}, block {block[1]}: {most} {what}"
     figure = draw_attention(
         image.picture, args.query, maps, image.extent(state.hw_shape), title=title
     )

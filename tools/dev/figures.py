@@ -1,4 +1,4 @@
-"""Make every picture of docs/look_inside.md and the landmark figure of docs/method.md anew.
+"""Make the pictures of docs/look_inside.md, but for the benchmark's, and budgets.png anew.
 
     python tools/dev/figures.py                # `make figures`: about 20 minutes on two cores
 
