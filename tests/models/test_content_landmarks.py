@@ -175,9 +175,8 @@ def test_without_normalization_is_refused():
 
 
 @needs_torch_2_6
-@pytest.mark.parametrize("solver", ["direct", pytest.param("newton", marks=pytest.mark.long)])
-def test_exported_program_of_any_size(solver):
-    model, x = backbone(solver=solver).eval(), torch.randn(1, 3, 96, 128)
+def test_exported_program_of_any_size():
+    model, x = backbone().eval(), torch.randn(1, 3, 96, 128)
     auto = torch.export.Dim.AUTO
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({2: auto, 3: auto},)).module()
@@ -190,7 +189,6 @@ def test_exported_program_of_any_size(solver):
 @needs_torch_2_6
 @pytest.mark.long
 def test_compiled_program():
-    """Of fixed sizes: with dynamic ones torch 2.13's inductor fails by itself."""
     model, x = backbone().eval(), torch.randn(1, 3, 96, 128)
     with torch.no_grad():
         for ours, expected in zip(torch.compile(model, dynamic=False)(x), model(x)):

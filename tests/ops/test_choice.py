@@ -87,8 +87,8 @@ def test_equal_candidates_are_one_landmark():
     assert torch.equal(present, torch.tensor([True] + 4 * [False]).expand(2, 2, 5))
 
 
-def test_what_is_chosen_explains_more_than_an_even_grid():
-    """A rare cluster among many candidates: the even choice of as many misses it."""
+def test_what_is_rare_is_among_the_first():
+    """One of a thousand candidates, far from all others."""
     candidates = normal(1, 1, 1000, 8, scale=0.1)
     candidates[0, 0, 437] += 3
     index, _ = choose_landmarks(candidates, 4)
