@@ -237,6 +237,33 @@ def test_budgets_are_stock_tests(run, folder, root):
     assert len(json.loads((folder / "rows.json").read_text())) == 5
 
 
+def test_budgets_by_size_of_the_image(run, folder):
+    """Annotations are split by the image's size, and each part is a stock test of its own."""
+    shutil.copytree(folder / "data/shapes/coco", folder / "sizes")
+    names = folder / "sizes/annotations/instances_val2017.json"
+    content = json.loads(names.read_text())
+    content["images"][0] |= dict(height=40, width=50)  # as if
+    names.write_text(json.dumps(content))
+    options = ("--budgets", "2", "--by-size", "60", "500", "--data", "sizes")
+    status, out, errors = run(
+        "landmark_budgets", "config.py", "model.pth", *options, "--cfg-options", *STOCK
+    )
+    assert status == 0, errors
+    head, _, *table = map(cells, out[out.index("| data") :].splitlines())
+    others = len(content["images"]) - 1
+    assert head[1] == "images"
+    assert [row[1] for row in table] == ["0 to 60, 1 images", f"60 to 500, {others} images"]
+
+
+def test_sizes_need_annotations_that_have_them(run, folder, root):
+    arguments = ("model.pth", "--by-size", "90")
+    status, _, errors = run(
+        "landmark_budgets", root / "configs/demo/upernet_softpp-mini_shapes.py", *arguments
+    )
+    assert status == 2
+    assert "needs a config whose test has annotations of COCO's" in errors
+
+
 def test_budgets_of_landmarks_by_content_need_no_solver(run, folder, root):
     text = f"_base_ = {str(root / CONFIG)!r}\n"
     (folder / "content.py").write_text(text)

@@ -8,18 +8,23 @@ For each data root, of the layout that the config tests on, and each solver: the
 measures (mIoU, AP), beside the number of landmarks that the first images had in the head with most
 of them. `--blocks` prints the relative error of each block's attention term instead: that of a
 budget against all landmarks and Newton's iteration, on the first test images, with the inputs that
-all landmarks give. `--json` collects the rows of several models, for the figure of docs/method.md
+all landmarks give. `--by-size 300 600` tests images
+of less than 300 x 300 pixels, of less than 600 x 600 and the others apart, where annotations are
+COCO's. `--json` collects the rows of several models, for the figure of docs/method.md
 (`make figures`).
 
 The solver matters for released landmarks alone: those by content need none.
 """
 
+import copy
 import json
+import math
 import sys
 import tempfile
 from argparse import ArgumentTypeError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +135,22 @@ def blocks(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]
     return rows
 
 
+def of_sizes(config: Config, edges: Sequence[int], folder: Path) -> Iterator[tuple[str, Config]]:
+    """The config on the images between two edges each, square roots of numbers of pixels."""
+    whole = json.loads(Path(config.test_evaluator.ann_file).read_text())
+    for low, high in pairwise((0, *edges, math.inf)):
+        images = [i for i in whole["images"] if low**2 <= i["height"] * i["width"] < high**2]
+        kept = {image["id"] for image in images}
+        boxes = [a for a in whole["annotations"] if a["image_id"] in kept]
+        if not boxes:
+            continue
+        path = (folder / f"{low}.json").absolute()
+        path.write_text(json.dumps(whole | dict(images=images, annotations=boxes)))
+        part = copy.deepcopy(config)
+        part.test_dataloader.dataset.ann_file = part.test_evaluator.ann_file = str(path)
+        yield f"{low} to {high}, {len(images)} images", part
+
+
 @tool_main
 def main() -> None:
     """Run the command line."""
@@ -138,9 +159,14 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=budget, default=[49, 64, 128, 256, None])
     parser.add_argument("--solvers", nargs="+", choices=("newton", "direct"), default=["newton"])
     parser.add_argument("--data", nargs="+", help="data roots (default: the config's)")
+    parser.add_argument(
+        "--by-size", nargs="+", type=int, metavar="SIDE", help="edges between sizes of images"
+    )
     parser.add_argument("--blocks", action="store_true", help="errors of the attention terms")
     parser.add_argument("--json", type=Path, help="file to which the rows are added")
     args = parser.parse_args()
+    if args.by_size and "ann_file" not in read_config(args).test_evaluator:
+        parser.error("--by-size needs a config whose test has annotations of COCO's")
     rows: list[dict] = []
     for root in args.data or [None]:
         config = read_config(args)
@@ -153,7 +179,13 @@ def main() -> None:
                 config.test_evaluator.ann_file = name.replace(former.rstrip("/"), root.rstrip("/"))
         measure = blocks if args.blocks else test
         data = {} if root is None else {"data": root}
-        rows += [data | row for row in measure(config, args.budgets, args.solvers)]
+        with tempfile.TemporaryDirectory() as folder:
+            parts: Iterable[tuple[str, Config]] = [("", config)]
+            if args.by_size:
+                parts = of_sizes(config, args.by_size, Path(folder))
+            for name, part in parts:
+                label = data | ({"images": name} if name else {})
+                rows += [label | row for row in measure(part, args.budgets, args.solvers)]
     print(tabulate(rows, "keys", "github", floatfmt=".3f"))
     if args.json:
         rows = (json.loads(args.json.read_text()) if args.json.exists() else []) + rows
