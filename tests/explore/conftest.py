@@ -1,7 +1,13 @@
 """An explorer of an untrained detector on generated images, and its server."""
 
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
 import pytest
 import torch
+from browser import Browser, find
 from mmengine.config import Config
 from true_layout import make_demo_data
 
@@ -51,3 +57,34 @@ def client(explorer):
     from mmsoft.explore.server import make_app
 
     return make_app(explorer).test_client()
+
+
+@pytest.fixture(scope="session")
+def started():
+    """The command, in a process of its own, as users run it: a context that gives the address."""
+
+    @contextmanager
+    def start(config, *checkpoint, images):
+        command = [sys.executable, "-m", "mmsoft.explore", config, *checkpoint]
+        server = subprocess.Popen(
+            [*command, "--images", images, "--port", "0"],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with server:
+            try:
+                yield next(line.strip() for line in server.stdout if line.startswith("http://"))
+            finally:
+                server.terminate()
+
+    return start
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = find()
+    if program is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with Browser(program, tmp_path) as browser:
+        yield browser

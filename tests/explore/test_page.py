@@ -1,38 +1,14 @@
 """The explorer's page in a real browser."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from browser import Browser, find
 
 PIXEL = (20, 30)
 
 
 @pytest.fixture(scope="module")
-def address(config_path, workplace, images):
-    """The command, in a process of its own, as users run it."""
-    checkpoint = workplace / "model.pth"
-    command = [sys.executable, "-m", "mmsoft.explore", config_path, checkpoint]
-    server = subprocess.Popen(
-        [*command, "--images", images, "--port", "0"],
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with server:
-        yield next(line.strip() for line in server.stdout if line.startswith("http://"))
-        server.terminate()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    program = find()
-    if program is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with Browser(program, tmp_path) as browser:
-        yield browser
+def address(started, config_path, workplace, images):
+    with started(config_path, workplace / "model.pth", images=images) as address:
+        yield address
 
 
 COMPLETE = "document.body?.dataset.complete === location.search && location.search"
