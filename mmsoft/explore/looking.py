@@ -349,6 +349,7 @@ class Explorer:
             budget=self.own.budget,
             solver=self.own.solver,
             solvers=SOLVERS,
+            by_content=next(iter(self.layers.values())).by_content,
             images=list(self.images()),
         )
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -209,7 +210,9 @@ def serve(explorer: Explorer, host: str, port: int) -> None:
     from waitress import create_server
 
     hosts = HERE if host in ("127.0.0.1", "localhost", "::1") else None
-    server: Any = create_server(make_app(explorer, hosts), host=host, port=port, threads=4)
+    # A browser asks six things at once, and waiting a moment is nothing to warn of.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    server: Any = create_server(make_app(explorer, hosts), host=host, port=port, threads=8)
     print(f"http://{host}:{server.effective_port}/", flush=True)
     try:
         server.run()

@@ -70,3 +70,19 @@ def test_load_click_keys_and_a_link(browser, address, explorer, tmp_path):
 def test_an_invalid_link_says_so(browser, address):
     browser.open(f"{address}?image=none.jpg")
     browser.until("document.getElementById('status')?.textContent.includes('cannot be shown')")
+
+
+def test_landmarks_by_content_have_no_spectrum(browser, started, root, workplace):
+    """And a segmentor's classes have names and colours."""
+    config = root / "configs/demo/upernet_softpp-mini_shapes.py"
+    with started(config, images=workplace / "data/shapes/ade/images/validation") as address:
+        browser.open(f"{address}?over=predictions")
+        browser.until(COMPLETE)
+        hidden = "['spectrum', 'no-inverse'].map(id => document.getElementById(id).hidden)"
+        assert browser.evaluate(hidden) == [True, False]
+        assert browser.evaluate("document.getElementById('solver').disabled")
+        links = browser.evaluate("document.getElementById('save').textContent")
+        assert links == "attention: PNGSVGlandmarks: PNGSVGpredictions: PNGSVG"
+        names = browser.evaluate("[...document.querySelectorAll('.class')].map(c => c.textContent)")
+        assert set(names) <= {"background", "disc", "bar", "triangle", "crescent", "cross"}
+        assert names

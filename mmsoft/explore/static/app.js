@@ -69,6 +69,8 @@ function drawControls() {
   options($("block"), blocks().map((b) => [b.block, b.block]), view.block);
   options($("head"), [[-1, "mean"], ...Array.from({ length: heads() }, (_, i) => [i, i])], view.head);
   options($("solver"), about.solvers.map((s) => [s, s === about.solver ? `${s} (the model's)` : s]), view.solver);
+  $("solver").disabled = $("spectrum").hidden = about.by_content;
+  $("no-inverse").hidden = !about.by_content;
   $("over").value = view.over;
   $("budget").max = BUDGETS.length;
   const at = view.budget === "own" ? 0 : BUDGETS.findIndex((b) => String(b) === view.budget) + 1;
@@ -78,10 +80,10 @@ function drawControls() {
   for (const button of $("images").children) {
     button.setAttribute("aria-pressed", button.dataset.image === view.image);
   }
-  const kinds = { attention: "attention", landmarks: "landmarks", spectrum: "spectrum", predictions: "predictions" };
-  $("save").replaceChildren(...Object.entries(kinds).map(([kind, text]) => {
+  const kinds = ["attention", "landmarks", "spectrum", "predictions"].filter((kind) => kind !== "spectrum" || !about.by_content);
+  $("save").replaceChildren(...kinds.map((kind) => {
     const line = document.createElement("div");
-    line.append(`${text}: `);
+    line.append(`${kind}: `);
     for (const type of ["png", "svg"]) {
       const link = document.createElement("a");
       link.href = `/figure/${kind}.${type}?${query()}`;
@@ -200,22 +202,22 @@ function drawPicture() {
   const field = over === "attention" || over === "softmax";
   const context = drawBase($("picture"), field || over === "landmarks", Math.max(1200, picture.width, picture.height));
   const scale = Math.max(picture.width, picture.height) / 500;
-  let legend = "", highest;
+  let legend = [], highest;
   if (field && attention) {
     const { canvas, low, high } = chosenField(over);
     place(context, canvas, attention.extent, 0.65);
     const who = view.head < 0 ? "mean over heads" : `head ${view.head}`;
-    legend = `${over === "softmax" ? "softmax" : about.variant}, ${who}: what the pixel at x ${view.x}, y ${view.y} attends to. Lowest ${number(low)}`;
+    legend = [`${over === "softmax" ? "softmax" : about.variant}, ${who}: what the ringed pixel, x ${view.x}, y ${view.y}, attends to; click another. Lowest ${number(low)}`];
     highest = number(high);
   } else if (over === "landmarks" && overlay?.kind === "landmarks") {
     drawRegions(context, overlay.content, scale);
     const regions = new Set(bytes(overlay.content.regions)), count = overlay.content.centres.shape[0];
-    legend = `head ${overlay.content.head}: regions of its landmarks, ${regions.size} of ${count} in use (dots: where they were sampled)`;
+    legend = [`head ${overlay.content.head}: regions of its landmarks, ${regions.size} of ${count} in use (dots: where they were sampled)`];
   } else if (over === "predictions" && overlay?.kind === "predictions") {
     legend = drawPredictions(context, overlay.content, scale);
   }
   if (view.x >= 0) ring(context, scale);
-  $("legend").textContent = legend;
+  $("legend").replaceChildren(...legend);
   $("scale").hidden = highest === undefined;
   $("highest").textContent = highest ?? "";
 }
@@ -243,6 +245,7 @@ function drawRegions(context, found, scale) {
   }
 }
 
+// Returns what is said under the picture.
 function drawPredictions(context, found, scale) {
   const name = (label) => found.names?.[label] ?? String(label);
   if (found.kind === "classes") {
@@ -257,11 +260,15 @@ function drawPredictions(context, found, scale) {
     });
     paint.putImageData(image, 0, 0);
     place(context, canvas, [-0.5, columns - 0.5, rows - 0.5, -0.5], 0.55);
-    return `classes: ${[...seen].sort((a, b) => a - b).map(name).join(", ")}`;
+    return [...seen].sort((a, b) => a - b).map((label) => {
+      const entry = Object.assign(document.createElement("span"), { className: "class", textContent: name(label) });
+      entry.style.setProperty("--colour", OKABE_ITO[label % OKABE_ITO.length]);
+      return entry;
+    });
   }
   const labels = bytes(found.labels), scores = bytes(found.scores);
   const texts = [...labels].map((label, i) => `${name(label)} ${scores[i].toFixed(2)}`);
-  if (found.kind === "scores") return texts.join(", ");
+  if (found.kind === "scores") return [texts.join(", ")];
   const boxes = bytes(found.boxes);
   context.lineWidth = 2 * scale;
   context.font = `${11 * scale}px sans-serif`;
@@ -273,7 +280,7 @@ function drawPredictions(context, found, scale) {
     context.fillStyle = "white";
     context.fillText(text, left + 3 * scale, top - 3 * scale);
   });
-  return `${texts.length} objects with a score of at least ${found.threshold}`;
+  return [`${texts.length} objects with a score of at least ${found.threshold}`];
 }
 
 function drawMaps() {
@@ -378,7 +385,7 @@ async function refresh() {
       if (late()) return;
       layer = JSON.stringify(rest);
       drawNumbers.last = usage;
-      $("spectrum").src = `/figure/spectrum.svg?${query()}`;
+      if (!about.by_content) $("spectrum").src = `/figure/spectrum.svg?${query()}`;
     }
     drawNumbers(drawNumbers.last);
     document.body.dataset.complete = location.search;
@@ -422,7 +429,7 @@ function key(event) {
     b: () => change({ block: step(blocks().map((b) => b.block), view.block) }),
     s: () => change({ stage: step([...new Set(about.blocks.map((b) => b.stage))], view.stage) }),
     o: () => change({ over: step([...$("over").options].map((o) => o.value), view.over) }),
-    v: () => change({ solver: step(about.solvers, view.solver) }),
+    v: () => about.by_content || change({ solver: step(about.solvers, view.solver) }),
     "+": () => setBudget(Math.min(at + 1, BUDGETS.length)),
     "-": () => setBudget(Math.max(at - 1, 0)),
   };
@@ -454,7 +461,6 @@ async function begin() {
   const stops = about.viridis.filter((_, i) => i % 15 === 0).map((colour) => `rgb(${colour})`);
   $("bar").style.background = `linear-gradient(to right, ${stops})`;
   $("picture").addEventListener("click", pick);
-  $("spectrum").addEventListener("error", () => { $("spectrum").alt = "Landmarks by content have no inverse."; });
   document.addEventListener("keydown", key);
   for (const name of ["stage", "block", "head"]) $(name).addEventListener("change", (e) => change({ [name]: Number(e.target.value) }));
   for (const name of ["over", "solver"]) $(name).addEventListener("change", (e) => change({ [name]: e.target.value }));
