@@ -26,11 +26,15 @@ import torch
 
 from mmsoft.benchmark.cases import (
     BACKBONES,
+    CHANNELS_LAST,
+    DETECTORS,
     DTYPES,
+    LANDMARKS,
     MODES,
     OPERATORS,
     RUNTIMES,
     SEQUENCES,
+    UNBOUNDED,
     WHOLE,
     Case,
     runtime_label,
@@ -42,26 +46,41 @@ SCALING_MODELS = ("softpp-tiny", "softpp-small")
 # Values of the options of the sections if they are given without any, or by a preset.
 DEFAULTS: dict[str, list] = dict(
     scaling=[(1024, 1024), (2048, 2048), (4096, 4096)],
-    operator=[32, 64, 128, 256],
+    operator=[32, 64, 128, 192],
     sequence=[512, 1024, 2048, 4096, 8192, 16384],
-    whole=[(800, 1344), (512, 512)],
+    whole=[(800, 1344), (512, 512), (512, 2048)],
     onnx=[(224, 224), (800, 1344)],
 )
-# (size, batch, mode) of the backbones.
-PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": dict(
-        dtypes=["float32"],
-        cases=[(size, 1, "forward") for size in ((224, 224), (512, 512), (800, 1344))]
-        + [((512, 512), 2, "train")],
-    ),
-    "cuda": dict(
-        dtypes=["float32", "tf32", "bfloat16"],
-        cases=[
-            (size, batch, mode)
-            for size, batch in (((224, 224), 128), ((512, 512), 16), ((800, 1344), 2))
-            for mode in MODES
-        ],
-    ),
+# What a preset measures besides backbones; a CPU has no time for the rest in the same run.
+PRESET_SECTIONS = {
+    "cpu": ("scaling", "operator", "whole"),
+    "cuda": ("scaling", "operator", "sequence", "whole"),
+}
+USUAL = [n for n in BACKBONES if n not in LANDMARKS and not n.endswith(UNBOUNDED)]
+NEWER = ("van-b1", "davit-tiny")
+TRAINED = [
+    name
+    for name in USUAL
+    if BACKBONES[name].ours in SCALING_MODELS
+    and name.removesuffix(CHANNELS_LAST) not in (*NEWER, "softpp-tiny-newton")
+]
+IN_BFLOAT16 = [*SCALING_MODELS, "swin-tiny", "convnext-tiny", "resnet-50"]
+IN_BFLOAT16 += [n + CHANNELS_LAST for n in IN_BFLOAT16[2:]]
+# (size, batch, mode, names by dtype) of the backbones, those of a row timed in turns.
+Row = tuple[Size, int, str, dict[str, list[str]]]
+PRESETS: dict[str, list[Row]] = {
+    "cpu": [
+        ((224, 224), 1, "forward", {"float32": USUAL}),
+        ((512, 512), 1, "forward", {"float32": USUAL}),
+        ((800, 1344), 1, "forward", {"float32": [*USUAL, *LANDMARKS], "bfloat16": IN_BFLOAT16}),
+        ((512, 512), 2, "train", {"float32": TRAINED}),
+    ],
+    "cuda": [
+        (size, batch, mode, {dtype: USUAL})
+        for size, batch in (((224, 224), 128), ((512, 512), 16), ((800, 1344), 2))
+        for mode in MODES
+        for dtype in ("float32", "tf32", "bfloat16")
+    ],
 }
 # The release trains through the unrolled iteration, which stores every step: nothing to compare.
 FORWARD_ONLY = {"released-tiny"}
@@ -95,9 +114,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--preset", choices=PRESETS, help="everything worth measuring on such a device")
-    names = " ".join(BACKBONES)
-    p.add_argument("--models", nargs="+", metavar="NAME", help=f"backbones (default: all): {names}")
+    worth = "what is worth measuring on such a device; on a CPU but for --sequence and --onnx"
+    p.add_argument("--preset", choices=PRESETS, help=worth)
+    rest = " ".join(name for name in BACKBONES if name not in USUAL)
+    names = f"backbones (default, all but the last {len(rest.split())}): {' '.join(USUAL)} {rest}"
+    p.add_argument("--models", nargs="+", metavar="NAME", help=names)
     p.add_argument(
         "--sizes", nargs="+", type=parse_size, metavar="SIZE", help="of the images (default: 512)"
     )
@@ -118,15 +139,15 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         type=parse_size,
         metavar="SIZE",
-        help=f"time per pixel and memory of {' '.join(SCALING_MODELS)} against the size "
-        "(default: 1024 2048 4096)",
+        help=f"time per pixel and memory of {' '.join(SCALING_MODELS)} against the size, of the "
+        "first also without max_keys (default: 1024 2048 4096)",
     )
     p.add_argument(
         "--operator",
         nargs="*",
         type=positive,
         metavar="SIDE",
-        help="attention layers alone on square grids of tokens (default: 32 64 128 256)",
+        help="attention layers alone on square grids of tokens (default: 32 64 128 192)",
     )
     p.add_argument(
         "--sequence",
@@ -140,7 +161,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         type=parse_size,
         metavar="SIZE",
-        help="test loops of RetinaNet and UperNet at these two sizes (default: 800x1344 512)",
+        help="test loops of RetinaNet and Mask R-CNN at the first size, of UperNet at the "
+        "others (default: 800x1344 512 512x2048)",
     )
     p.add_argument(
         "--onnx",
@@ -151,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
         "(default: 224 800x1344)",
     )
     p.add_argument("--repeats", type=positive, default=11, help="samples of each (default: 11)")
-    slow = "samples of what takes more than 10 s a call (default: 3)"
+    slow = "samples of images above 1024x1024 and of what takes more than 4 s (default: 3)"
     p.add_argument("--slow-repeats", type=positive, default=3, help=slow)
     p.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
     p.add_argument("--out", type=Path, help="folder of the results (default: work_dirs/benchmark)")
@@ -173,44 +195,67 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def backbone_rows(args: argparse.Namespace) -> list[Row]:
+    """What to measure of the backbones: the preset's, with the arguments in place of its own."""
+    rows = PRESETS.get(args.preset, [])
+    if not rows and (args.models or all(getattr(args, name) is None for name in DEFAULTS)):
+        sizes, modes = args.sizes or [(512, 512)], args.modes or ["forward"]
+        grid = itertools.product(sizes, modes, args.dtypes or ["float32"])
+        rows = [(size, args.batch or 1, mode, {dtype: USUAL}) for size, mode, dtype in grid]
+    elif args.dtypes:
+        found = [
+            (size, batch, mode, {dtype: next(iter(names.values()))})
+            for size, batch, mode, names in rows
+            for dtype in args.dtypes
+        ]
+        rows = [row for i, row in enumerate(found) if row not in found[:i]]
+    chosen: list[Row] = []
+    for size, batch, mode, by_dtype in rows:
+        usable = {
+            dtype: [n for n in args.models or names if mode == "forward" or n not in FORWARD_ONLY]
+            for dtype, names in by_dtype.items()
+        }
+        chosen.append((size, batch, mode, usable))
+    return chosen
+
+
 def plan(args: argparse.Namespace) -> list[Group]:
     """The groups of cases to measure, in order; each group's cases are timed in turns."""
-    preset = PRESETS.get(args.preset, {})
     device = args.device or args.preset or "cpu"
     sections = {name: getattr(args, name) for name in DEFAULTS}
-    backbones = preset.get("cases", [])
-    if not preset and (args.models or all(given is None for given in sections.values())):
-        sizes, modes = args.sizes or [(512, 512)], args.modes or ["forward"]
-        backbones = list(itertools.product(sizes, [args.batch or 1], modes))
     for name, given in sections.items():
-        if given == [] or (given is None and preset):
+        if given == [] or (given is None and name in PRESET_SECTIONS.get(args.preset, ())):
             sections[name] = DEFAULTS[name]
-    dtypes = args.dtypes or preset.get("dtypes", ["float32"])
-    variants = [
-        dict(device=device, dtype=dtype, compiled=compiled)
-        for dtype in dtypes
-        for compiled in (False, True)[: 1 + args.compile]
-    ]
-    eager = [variant for variant in variants if not variant["compiled"]]
+    preset = dict.fromkeys(next(iter(names)) for *_, names in PRESETS.get(args.preset, []))
+    dtypes = args.dtypes or [*preset] or ["float32"]
+    plain = dict(device=device, dtype=dtypes[0])
 
     groups: list[Group] = []
-    for (size, batch, mode), variant in itertools.product(backbones, variants):
-        names = [n for n in args.models or BACKBONES if mode == "forward" or n not in FORWARD_ONLY]
-        cases = [Case("backbone", name, size, batch, mode, **variant) for name in names]
+    for (size, batch, mode, by_dtype), compiled in itertools.product(
+        backbone_rows(args), (False, True)[: 1 + args.compile]
+    ):
+        cases = [
+            Case("backbone", n, size, batch, mode, device=device, dtype=dtype, compiled=compiled)
+            for dtype, names in by_dtype.items()
+            for n in names
+        ]
         groups.append(("results", cases))
     for size in sections["scaling"] or []:
-        groups.append(("scaling", [Case("backbone", n, size, **eager[0]) for n in SCALING_MODELS]))
+        names = [*SCALING_MODELS, SCALING_MODELS[0] + UNBOUNDED]
+        groups.append(("scaling", [Case("backbone", n, size, **plain) for n in names]))
     for side, mode in itertools.product(sections["operator"] or [], MODES):
-        cases = [Case("operator", n, (side, side), mode=mode, **eager[0]) for n in OPERATORS]
+        cases = [Case("operator", n, (side, side), mode=mode, **plain) for n in OPERATORS]
         groups.append(("operator", cases))
     for tokens, mode in itertools.product(sections["sequence"] or [], MODES):
-        cases = [Case("sequence", n, (1, tokens), mode=mode, **eager[0]) for n in SEQUENCES]
+        cases = [Case("sequence", n, (1, tokens), mode=mode, **plain) for n in SEQUENCES]
         groups.append(("sequence", cases))
     if whole := sections["whole"]:
-        sizes = {"RetinaNet": whole[0], "UperNet": whole[-1]}
-        for (task, size), variant in itertools.product(sizes.items(), eager):
+        for task in dict.fromkeys(model.task for model in WHOLE.values()):
             names = [name for name, model in WHOLE.items() if model.task == task]
-            groups.append(("whole", [Case("whole", name, size, **variant) for name in names]))
+            sizes = whole[:1] if task in DETECTORS else whole[1:] or whole
+            for size, dtype in itertools.product(sizes, dtypes):
+                cases = [Case("whole", n, size, device=device, dtype=dtype) for n in names]
+                groups.append(("whole", cases))
     for size in (sections["onnx"] or []) if device == "cpu" else []:
         pairs = itertools.product(SCALING_MODELS, RUNTIMES)
         groups.append(("onnx", [Case("onnx", n, size, runtime=runtime) for n, runtime in pairs]))
@@ -237,10 +282,12 @@ def entry(section: str, case: Case, figures: dict[str, Any]) -> dict[str, Any]:
     return what | kind | figures
 
 
-def title(section: str, case: Case) -> str:
+def title(section: str, cases: list[Case]) -> str:
     """A group in words."""
+    case = cases[0]
     words = [section, f"{case.size[0]}x{case.size[1]}", f"batch {case.batch}", case.mode]
-    return ", ".join([*words, case.device, case.dtype, *["compiled"] * case.compiled])
+    words += [case.device, " and ".join(dict.fromkeys(case.dtype for case in cases))]
+    return ", ".join(words + ["compiled"] * case.compiled)
 
 
 def log(line: str) -> None:
@@ -263,7 +310,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
     models: dict[Any, Any] = {}
     described: dict[Any, dict[str, float]] = {}
     for number, (section, cases) in enumerate(groups, 1):
-        print(f"\n== {number}/{len(groups)} {title(section, cases[0])}", flush=True)
+        print(f"\n== {number}/{len(groups)} {title(section, cases)}", flush=True)
         if section in ("operator", "sequence", "whole", "onnx"):
             models.clear()
         times, skipped = measure_times(cases, models, args.repeats, args.slow_repeats, log)
@@ -271,9 +318,10 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
             torch.cuda.empty_cache()
         entries = []
         for case in times:
-            known = described.setdefault((case.section, case.name, case.size), {})
-            eager = section == "results" and case.mode == "forward" and not case.compiled
-            describing = eager or (section == "results" and not known)
+            # The memory format and the dtype change neither parameters nor multiply-adds.
+            name = case.name.removesuffix(CHANNELS_LAST)
+            known = described.setdefault((case.section, name, case.size), {})
+            describing = section == "results" and not known
             found = {} if section == "onnx" else meter.measure(case, describing)
             if "peak_mib" in found:
                 log(f"{case.name}: peak {found['peak_mib']:.0f} MiB")
@@ -281,7 +329,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
                 log(f"{case.name}: {found['error']}")
             known.update((key, found[key]) for key in ("params_m", "gmacs") if key in found)
             figures = dict(times[case], peak_mib=found.get("peak_mib"), **known)
-            if eager and "traffic_gib" in found:
+            if case.mode == "forward" and not case.compiled and "traffic_gib" in found:
                 figures["traffic_gib"] = found["traffic_gib"]
             entries.append(entry(section, case, figures))
         data["skipped"] += [
@@ -303,8 +351,6 @@ def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--models has no {', '.join(unknown)}; choose from {' '.join(BACKBONES)}")
     if args.preset and (args.sizes or args.batch or args.modes):
         p.error("--preset sets --sizes, --batch and --modes: leave these out, or the preset")
-    if args.whole and len(args.whole) > 2:
-        p.error("--whole takes the size for RetinaNet and that for UperNet")
     groups = plan(args)
     if not groups:
         p.error(f"nothing to measure: {' '.join(args.models)} has no mode but forward here")

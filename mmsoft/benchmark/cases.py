@@ -60,6 +60,7 @@ OURS = {
     for arch in ("tiny", "small", "medium", "large")
 }
 PVTV2_B1 = "mmdet::pvt/retinanet_pvtv2-b1_fpn_1x_coco.py"
+CONVNEXT: dict[str, Any] = dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ BACKBONES = {
             max_landmarks=None, max_keys=None,
         ),
     ),
-    # Accuracies: arXiv 2102.12122, 2106.13797 (twice), 2103.14030, 2201.03545.
+    # Accuracies: arXiv 2102.12122 (PVT), 2106.13797 (PVTv2), 2103.14030 (Swin), 2201.03545
+    # (ConvNeXt), 2202.09741 (VAN), 2204.03645 (DaViT).
     "pvt-tiny": Backbone(
         "PVT-Tiny", "softpp-tiny", "mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py", top1=75.1
     ),
@@ -105,18 +107,62 @@ BACKBONES = {
     ),
     "convnext-tiny": Backbone(
         "ConvNeXt-T", "softpp-small", "mmpretrain::convnext/convnext-tiny_32xb128_in1k.py",
-        dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False), top1=82.1,
+        CONVNEXT, top1=82.1,
     ),
     "resnet-50": Backbone(
         "ResNet-50", "softpp-small", "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
     ),
+    # Newer ones that are linear in the tokens as well, and have features at four strides.
+    "van-b1": Backbone(
+        "VAN-B1", "softpp-tiny", "mmpretrain::van/van-small_8xb128_in1k.py",
+        dict(out_indices=(0, 1, 2, 3)), top1=81.1,
+    ),
+    "davit-tiny": Backbone(
+        "DaViT-T", "softpp-small", "mmpretrain::davit/davit-tiny_4xb256_in1k.py",
+        dict(out_indices=(0, 1, 2, 3), pad_small_map=True), top1=82.8,
+    ),
+    "pvtv2-b3": Backbone(
+        "PVTv2-B3", "softpp-medium", "mmdet::pvt/retinanet_pvtv2-b3_fpn_1x_coco.py", top1=83.1
+    ),
+    "swin-small": Backbone(
+        "Swin-S", "softpp-medium",
+        "mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py", top1=83.0,
+    ),
+    "convnext-small": Backbone(
+        "ConvNeXt-S", "softpp-medium", "mmpretrain::convnext/convnext-small_32xb128_in1k.py",
+        CONVNEXT, top1=83.1,
+    ),
+    "resnet-101": Backbone(
+        "ResNet-101", "softpp-medium", "mmdet::retinanet/retinanet_r101_fpn_1x_coco.py"
+    ),
+    "pvtv2-b4": Backbone(
+        "PVTv2-B4", "softpp-large", "mmdet::pvt/retinanet_pvtv2-b4_fpn_1x_coco.py", top1=83.6
+    ),
 }  # fmt: skip
-# Peers with convolutions may be faster so. Ours are channels-last inside, whatever comes in.
-for _name in ("pvtv2-b1", "pvtv2-b2", "convnext-tiny", "resnet-50"):
+# Peers may be faster so. Ours are channels-last inside, whatever comes in.
+for _name in [n for n in BACKBONES if not n.startswith(("softpp", "released"))]:
     _label = f"{BACKBONES[_name].label}, channels-last"
     BACKBONES[_name + CHANNELS_LAST] = replace(
         BACKBONES[_name], label=_label, channels_last=True, top1=None
     )
+# Other settings of ours, which are measured where they matter alone.
+UNBOUNDED = "-max-keys-none"
+BACKBONES["softpp-tiny" + UNBOUNDED] = replace(
+    BACKBONES["softpp-tiny"], label="SOFT++ Tiny, max_keys=None", changes=dict(max_keys=None)
+)
+# What lies between the released algorithm and ours; and by content, all that the tolerance leaves.
+LANDMARKS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"softpp-tiny-{solver}-{budget or 'all'}": (
+        f"SOFT++ Tiny, {solver.replace('newton', 'Newton')}, {budget or 'all'} landmarks",
+        dict(landmarks="released", solver=solver, max_landmarks=budget),
+    )
+    for solver, budget in (("newton", None), *(("direct", m) for m in (None, 256, 128, 49)))
+}
+LANDMARKS["softpp-tiny-content-all"] = (
+    "SOFT++ Tiny, by content, all that the tolerance leaves", dict(max_landmarks=None),
+)  # fmt: skip
+for _name, (_label, _changes) in LANDMARKS.items():
+    BACKBONES[_name] = replace(BACKBONES["softpp-tiny"], label=_label, changes=_changes)
 
 
 def published() -> dict[str, float]:
@@ -253,19 +299,25 @@ def make_sequence_model(name: str, tokens: int) -> nn.Module:
 class Whole:
     """A detector or segmentor: its backbone's name, and its config."""
 
-    task: str  # "RetinaNet" or "UperNet"
+    task: str  # "RetinaNet", "Mask R-CNN" or "UperNet"
     backbone: str
     config: str
 
 
+MASK_RCNN = "mmsoft::mask_rcnn/mask-rcnn_softpp-{}_fpn_1x_coco.py"
 UPERNET = "mmsoft::upernet/upernet_softpp-{}_8xb2-160k_ade20k-512x512.py"
+DETECTORS = ("RetinaNet", "Mask R-CNN")
 WHOLE = {
-    f"{whole.task.lower()}_{whole.backbone}": whole
+    f"{whole.task.lower().replace(' ', '-')}_{whole.backbone}": whole
     for whole in (
         Whole("RetinaNet", "softpp-tiny", OURS["tiny"]),
         Whole("RetinaNet", "softpp-small", OURS["small"]),
         Whole("RetinaNet", "pvtv2-b1", PVTV2_B1),
         Whole("RetinaNet", "swin-tiny", "mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py"),
+        Whole("Mask R-CNN", "softpp-tiny", MASK_RCNN.format("t")),
+        Whole("Mask R-CNN", "softpp-small", MASK_RCNN.format("s")),
+        Whole("Mask R-CNN", "pvtv2-b1", MASK_RCNN.format("t")),
+        Whole("Mask R-CNN", "swin-tiny", "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"),
         Whole("UperNet", "softpp-tiny", UPERNET.format("t")),
         Whole("UperNet", "softpp-small", UPERNET.format("s")),
         Whole("UperNet", "pvtv2-b1", UPERNET.format("t")),
@@ -284,17 +336,17 @@ def make_whole(name: str) -> Any:
     config = load_config(whole.config)
     if whole.task == "UperNet":
         config.model.auxiliary_head = None  # for training only
-        if whole.backbone == "pvtv2-b1":
-            # MMSegmentation has none: MMDetection's, under the head of our config (same channels).
-            peer = load_config(PVTV2_B1).model.backbone
-            config.model.backbone = {**peer, "type": f"mmdet.{peer.type}"}
+    if whole.backbone == "pvtv2-b1" and whole.config != PVTV2_B1:
+        # The libraries have none: MMDetection's, under the head of our config (same channels).
+        peer = load_config(PVTV2_B1).model.backbone
+        config.model.backbone = {**peer, "type": f"mmdet.{peer.type}"}
     model = builder.build_model(config)
     fuse_attention(model)
     return model
 
 
 def _samples(task: str, size: tuple[int, int], batch: int) -> list:
-    if task == "RetinaNet":
+    if task in DETECTORS:
         from mmdet.structures import DetDataSample as Sample
     else:
         from mmseg.structures import SegDataSample as Sample
@@ -304,13 +356,20 @@ def _samples(task: str, size: tuple[int, int], batch: int) -> list:
 
 @torch.no_grad()
 def _usual_candidates(model: Any, data: dict) -> None:
-    """Shift RetinaNet's class scores so that ``nms_pre`` of them pass the threshold here.
+    """Let as many candidates pass the threshold of the scores here as with trained weights.
 
     With random weights none or nearly all would pass, and non-maximum suppression would have
-    nothing, or far more than usual, to do.
+    nothing, or far more than usual, to do. RetinaNet's class scores are shifted so that ``nms_pre``
+    pass; Mask R-CNN's threshold is set so that ``max_per_img`` do, each of which has a mask.
     """
-    inputs = model.data_preprocessor(data, False)["inputs"]
-    logits = torch.cat([x.flatten() for x in model(inputs, mode="tensor")[0]])
+    found = model.data_preprocessor(data, False)
+    inputs, outs = found["inputs"], model(**found, mode="tensor")
+    if hasattr(model, "roi_head"):
+        scores = outs[-1][0].softmax(-1)[:, :-1].flatten()
+        options = model.roi_head.test_cfg
+        options.score_thr = float(scores.topk(options.max_per_img * len(inputs) + 1).values[-1])
+        return
+    logits = torch.cat([x.flatten() for x in outs[0]])
     count = min(model.test_cfg.nms_pre * len(inputs), logits.numel())
     kept = logits.topk(count).values[-1]
     threshold = model.test_cfg.score_thr
@@ -369,7 +428,7 @@ def make_step(model: Any, case: Case) -> Callable[[], Any]:
         images = [torch.randint(256, shape, generator=generator).byte() for _ in range(case.batch)]
         task = WHOLE[case.name].task
         data = dict(inputs=images, data_samples=_samples(task, case.size, case.batch))
-        if task == "RetinaNet":
+        if task in DETECTORS:
             _usual_candidates(model, data)
 
         def predict() -> Any:

@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_flatten
 from mmsoft import flops
 from mmsoft.benchmark.cases import DTYPES, Case, make_model, make_step, precision
 
-SLOW_SECONDS = 10.0  # a call that takes longer is repeated `slow_repeats` times only
+# A call that takes longer, or an image that is larger, is repeated `slow_repeats` times only.
+SLOW_SECONDS, LARGE_PIXELS = 4.0, 1024**2
 SAMPLE_SECONDS = 0.05  # a sample is at least that long: faster steps are repeated within it
 # Imported once, by the server that the measuring processes are forked from.
 PRELOAD = ("torch", "mmsoft.models", "mmdet.models", "mmseg.models", "mmpretrain.models")
@@ -90,7 +91,7 @@ def measure_times(
                 models[key] = make_model(case)
             step = make_step(models[key], case)
             seconds = seconds_of(step, 1, case.device)
-            if seconds < SLOW_SECONDS or case.compiled:  # the first call compiles
+            if seconds < 1 or case.compiled:  # the first call compiles
                 seconds = seconds_of(step, 1, case.device)
         except (ImportError, RuntimeError, ValueError) as error:
             skipped[case] = reason(error)
@@ -99,7 +100,8 @@ def measure_times(
         log(f"{case.name}: warm, {1e3 * seconds:.4g} ms")
         steps[case] = step
         calls[case] = min(max(math.ceil(SAMPLE_SECONDS / seconds), 1), 100)
-        wanted[case] = slow_repeats if seconds > SLOW_SECONDS else repeats
+        slow = seconds > SLOW_SECONDS or case.size[0] * case.size[1] > LARGE_PIXELS
+        wanted[case] = slow_repeats if slow else repeats
     samples: dict[Case, list[float]] = {case: [] for case in steps}
     for turn in range(max(wanted.values(), default=0)):
         start = time.perf_counter()
@@ -178,18 +180,22 @@ def describe(case: Case) -> dict[str, float]:
     """Parameters (M), multiply-adds of one image (G), traffic of an eager forward pass (GiB).
 
     Traffic is what the operators read and write if nothing stays in a cache: our streamed operator
-    counts its arguments and its result alone.
+    counts its arguments and its result alone. Left out where a pass takes long.
     """
     case = replace(case, mode="forward", compiled=False)
     model = make_model(case)
     params = sum(p.numel() for p in model.parameters())
     images = torch.randn(1, 3, *case.size, device=case.device)
     model.eval()  # returns None in some of the libraries' backbones
+    start = time.perf_counter()
     macs = flops.analyse(model, images).total()
-    step = make_step(model, case)
-    with _Traffic() as traffic:
-        step()
-    return dict(params_m=params / 1e6, gmacs=macs / 1e9, traffic_gib=traffic.bytes / 2**30)
+    found = dict(params_m=params / 1e6, gmacs=macs / 1e9)
+    if time.perf_counter() - start < 5 * SLOW_SECONDS:
+        step = make_step(model, case)
+        with _Traffic() as traffic:
+            step()
+        found["traffic_gib"] = traffic.bytes / 2**30
+    return found
 
 
 def _child(case: Case, describing: bool, threads: int, connection: Connection) -> None:

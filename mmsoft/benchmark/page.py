@@ -6,118 +6,175 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mmsoft.benchmark.cases import BACKBONES, CHANNELS_LAST
+from mmsoft.benchmark.cases import BACKBONES, CHANNELS_LAST, UNBOUNDED
 from mmsoft.benchmark.plots import plot
 from mmsoft.benchmark.report import (
     Entry,
+    against_peers,
+    divide,
     landmarks_of,
     markdown,
     merge,
     number,
     of_kind,
+    rates,
     size_of,
     table,
 )
 from mmsoft.fileio import write_whole
 
+Pair = tuple[float | None, float | None]  # a ratio of minima, and of medians
+
 
 @dataclass
 class Target:
-    """A claim about one run: ``measured`` is at least, or at most, ``bound``."""
+    """A claim about one run: ``measured`` is at least, or at most, ``bound``; or a plain ratio."""
 
     claim: str
     measured: float | None
-    bound: float
+    bound: float | None
     at_most: bool = False
+    medians: float | None = None  # the same ratio of medians
 
     @property
     def met(self) -> bool | None:
-        """None where nothing was measured."""
-        if self.measured is None:
+        """None where nothing was measured, or nothing is wanted."""
+        if self.measured is None or self.bound is None:
             return None
         return self.measured <= self.bound if self.at_most else self.measured >= self.bound
 
 
-def targets(data: dict[str, Any]) -> list[Target]:
-    """The targets, for a CPU in float32, with the measurements of a run."""
-    plain = [
-        entry
-        for section in ("results", "scaling", "whole")
-        for entry in data[section]
-        if (entry["device"], entry["dtype"], entry["compiled"]) == ("cpu", "float32", False)
-    ]
+LARGE, MIDDLE, SMALL = (800, 1344), (512, 512), (224, 224)
+TINY = "softpp-tiny"
+OURS_SMALL = "softpp-small"
+# Size, ours, peer, and how many times as fast ours is to be; None: only how many times it is.
+SPEEDS: tuple[tuple[tuple[int, int], str, str, float | None], ...] = (
+    (LARGE, TINY, "pvtv2-b1", 3),
+    (LARGE, TINY, "pvt-tiny", 2.3),
+    (LARGE, OURS_SMALL, "pvtv2-b2", 3.2),
+    (LARGE, OURS_SMALL, "swin-tiny", 1.6),
+    (LARGE, OURS_SMALL, "convnext-tiny", 1.3),
+    (LARGE, OURS_SMALL, "resnet-50", 1.15),
+    (MIDDLE, TINY, "pvtv2-b1", 1),
+    (MIDDLE, OURS_SMALL, "pvtv2-b2", 1),
+    (MIDDLE, OURS_SMALL, "swin-tiny", 1),
+    (SMALL, TINY, "pvt-tiny", 1.15),
+    (SMALL, TINY, "pvtv2-b1", 1),
+    (SMALL, OURS_SMALL, "pvtv2-b2", 1),
+    (SMALL, OURS_SMALL, "convnext-tiny", 1),
+    (SMALL, OURS_SMALL, "swin-tiny", 1.1),
+    (SMALL, OURS_SMALL, "resnet-50", None),
+)
+TRAINING = (
+    (TINY, "pvtv2-b1", 1.4),
+    (OURS_SMALL, "pvtv2-b2", 1),
+    (OURS_SMALL, "convnext-tiny", 1.4),
+    (OURS_SMALL, "swin-tiny", 1.4),
+    (OURS_SMALL, "resnet-50", 0.9),
+)
+TASKS = (("RetinaNet", LARGE), ("Mask R-CNN", LARGE), ("UperNet", MIDDLE), ("UperNet", (512, 2048)))
 
-    def value(figure: str, backbone: str, size: tuple[int, int], **where: Any) -> float | None:
-        where = dict(mode="forward", batch=1, task=None) | where
-        for entry in plain:
-            same = entry["backbone"] == backbone and tuple(entry["size"]) == size
-            if same and all(entry.get(key) == wanted for key, wanted in where.items()):
-                return entry[figure]
-        return None
 
-    def divide(a: float | None, b: float | None) -> float | None:
-        return None if a is None or not b else a / b
+class Run:
+    """What a run measured on a CPU, uncompiled."""
 
-    def faster(ours: str, peer: str, size: tuple[int, int], **where: Any) -> float | None:
-        settings = (peer, peer + CHANNELS_LAST)
-        found = (value("median_ms", name, size, **where) for name in settings)
-        best = min((time for time in found if time is not None), default=None)
-        return divide(best, value("median_ms", ours, size, **where))
-
-    def name(backbone: str) -> str:
-        return BACKBONES[backbone].label
-
-    large, small = (800, 1344), ((512, 512), (224, 224))
-    tiny, middle = "softpp-tiny", "softpp-small"
-    claim, peer = "800x1344: Tiny's {} over the released algorithm's", "released-tiny"
-    memory = divide(*(value("peak_mib", n, large) for n in (tiny, peer)))
-    found = [
-        Target(claim.format("speed"), faster(tiny, peer, large), 30),
-        Target(claim.format("peak memory"), memory, 0.25, at_most=True),
-    ]
-    pairs: list[tuple[tuple[int, int], str, str, float]] = [
-        (large, tiny, "pvtv2-b1", 2.5),
-        (large, tiny, "pvt-tiny", 2.2),
-        (large, middle, "pvtv2-b2", 3),
-        (large, middle, "swin-tiny", 1.2),
-        (large, middle, "convnext-tiny", 1),
-    ]
-    for size in small:
-        pairs += [(size, tiny, "pvtv2-b1", 1), (size, middle, "pvtv2-b2", 1)]
-        pairs += [(size, middle, "swin-tiny", 1)]
-    for size, ours, peer, bound in pairs:
-        claim = f"{size[0]}x{size[1]}: {name(ours)}'s speed over {name(peer)}'s"
-        found.append(Target(claim, faster(ours, peer, size), bound))
-    step = dict(mode="train", batch=2)
-    for ours, peer in ((tiny, "pvtv2-b1"), (middle, "pvtv2-b2")):
-        claim = f"training step, 512x512, batch 2: {name(ours)}'s"
-        memory = divide(*(value("peak_mib", n, (512, 512), **step) for n in (ours, peer)))
-        found += [
-            Target(f"{claim} speed over {name(peer)}'s", faster(ours, peer, (512, 512), **step), 1),
-            Target(f"{claim} peak memory over {name(peer)}'s", memory, 1, at_most=True),
+    def __init__(self, data: dict[str, Any]):
+        self.ceilings: dict[str, float] = data.get("ceilings", {})
+        self.entries: list[Entry] = [
+            entry
+            for section in ("results", "scaling", "whole")
+            for entry in data[section]
+            if entry["device"] == "cpu" and not entry["compiled"]
         ]
-    for backbone in (tiny, middle):
+
+    def settings(self, backbone: str, size: tuple[int, int], **where: Any) -> list[Entry]:
+        """Its entries, in each memory format; by default of forward passes in float32."""
+        where = dict(mode="forward", batch=1, task=None, dtype="float32") | where
+        return [
+            entry
+            for entry in self.entries
+            if entry["backbone"] in (backbone, backbone + CHANNELS_LAST)
+            and tuple(entry["size"]) == size
+            and all(entry.get(key) == wanted for key, wanted in where.items())
+        ]
+
+    def least(self, figure: str, backbone: str, size: tuple[int, int], **where: Any) -> Any:
+        """The least of a figure over the memory formats; None where nothing was measured."""
+        found = (entry[figure] for entry in self.settings(backbone, size, **where))
+        return min((value for value in found if value is not None), default=None)
+
+    def faster(self, ours: str, peer: str, size: tuple[int, int], **where: Any) -> Pair:
+        """How many times as fast as a peer in its faster memory format."""
+        minima, medians = (
+            divide(*(self.least(figure, name, size, **where) for name in (peer, ours)))
+            for figure in ("min_ms", "median_ms")
+        )
+        return minima, medians
+
+
+def _label(backbone: str) -> str:
+    return BACKBONES[backbone].label
+
+
+def targets(data: dict[str, Any]) -> list[Target]:
+    """The targets, for a CPU, with the measurements of a run."""
+    run = Run(data)
+    found: list[Target] = []
+
+    def add(claim: str, pair: Pair, bound: float | None, at_most: bool = False) -> None:
+        found.append(Target(claim, pair[0], bound, at_most, pair[1]))
+
+    def memory(claim: str, ours: str, peer: str, size: Any, bound: float, **where: Any) -> None:
+        share = divide(*(run.least("peak_mib", n, size, **where) for n in (ours, peer)))
+        add(claim, (share, None), bound, at_most=True)
+
+    claim, peer = "800x1344: Tiny's {} over the released algorithm's", "released-tiny"
+    add(claim.format("speed"), run.faster(TINY, peer, LARGE), 30)
+    memory(claim.format("peak memory"), TINY, peer, LARGE, 0.25)
+    for size, ours, peer, bound in SPEEDS:
+        claim = f"{size[0]}x{size[1]}: {_label(ours)}'s speed over {_label(peer)}'s"
+        add(claim, run.faster(ours, peer, size), bound)
+    claim = "800x1344: share of the best matrix product that SOFT++ Tiny reaches"
+    tiny = run.settings(TINY, LARGE)
+    add(claim, (rates(tiny[0], run.ceilings)[0] if tiny else None, None), 0.65)
+    step = dict(mode="train", batch=2)
+    for ours, peer, bound in TRAINING:
+        claim = f"training step, 512x512, batch 2: {_label(ours)}'s"
+        pair = run.faster(ours, peer, MIDDLE, **step)
+        add(f"{claim} speed over {_label(peer)}'s", pair, bound)
+        if peer.startswith("pvtv2"):
+            claim = f"{claim} peak memory over {_label(peer)}'s"
+            memory(claim, ours, peer, MIDDLE, 0.5, **step)
+    half, single = (
+        [run.least(figure, TINY, LARGE, dtype=dtype) for figure in ("min_ms", "median_ms")]
+        for dtype in ("bfloat16", "float32")
+    )
+    claim = "800x1344: SOFT++ Tiny's speed in bfloat16 over that in float32"
+    add(claim, (divide(single[0], half[0]), divide(single[1], half[1])), 1.8)
+    for peer in ("swin-tiny", "convnext-tiny", "resnet-50"):
+        claim = f"800x1344, bfloat16: {_label(OURS_SMALL)}'s speed over {_label(peer)}'s"
+        add(claim, run.faster(OURS_SMALL, peer, LARGE, dtype="bfloat16"), 1.4)
+    for backbone in (TINY, OURS_SMALL, TINY + UNBOUNDED):
         for side in (2048, 4096):
-            for figure, word in (("median_ms", "time"), ("peak_mib", "peak memory")):
-                there, here = (value(figure, backbone, (s, s)) for s in (side, 1024))
-                grown = divide(there, here)
-                share = grown and grown / (side / 1024) ** 2
-                claim = f"{name(backbone)}: {word} per pixel at {side}x{side} over 1024x1024"
-                found.append(Target(claim, share, 1.25, at_most=True))
-    newton = faster("softpp-tiny", "softpp-tiny-newton", large)
+            for figure, word in (("min_ms", "time"), ("peak_mib", "peak memory")):
+                there, here = (run.least(figure, backbone, (s, s)) for s in (side, 1024))
+                grown = divide(divide(there, here), (side / 1024) ** 2)
+                claim = f"{_label(backbone)}: {word} per pixel at {side}x{side} over 1024x1024"
+                add(claim, (grown, None), 1.25, at_most=True)
+    newton = run.faster(TINY, "softpp-tiny-newton", LARGE)
     claim = "800x1344: time with released landmarks and Newton over that with those by content"
-    found.append(Target(claim, newton, 2, at_most=True))
-    for task, size in (("RetinaNet", large), ("UperNet", (512, 512))):
-        for ours, peer in ((tiny, "pvtv2-b1"), (middle, "swin-tiny")):
-            claim = f"{task}: images/s with {name(ours)} over those with {name(peer)}"
-            found.append(Target(claim, faster(ours, peer, size, task=task), 1))
+    add(claim, newton, 2, at_most=True)
+    for task, size in TASKS:
+        for ours, peer in ((TINY, "pvtv2-b1"), (OURS_SMALL, "swin-tiny")):
+            claim = f"{task}, {size[0]}x{size[1]}: speed with {_label(ours)} over {_label(peer)}"
+            add(claim, run.faster(ours, peer, size, task=task), 1)
     return found + sequence_targets(data["sequence"]) + onnx_targets(data["onnx"])
 
 
 def sequence_targets(entries: Sequence[Entry]) -> list[Target]:
     """Those of sequence models; none where nothing was measured."""
     times = {
-        (entry["name"], entry["tokens"], entry["mode"]): entry["median_ms"]
+        (entry["name"], entry["tokens"], entry["mode"]): (entry["min_ms"], entry["median_ms"])
         for entry in entries
         if (entry["device"], entry["dtype"], entry["compiled"]) == ("cpu", "float32", False)
     }
@@ -127,45 +184,53 @@ def sequence_targets(entries: Sequence[Entry]) -> list[Target]:
             where, ours = f"{tokens} tokens, {mode}: SOFT++'s", times[name, tokens, mode]
             if peer := times.get(("softmax", tokens, mode)):
                 claim = f"{where} speed over that of softmax attention"
-                found.append(Target(claim, peer / ours, 1))
+                ratios = [a / b for a, b in zip(peer, ours)]
+                found.append(Target(claim, ratios[0], 1, medians=ratios[1]))
             if (first := times.get((name, 2048, mode))) and tokens > 2048:
-                share = ours / first / (tokens / 2048)
+                shares = [a / b / (tokens / 2048) for a, b in zip(ours, first)]
                 claim = f"{where} time per token over that at 2048"
-                found.append(Target(claim, share, 1.25, at_most=True))
+                found.append(Target(claim, shares[0], 1.25, at_most=True, medians=shares[1]))
     return found
 
 
 def onnx_targets(entries: Sequence[Entry]) -> list[Target]:
     """Those of exported backbones; none where nothing was measured."""
     times = {
-        (entry["backbone"], entry["runtime"].partition(" ")[0]): entry["median_ms"]
+        (entry["backbone"], entry["runtime"].partition(" ")[0]): entry
         for entry in entries
         if tuple(entry["size"]) == (224, 224) and entry["batch"] == 1
     }
-    return [
-        Target(
-            f"224x224: {BACKBONES[name].label}'s speed in {runtime} over torch's", peer / time, 2
-        )
-        for (name, runtime), time in times.items()
-        if runtime != "torch" and (peer := times.get((name, "torch")))
-    ]
+    found = []
+    for (name, runtime), entry in times.items():
+        if runtime != "torch" and (peer := times.get((name, "torch"))):
+            ratios = [peer[figure] / entry[figure] for figure in ("min_ms", "median_ms")]
+            claim = f"224x224: {_label(name)}'s speed in {runtime} over torch's"
+            found.append(Target(claim, ratios[0], 2, medians=ratios[1]))
+    return found
 
 
 INTRODUCTION = """# Benchmarks
 
 Generated by `python -m mmsoft.benchmark --write-docs`; do not edit.
 
-Times are medians of interleaved samples, every model warmed at the measured shape; q10 and q90 are
-quantiles. Peak memory is that of a fresh process above what it holds with the model and its input
-loaded. Weights are random. Peers' attention runs fused, and those with convolutions are measured in
-both memory formats; targets take the faster. A multiply-add counts as one; multiply-adds are of one
+The models of a table take turns, every one warmed at the measured shape; q10 and q90 are quantiles
+of so many runs. All ratios and shares are of minima, which other work on the machine disturbs
+least; the table of targets has the same ratios of medians beside them; images/s are of medians.
+Peak memory is that of a fresh process above what it holds with the model and its input loaded.
+Weights are random. Peers' attention runs fused, and every peer is measured in both memory formats;
+targets and the comparison take the faster. A multiply-add counts as one; multiply-adds are of one
 image's forward pass, with the Newton-Raphson iteration where the solver is one. "Ours" is the
-SOFT++ of the peer's size: Tiny for PVT-Tiny and PVTv2-B1, Small for PVTv2-B2, Swin-T, ConvNeXt-T
-and ResNet-50. SOFT++ has at most 49 landmarks, of the kind that each run names; those of Newton
-rows are released ones. `train` is a forward and a backward pass. "Of product" is the share of the
-device's best matrix product (2 FLOPs to a multiply-add) that the counted multiply-adds reach, "of
-copy" that of its best copy which the bytes read and written by all operators reach; it can exceed
-100 % where caches help. The rest is the gap to the ceilings.
+SOFT++ of the peer's size: Tiny for PVT-Tiny, PVTv2-B1 and VAN-B1, Small for PVTv2-B2, Swin-T,
+ConvNeXt-T, ResNet-50 and DaViT-T, Medium for PVTv2-B3, Swin-S, ConvNeXt-S and ResNet-101, Large for
+PVTv2-B4. VAN and DaViT are newer ones that are linear in the number of tokens like ours and have
+features at four strides: large convolution kernels as attention, and attention between channels in
+turns with windows. SOFT++ has at most 49 landmarks where nothing else is said, of the kind that
+each run names; those of Newton rows are released ones. The released algorithm has one landmark for
+every 32x32 pixels: 49 at 224x224, 256 at 512x512, 1050 at 800x1344. `train` is a forward and a
+backward pass; `bfloat16` is autocast. "Of product" is the share of the device's best matrix product
+(2 FLOPs to a multiply-add) that the counted multiply-adds reach, "of copy" that of its best copy
+which the bytes read and written by all operators reach; it can exceed 100 % where caches help. The
+rest is the gap to the ceilings.
 """
 HEADINGS = {
     "results": "Backbones",
@@ -175,6 +240,9 @@ HEADINGS = {
     "sequence": "Small models of sequences",
     "onnx": "Exported to ONNX",
 }
+PEERS = (
+    "How many times as fast as the peer, in its faster memory format, the SOFT++ of its size is."
+)
 NOTES = {
     "operator": "64 channels, 2 heads, projections included; each package's own defaults, "
     "49 landmarks for ours.",
@@ -203,13 +271,18 @@ def group_title(entry: Entry) -> str:
 def target_rows(data: dict[str, Any]) -> list[list[str]]:
     """The table of targets; empty if the run has nothing to do with them."""
     found = targets(data)
-    if all(target.met is None for target in found):
+    if all(target.measured is None for target in found):
         return []
+    if not data["results"]:
+        found = [target for target in found if target.measured is not None]
     answers = {True: "yes", False: "**no**", None: "not measured"}
-    rows = [["target", "measured", "wanted", "met"]]
+    rows = [["target", "measured", "of medians", "wanted", "met"]]
     for target in found:
-        wanted = f"{'≤' if target.at_most else '≥'} {target.bound:g}"
-        rows.append([target.claim, number(target.measured), wanted, answers[target.met]])
+        wanted = (
+            "-" if target.bound is None else f"{'≤' if target.at_most else '≥'} {target.bound:g}"
+        )
+        met = "-" if target.bound is None and target.measured is not None else answers[target.met]
+        rows.append([target.claim, number(target.measured), number(target.medians), wanted, met])
     return rows
 
 
@@ -237,6 +310,8 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
         )
         if rows := target_rows(data):
             parts.append(f"### Targets\n\n{markdown(rows)}\n")
+        if len(rows := against_peers(data["results"])) > 1:
+            parts.append(f"### Speed over other backbones\n\n{PEERS}\n\n{markdown(rows)}\n")
         prefix = f"{index}_" if index > 1 else ""
         pictures = plot(data, folder / "benchmarks", prefix)
         for section, heading in HEADINGS.items():

@@ -24,6 +24,7 @@ STYLES = {  # colour, marker, line
     "none": (GREY, "X", ":"),
     "softpp-tiny": (BLUE, "o", "-"),
     "softpp-small": (VERMILLION, "s", "--"),
+    "softpp-tiny-max-keys-none": (SKY, "^", ":"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mmsoft.benchmark.cases import BACKBONES, published
+from mmsoft.benchmark.cases import BACKBONES, CHANNELS_LAST, published
 from mmsoft.fileio import write_whole
 
 Entry = dict[str, Any]
@@ -47,6 +47,8 @@ def read_json(path: Path) -> dict[str, Any]:
             for entry in data[section]:
                 if missing := [key for key in fields if key not in entry]:
                     raise ValueError(f"an entry under '{section}' lacks {', '.join(missing)}")
+        for entry in [entry for section in SECTIONS for entry in data[section]]:
+            entry.setdefault("min_ms", entry["median_ms"])  # which older files have not
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the benchmark's JSON: {error}") from None
     return data
@@ -90,9 +92,18 @@ def ours_for(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 def ratio(entry: Entry, entries: Sequence[Entry], figure: str) -> float | None:
     """``figure`` of an entry as a multiple of ours."""
     ours = ours_for(entry, entries)
-    if ours is None or not ours.get(figure) or entry.get(figure) is None:
-        return None
-    return entry[figure] / ours[figure]
+    return None if ours is None else divide(entry.get(figure), ours.get(figure))
+
+
+def divide(a: float | None, b: float | None) -> float | None:
+    """The ratio; None where either is unknown."""
+    return None if a is None or not b else a / b
+
+
+def at_best(name: str, entries: Sequence[Entry]) -> Entry | None:
+    """Of entries of one kind, that of a backbone in the faster memory format."""
+    found = [e for e in entries if e["backbone"] in (name, name + CHANNELS_LAST)]
+    return min(found, key=lambda entry: entry["min_ms"], default=None)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -104,9 +115,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def rates(entry: Entry, ceilings: dict[str, float]) -> tuple[float | None, float | None]:
     """Shares of the device's best matrix product and copy that an eager forward pass reaches."""
-    seconds, product, copy = entry["median_ms"] / 1e3, None, None
+    seconds, product, copy = entry["min_ms"] / 1e3, None, None
     best, traffic = f"{entry['dtype']}_tflops", entry.get("traffic_gib")
-    if traffic is not None and entry.get("gmacs") and best in ceilings:
+    eager = entry["mode"] == "forward" and not entry["compiled"]
+    if eager and entry.get("gmacs") and best in ceilings:
         product = 2e9 * entry["gmacs"] * entry["batch"] / seconds / (1e12 * ceilings[best])
     if traffic is not None and "copy_gb_s" in ceilings:
         copy = traffic * 2**30 / seconds / (1e9 * ceilings["copy_gb_s"])
@@ -118,10 +130,9 @@ def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) ->
     first = entries[0]
     with_rates = bool(ceilings) and any("traffic_gib" in entry for entry in entries)
     macs = any("gmacs" in entry for entry in entries)
-    times = dict(median_ms="median ms", q10_ms="q10", q90_ms="q90")
-    if "min_ms" in first:
-        times = dict(min_ms="min ms") | times
-    head = ["", *["params (M)", "GMACs"] * macs, *times.values()]
+    times = dict(min_ms="min ms", median_ms="median ms", q10_ms="q10", q90_ms="q90")
+    runs = "repeats" in first
+    head = ["", *["params (M)", "GMACs"] * macs, *times.values()] + ["runs"] * runs
     head += ["images/s"] * ("images_per_second" in first) + ["peak MiB", "time / ours"]
     head += ["memory / ours"] + ["of product", "of copy"] * with_rates
     rows = [head]
@@ -129,11 +140,11 @@ def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) ->
         row = [label_of(entry)]
         if macs:
             row += [number(entry.get("params_m")), number(entry.get("gmacs"))]
-        row += [number(entry[key], 4) for key in times]
+        row += [number(entry[key], 4) for key in times] + [str(entry.get("repeats"))] * runs
         if "images_per_second" in first:
             row.append(number(entry["images_per_second"]))
         row.append(number(entry["peak_mib"], 4))
-        row += [number(ratio(entry, entries, key)) for key in ("median_ms", "peak_mib")]
+        row += [number(ratio(entry, entries, key)) for key in ("min_ms", "peak_mib")]
         if with_rates:
             shares = rates(entry, ceilings or {})
             row += ["-" if share is None else f"{100 * share:.0f} %" for share in shares]
@@ -141,10 +152,30 @@ def table(entries: Sequence[Entry], ceilings: dict[str, float] | None = None) ->
     return rows
 
 
+def against_peers(entries: Sequence[Entry]) -> list[list[str]]:
+    """How many times as fast ours are as the peers of their size, in the peers' faster format."""
+    groups: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(of_kind(entry), []).append(entry)
+    head = ["", "ours of its size"]
+    for first, *_ in groups.values():
+        words = [size_of(first), *[first["mode"]] * (first["mode"] != "forward"), first["dtype"]]
+        head.append(", ".join(words + ["compiled"] * first["compiled"]))
+    rows = [head]
+    for name, peer in BACKBONES.items():
+        if peer.channels_last or peer.config.startswith("mmsoft"):
+            continue
+        found = [[at_best(n, group) for group in groups.values()] for n in (name, peer.ours)]
+        ratios = [a and b and a["min_ms"] / b["min_ms"] for a, b in zip(*found)]
+        if any(ratios):
+            rows.append([peer.label, BACKBONES[peer.ours].label, *map(number, ratios)])
+    return rows
+
+
 def print_group(entries: Sequence[Entry]) -> None:
-    """Print one table."""
-    text = _tabulate(table(entries), "plain") if entries else "nothing could be measured"
-    print(indent(text, "   "))
+    """Print a table for each kind."""
+    tables = [_tabulate(table(list(group)), "plain") for _, group in groupby(entries, of_kind)]
+    print(indent("\n\n".join(tables) or "nothing could be measured", "   "))
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -169,11 +200,14 @@ def overview(data: dict[str, Any]) -> str:
     for name in dict.fromkeys(entry["backbone"] for entry in plain):
         if name not in accuracies:
             continue
-        mine = {tuple(entry["size"]): entry for entry in plain if entry["backbone"] == name}
-        first = next(iter(mine.values()))
+        mine: dict[tuple, Entry] = {}
+        for size in sizes:
+            found = at_best(name, [e for e in plain if tuple(e["size"]) == size])
+            mine[size] = found or {}
+        first = next(entry for entry in plain if entry["backbone"] == name)
         row = [label_of(first), number(first["params_m"]), f"{accuracies[name]:.1f}"]
-        row += [number(mine.get(size, {}).get("images_per_second")) for size in sizes]
-        row += [number(mine.get(size, {}).get("peak_mib")) for size in sizes[-1:]]
+        row += [number(mine[size].get("images_per_second")) for size in sizes]
+        row += [number(mine[size].get("peak_mib")) for size in sizes[-1:]]
         rows.append(row)
     return markdown(rows) + "\n"
 
