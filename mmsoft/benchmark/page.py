@@ -1,17 +1,19 @@
 """The generated page, ``benchmarks.md``: targets, tables, plots."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mmsoft.benchmark.cases import BACKBONES, CHANNELS_LAST, UNBOUNDED
+from mmsoft.benchmark.cases import BACKBONES, CHANNELS_LAST, LANDMARKS, UNBOUNDED
 from mmsoft.benchmark.plots import plot
 from mmsoft.benchmark.report import (
     Entry,
     against_peers,
     divide,
+    label_of,
     landmarks_of,
     markdown,
     merge,
@@ -245,7 +247,8 @@ PEERS = (
 )
 NOTES = {
     "operator": "64 channels, 2 heads, projections included; each package's own defaults, "
-    "49 landmarks for ours.",
+    "49 landmarks for ours. Softmax attention as torch fuses it, and with its matrix stored, as "
+    "far as 16 GiB suffice.",
     "sequence": "The model of the Long Range Arena (2 blocks, 64 channels, 2 heads) with each "
     "attention: 64 landmarks for ours and Nyströmformer, the defaults of their packages for the "
     "others.",
@@ -255,6 +258,64 @@ NOTES = {
     "whole": "`model.test_step` on random images, pre- and postprocessing included, with 80 (COCO) "
     "and 150 (ADE20K) classes.",
 }
+
+
+RELEASE = "released-tiny"
+STEPS = (RELEASE, *(name for name in LANDMARKS if "content" not in name), TINY)
+STEPS += tuple(name for name in LANDMARKS if "content" in name)
+ALL_THE_WAY = """What brought the speed over the released algorithm, step by step, SOFT++ Tiny on
+one image of 800x1344 pixels, measured in turns. mIoU is that of segmentors of the data set that
+needs attention, trained on images of 128x128 pixels and tested at 800x1344 with each setting
+([the method](method.md#trained-small-tested-large); by content mean and range of three seeds,
+released landmarks one seed). The released algorithm computes what the second row does and has no
+model of its own there. What a budget changes in the terms of released weights, block by block, is
+[there](method.md#trained-small-tested-large) as well."""
+
+
+def evidence(rows: Sequence[dict[str, Any]], name: str) -> tuple[str, str]:
+    """Number of landmarks and mIoU at 800x1344 with one of ``STEPS``, of landmark_budgets.json."""
+    if name == RELEASE:
+        return "1050", "-"
+    solver, budget = name.split("-")[2:] if name in LANDMARKS else ("content", "49")
+    by_content = solver == "content"
+    wanted = ("by content", "none") if by_content else ("released", solver)
+    found = [
+        row
+        for row in rows
+        if (row["model"], row["solver"]) == wanted
+        and (str(row["budget"]), row["size"]) == (budget, list(LARGE))
+        and "mIoU" in row
+    ]
+    counts, values = [row["landmarks"] for row in found], [row["mIoU"] for row in found]
+    words = f"{sum(values) / len(values):.1f}" if values else "-"
+    if len(values) > 1:
+        words += f" ({min(values):.1f}-{max(values):.1f})"
+    if not by_content:  # their number is the grid's, whatever the weights
+        return str(counts[0]) if counts else budget, words
+    if budget == "all" and counts:
+        words += f", {min(counts)}-{max(counts)} landmarks"
+    return "no limit" if budget == "all" else f"at most {budget}", words
+
+
+def steps_table(data: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """From the released algorithm to ours; only a head where that was not measured."""
+    head = ["", "landmarks", "GMACs", "min ms", "median ms", "runs", "peak MiB"]
+    table = [[*head, "times as fast", "times the step before", "mIoU (%)"]]
+    run = Run(data)
+    times = {name: run.settings(name, LARGE) for name in STEPS}
+    if not times[RELEASE] or not any(times[name] for name in LANDMARKS):
+        return table
+    first = before = times[RELEASE][0]
+    for name in (name for name in STEPS if times[name]):
+        entry = times[name][0]
+        count, words = evidence(rows, name)
+        row = [label_of(entry), count, number(entry.get("gmacs"))]
+        row += [number(entry[key], 4) for key in ("min_ms", "median_ms")]
+        row += [str(entry.get("repeats", "-")), number(entry["peak_mib"], 4)]
+        row += [number(divide(e["min_ms"], entry["min_ms"])) for e in (first, before)]
+        table.append([*row, words])
+        before = entry
+    return table
 
 
 def group_title(entry: Entry) -> str:
@@ -292,9 +353,14 @@ def commit_of(data: dict[str, Any]) -> str:
 
 
 def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write ``benchmarks.md`` and, under ``benchmarks/``, its plots."""
+    """Write ``benchmarks.md`` and, under ``benchmarks/``, its plots.
+
+    Accuracies with several landmark budgets are those of ``landmark_budgets.json`` there, if any.
+    """
     parts = [INTRODUCTION]
     runs = merge(runs)
+    path = folder / "landmark_budgets.json"
+    budgets = json.loads(path.read_text()) if path.is_file() else []
     for index, data in enumerate(runs, 1):
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
         best = ", ".join(
@@ -312,6 +378,9 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
             parts.append(f"### Targets\n\n{markdown(rows)}\n")
         if len(rows := against_peers(data["results"])) > 1:
             parts.append(f"### Speed over other backbones\n\n{PEERS}\n\n{markdown(rows)}\n")
+        if len(rows := steps_table(data, budgets)) > 1:
+            heading = "From the released algorithm to ours"
+            parts.append(f"### {heading}\n\n{ALL_THE_WAY}\n\n{markdown(rows)}\n")
         prefix = f"{index}_" if index > 1 else ""
         pictures = plot(data, folder / "benchmarks", prefix)
         for section, heading in HEADINGS.items():
@@ -320,8 +389,12 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
             parts.append(f"### {heading}\n")
             if section in NOTES:
                 parts.append(f"{NOTES[section]}\n")
-            parts += [f"![{heading}](benchmarks/{name})\n" for name in pictures[section]]
-            for _, group in groupby(data[section], of_kind):
+            for name in pictures[section]:
+                drawing = Path(name).with_suffix(".svg")
+                parts.append(f"![{heading}](benchmarks/{name})\n\n[SVG](benchmarks/{drawing})\n")
+            # Settings that only the table above is about are there.
+            shown = [e for e in data[section] if e.get("backbone") not in LANDMARKS]
+            for _, group in groupby(shown, of_kind):
                 entries = list(group)
                 rows = table(entries, data.get("ceilings"))
                 parts.append(f"**{group_title(entries[0])}**\n\n{markdown(rows)}\n")

@@ -34,16 +34,18 @@ def draw_memory(operators: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     for ax, (mode, lines) in zip(axes, panels.items()):
         for name, points in lines.items():
             i = names.index(name)
-            style = dict(color=COLOURS[i % 7], marker=MARKERS[i % 7], ls=DASHES[i // 7 % 4])
-            ax.plot(*zip(*sorted(points)), label=name, ms=5, **style)
+            style = dict(color=COLOURS[i % 7], marker=MARKERS[i % 7], ls=DASHES[i % 4])
+            ax.plot(*zip(*sorted(points)), label=name, ms=5, mfc="none", **style)
         ax.set_xscale("log", base=2)
+        ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
+        ax.set_xticks(ticks, ticks, fontsize=8)
         ax.set_yscale("log", base=2)
         ax.set_xlabel("tokens")
         ax.set_title({"train": "forward and backward"}.get(mode, mode))
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("peak memory (MiB)")
-    axes[0].legend(frameon=False)
+    handles = max((ax.get_legend_handles_labels() for ax in axes), key=lambda pair: len(pair[1]))
+    figure.legend(*handles, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure

@@ -1,7 +1,9 @@
 """The benchmark: its command, its arithmetic, and its released algorithm. No timings."""
 
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -253,6 +255,7 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
         assert entry["gmacs"] > 0.1
         assert entry["images_per_second"] == pytest.approx(1000 / entry["median_ms"])
     plots = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {path.stem for path in (tmp_path / "out").glob("*.svg")} == {Path(n).stem for n in plots}
     names = {"backbones_cpu_float32.png", "scaling.png", "whole.png", "operator.png"}
     names |= {"memory.png", "tradeoff.png", "sequence.png", "sequence_memory.png"}
     assert plots == names
@@ -264,6 +267,7 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
         assert words in text
     for name in names:
         assert f"](benchmarks/{name})" in text
+        assert f"[SVG](benchmarks/{Path(name).stem}.svg)" in text
         assert (tmp_path / "docs/benchmarks" / name).stat().st_size > 1000
 
 
@@ -535,9 +539,9 @@ def test_plots_of_every_operator_and_sequence_model(data, tmp_path):
     kind = {key: data["results"][0][key] for key in report.KIND} | dict(peak_mib=1.0)
     for section, table in (("operator", cases.OPERATORS), ("sequence", cases.SEQUENCES)):
         data[section] = [
-            dict(kind, name=name, label=label, tokens=tokens, median_ms=tokens / 100)
+            dict(kind, name=name, label=label, tokens=n, median_ms=n, min_ms=n - 9, q90_ms=n + 9)
             for name, (label, _) in table.items()
-            for tokens in (512, 1024)
+            for n in (512, 1024)
         ]
     names = plots.plot(dict(data, results=[], scaling=[], whole=[]), tmp_path)
     assert names["sequence"] == ["sequence.png", "sequence_memory.png"]
@@ -586,7 +590,80 @@ def test_a_group_measured_again_replaces_the_old_one(data):
     assert len(report.merge([data, dict(again, device="another")])) == 2
 
 
+def test_backbones_are_points_with_intervals_both_formats_in_a_row(data):
+    results = [entry for entry in data["results"][:7] if entry["backbone"] != "released-tiny"]
+    results.append(measured("swin-tiny-channels-last", 290.0, 30.0, min_ms=280.0, q90_ms=310.0))
+    time, memory = plots.draw_backbones(results, "by content").axes
+    rows = [label.get_text() for label in time.get_yticklabels()]
+    assert rows[:2] == ["SOFT++ Tiny", "SOFT++ Tiny, Newton"]
+    assert rows[-2:] == ["SOFT++ Small", "Swin-T"]
+    y = rows.index("Swin-T")
+    points = [xy for line in time.lines for xy in line.get_xydata().tolist()]
+    assert [290.0, y] in points
+    assert [300.0, y] in points
+    spans = [path.vertices.tolist() for c in time.collections for path in c.get_paths()]
+    assert [[280.0, y], [310.0, y]] in spans
+    assert {text.get_text() for text in time.texts} >= {"290", "100"}  # the lesser of two formats
+    assert "300" not in {text.get_text() for text in time.texts}
+    assert "30.0" in {text.get_text() for text in memory.texts}
+    (legend,) = time.figure.legends
+    words = [text.get_text() for text in legend.texts]
+    assert "SOFT++ (ours), at most 49 landmarks, by content" in words
+    assert "minimum to the 90 % quantile" in legend.get_title().get_text()
+
+
+def test_drawings_beside_the_pictures_are_the_same_every_time(data, tmp_path):
+    kept = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        names = plots.plot(dict(data, whole=[]), folder)
+        kept.append({n: Path(folder, n).with_suffix(".svg").read_bytes() for n in names["scaling"]})
+    assert kept[0] == kept[1]
+    assert b"SOFT++ Tiny, default max_keys=2048" in kept[0]["scaling.png"]
+
+
+def test_softmax_with_its_matrix_stored_is_softmax():
+    tokens = 9
+    layers = [cases.OPERATORS[name][1](tokens) for name in ("softmax", "softmax-materialised")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, tokens, cases.DIMS)
+    torch.testing.assert_close(layers[1](x), layers[0](x))
+    with Calls() as calls:
+        layers[1](x)
+    assert not {name for name in calls.names if "scaled_dot_product" in name}
+    with pytest.raises(ValueError, match=r"256000 tokens would take .* GiB"):
+        cases.OPERATORS["softmax-materialised"][1](256000)
+
+
+def test_the_way_from_the_release_to_ours_is_one_table_with_accuracy_beside(data):
+    settings = (("softpp-tiny-newton-all", 2000.0), ("softpp-tiny-direct-49", 110.0))
+    data["results"] += [measured(name, time, 1.0) for name, time in settings]
+    row = dict(size=[800, 1344], mIoU=40.0, landmarks=1050)
+    by_content = dict(row, model="by content", solver="none", budget=49, landmarks=49)
+    rows = [
+        dict(row, model="released", solver="newton", budget="all"),
+        dict(row, model="released", solver="newton", budget="all", size=[512, 512], mIoU=1.0),
+        dict(by_content, mIoU=90.0),
+        dict(by_content, mIoU=94.0),
+        dict(model="by content", solver="none", budget=49, size=[800, 1344], landmarks=49, AP=1),
+    ]
+    head, *found = page.steps_table(data, rows)
+    columns = [dict(zip(head, row)) for row in found]
+    assert [row[""] for row in columns] == [
+        "SOFT++ Tiny, released algorithm",
+        "SOFT++ Tiny, Newton, all landmarks",
+        "SOFT++ Tiny, direct, 49 landmarks",
+        "SOFT++ Tiny",
+    ]
+    assert [row["landmarks"] for row in columns] == ["1050", "1050", "49", "at most 49"]
+    assert [row["times as fast"] for row in columns] == ["1.00", "1.45", "26.4", "29.0"]
+    assert [row["times the step before"] for row in columns] == ["1.00", "1.45", "18.2", "1.10"]
+    assert [row["mIoU (%)"] for row in columns] == ["-", "40.0", "-", "92.0 (90.0-94.0)"]
+    data["results"] = data["results"][:-2]
+    assert len(page.steps_table(data, rows)) == 1
+
+
 def test_the_page_and_its_plots_are_current(root, tmp_path):
+    shutil.copy(root / "docs/landmark_budgets.json", tmp_path)
     runs = sorted((root / "docs/benchmarks").glob("*.json"))
     page.write_docs([report.read_json(path) for path in runs], tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
@@ -618,8 +695,11 @@ def test_figures_of_the_papers(command, data, tmp_path):
     assert done.stdout.split() == ["figures/memory.png", "figures/tradeoff.png"]
     assert done.stderr == "not drawn, no published accuracy known: other\n"
     pictures = [cv2.imread(str(tmp_path / "figures" / f"{n}.png")) for n in ("memory", "tradeoff")]
-    assert [picture.shape for picture in pictures] == [(440, 600, 3), (420, 960, 3)]
+    assert [picture.shape for picture in pictures] == [(880, 1200, 3), (1080, 2200, 3)]
     assert all(picture.std() > 10 for picture in pictures)
+    drawing = (tmp_path / "figures/tradeoff.svg").read_text()
+    assert ">SOFT++ with 49 landmarks, " not in drawing
+    assert "SOFT++ with 49 landmarks, released, with the direct solver<" in drawing
 
     report.write_json({**data, "operator": [], "results": [uncounted]}, tmp_path / "b.json")
     done = command("plot", "b.json")

@@ -1,9 +1,12 @@
 """The profile of a config's backbone."""
 
+import re
 from functools import partial
 
 import pytest
+from loading import load_tool
 
+profile_operators = load_tool("analysis_tools/profile_operators.py")
 CONFIG = """
 default_scope = "mmengine"
 arch = dict(depths=[1, 1, 1, 1], embed_dims=[32, 32, 32, 32], num_heads=[1, 1, 1, 1])
@@ -27,6 +30,49 @@ def test_times_add_up_and_the_rest_is_summed(profile):
     assert times[:-1] == sorted(times[:-1], reverse=True)
     assert sum(times) == pytest.approx(float(total.split()[-1]), abs=0.5)
     assert any(row.startswith("addmm") for row in profile("--top", "200")[1].splitlines())
+
+
+def test_causes_stand_beside_the_best_matrix_product(profile):
+    _, printed, _ = profile("--shape", "64", "96", "--causes")
+    table, last = printed.strip().split("\n\n")
+    head, *rows, total = table.splitlines()
+    assert head.split() == ["cause", "ms", "share", "GMACs", "ms", "at", "best", "of", "best"]
+    assert len(rows) == 7
+    times = [float(re.search(r"([\d.]+) +[\d.]+%", row)[1]) for row in rows]
+    assert sum(times) == pytest.approx(float(total.split()[1]), abs=0.5)
+    assert all(row.rstrip().endswith("%") for row in (*rows[:2], total))
+    assert re.search(r" ms without the profiler: [\d.]+% of [\d.]+ TFLOP/s$", last)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("addmm", "matrix"),
+        ("mm", "matrix"),
+        ("mkldnn_convolution", "convolutions"),
+        ("bmm", "attention"),
+        ("mmsoft::gaussian_kernel_product", "attention"),
+        ("linalg_vector_norm", "attention"),
+        ("native_layer_norm", "normalization"),
+        ("addcmul", "element-wise"),
+        ("copy_", "copies"),
+        ("expand", "small"),
+        ("upsample_bilinear2d", "small"),
+        ("resolve_conj", "small"),
+    ],
+)
+def test_every_operator_has_one_cause(name, first):
+    assert profile_operators.cause(name).startswith(first)
+
+
+def test_products_by_cause_are_those_counted():
+    rows = [("addmm", 1, 4.0), ("mkldnn_convolution", 1, 2.0), ("copy_", 1, 2.0)]
+    macs = dict(linear=1e9, conv=0.25e9, matmul=0.75e9)
+    table = {row[0]: row[1:] for row in profile_operators.by_cause(rows, macs, tflops=1.0)}
+    assert table["matrix products of linear layers"] == [4.0, "50.0%", 1.0, 2.0, "50%"]
+    assert table["convolutions"] == [2.0, "25.0%", 0.25, 0.5, "25%"]
+    assert table["copies and changes of layout"] == [2.0, "25.0%", None, None, None]
+    assert table["sum"] == [8.0, None, 2.0, 4.0, "50%"]
 
 
 @pytest.mark.parametrize(

@@ -1,40 +1,110 @@
 #!/usr/bin/env python
-"""Print where the time of a config's backbone goes, operator by operator.
+"""Print where the time of a config's backbone goes, operator by operator or by cause.
 
     python tools/analysis_tools/profile_operators.py CONFIG --shape 800 1344
+    python tools/analysis_tools/profile_operators.py CONFIG --shape 800 1344 --causes
 
 A forward pass on a random image without gradients, after two to warm up, by torch's profiler. Times
-are of the operators alone, without those that they call; on a GPU those of its kernels.
+are of the operators alone, without those that they call; on a GPU those of its kernels. With
+`--causes`, matrix products of linear layers and convolutions stand beside the time that they would
+take at the speed of the best matrix product of the device, which is measured first.
 """
 
+from collections.abc import Mapping
 from operator import attrgetter
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from tabulate import tabulate
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from mmsoft import flops
+from mmsoft.benchmark.measure import ceilings, seconds_of
 from mmsoft.builder import add_shape, build_model, config_parser, read_config
 
+Row = tuple[str, int, float]  # an operator's name, its calls, its milliseconds
+# By what is in an operator's name, the first that fits; what fits none are small ones and calls.
+CAUSES = {
+    "matrix products of linear layers": ("addmm",),
+    "convolutions": ("conv2d", "convolution"),
+    "attention: kernels, softmax, landmarks": (
+        *("mmsoft::", "scaled_dot_product", "bmm", "exp_", "softmax", "gather", "arg", "linalg"),
+        *("avg_pool2d", "where", "cholesky", "triangular"),
+    ),
+    "normalization": ("norm",),
+    "element-wise: GELU, residual connections": (
+        *("sigmoid", "gelu", "relu", "add", "mul", "div", "sub", "clamp", "sqrt", "square"),
+    ),
+    "copies and changes of layout": ("copy", "clone", "cat", "pad", "index", "fill"),
+}
+LINEAR, CONVOLUTIONS, *_ = CAUSES
+REST = "small operators, views and calls"
+NAMED = {"mm": LINEAR, "linear": LINEAR, "matmul": REST}
+# As MMEngine's analysis names them.
+COUNTED = {LINEAR: ("linear", "addmm"), CONVOLUTIONS: ("conv",)}
 
-def measure(
+
+def cause(name: str) -> str:
+    """What an operator's time is spent on."""
+    fits = (words for words, parts in CAUSES.items() if any(part in name for part in parts))
+    return NAMED.get(name) or next(fits, REST)
+
+
+def built(
     config: Config, shape: tuple[int, int], batch: int, device: str
-) -> list[tuple[str, int, float]]:
-    """Name, calls and milliseconds of each operator of the backbone, the slowest first."""
+) -> tuple[nn.Module, Tensor]:
+    """The backbone, and images for it."""
     model = build_model(config, "backbone").to(device)
     model.eval()  # which returns nothing in some of mmdet's backbones
-    images = torch.rand(batch, 3, *shape, device=device)
+    return model, torch.rand(batch, 3, *shape, device=device)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, images: Tensor) -> list[Row]:
+    """The operators of the backbone, the slowest first."""
     activities = [ProfilerActivity.CPU]
     if on_gpu := images.is_cuda:
         activities.append(ProfilerActivity.CUDA)
-    with torch.no_grad():
-        for _ in range(2):
-            model(images)
-        with profile(activities=activities) as found:
-            model(images)
-    time = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
-    events = sorted((event for event in found.key_averages() if time(event) > 0), key=time)
-    return [(e.key.removeprefix("aten::"), e.count, time(e) / 1e3) for e in reversed(events)]
+    for _ in range(2):
+        model(images)
+    with profile(activities=activities) as found:
+        model(images)
+    spent = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
+    events = sorted((event for event in found.key_averages() if spent(event) > 0), key=spent)
+    return [(e.key.removeprefix("aten::"), e.count, spent(e) / 1e3) for e in reversed(events)]
+
+
+@torch.no_grad()
+def least_ms(model: nn.Module, images: Tensor) -> float:
+    """Of five passes without the profiler."""
+    device = images.device.type
+    return 1e3 * min(seconds_of(lambda: model(images), 1, device) for _ in range(5))
+
+
+def by_cause(rows: list[Row], macs: Mapping[str, float], tflops: float) -> list[list[Any]]:
+    """Milliseconds and share of each cause; of products, multiply-adds, time and speed at best.
+
+    Args:
+        rows: what :func:`measure` found.
+        macs: multiply-adds of all operators as MMEngine's analysis names them.
+        tflops: the best matrix product's speed, two FLOPs to a multiply-add.
+    """
+    spent = dict.fromkeys((*CAUSES, REST), 0.0)
+    for name, _, ms in rows:
+        spent[cause(name)] += ms
+    total, table = sum(spent.values()), []
+    for words, ms in spent.items():
+        row: list[Any] = [words, ms, f"{ms / total:.1%}", None, None, None]
+        if words in COUNTED:
+            counted = sum(macs.get(name, 0) for name in COUNTED[words])
+            best = 2e3 * counted / (1e12 * tflops)
+            row[3:] = [counted / 1e9, best, f"{best / ms:.0%}" if ms else None]
+        table.append(row)
+    counted = sum(macs.values())
+    best = 2e3 * counted / (1e12 * tflops)
+    return [*table, ["sum", total, None, counted / 1e9, best, f"{best / total:.0%}"]]
 
 
 def main() -> None:
@@ -44,17 +114,32 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--top", type=int, default=12, help="rows (default: 12)")
+    parser.add_argument(
+        "--causes", action="store_true", help="by cause, products beside the device's best"
+    )
     args = parser.parse_args()
     if args.batch < 1 or args.top < 1:
         parser.error("--batch and --top take positive numbers")
-    rows = measure(read_config(args), args.shape, args.batch, args.device)
-    total = sum(time for _, _, time in rows)
+    model, images = built(read_config(args), args.shape, args.batch, args.device)
+    if args.causes:
+        tflops = ceilings(images.device.type, ["float32"])["float32_tflops"]
+        counts = flops.analyse(model, images[:1]).by_operator()
+        macs = {name: args.batch * count for name, count in counts.items()}
+        table = by_cause(measure(model, images), macs, tflops)
+        head = ("cause", "ms", "share", "GMACs", "ms at best", "of best")
+        print(tabulate(table, head, "plain", floatfmt=".1f"))
+        alone = least_ms(model, images)
+        share = 2e3 * sum(macs.values()) / (1e12 * tflops) / alone
+        print(f"\n{alone:.1f} ms without the profiler: {share:.1%} of {tflops:.3f} TFLOP/s")
+        return
+    rows = measure(model, images)
+    total = sum(ms for _, _, ms in rows)
     kept, rest = rows[: args.top], rows[args.top :]
     if rest:
         kept.append(("the rest", sum(row[1] for row in rest), sum(row[2] for row in rest)))
-    table = [(name, count, time, f"{time / total:.1%}") for name, count, time in kept]
+    lines = [(name, count, ms, f"{ms / total:.1%}") for name, count, ms in kept]
     header = ("operator", "calls", "ms", "share")
-    print(tabulate([*table, ("sum", None, total)], header, "plain", floatfmt=".1f"))
+    print(tabulate([*lines, ("sum", None, total)], header, "plain", floatfmt=".1f"))
 
 
 if __name__ == "__main__":
