@@ -15,6 +15,7 @@ from onnxscript import BOOL, FLOAT, INT64
 from onnxscript import opset18 as op
 
 from mmsoft.ops.inverse import TIKHONOV
+from mmsoft.ops.landmarks.choice import FEW
 
 _OURS = onnxscript.values.Opset("mmsoft", 1)
 
@@ -36,17 +37,69 @@ SCALES = _scales(TIKHONOV**2 / (1 + TIKHONOV**2))
 
 
 @onnxscript.script(_OURS, default_opset=op)
-def landmark_choice(candidates: FLOAT, budget: INT64, tolerance: FLOAT) -> tuple[INT64, BOOL]:
-    """``mmsoft.ops.choose_landmarks``."""
+def centred(candidates: FLOAT[...]) -> FLOAT[...]:
+    """Candidates of all images and heads, ``[P, M, d]``, around a point in their midst."""
     shape = op.Shape(candidates)
-    total = op.Gather(shape, 2)
-    kept = op.Min(total, budget)
     points = op.Reshape(candidates, op.Concat([-1], op.Slice(shape, [2], [4]), axis=0))
     points = op.Clip(points, -1e9, 1e9)
     squared = op.ReduceSumSquare(points, [2], keepdims=1)
     near = op.CastLike(squared <= 16.0 * op.ReduceMin(squared, [1], keepdims=1), points)
     middle = op.ReduceSum(near * points, [1], keepdims=1) / op.ReduceSum(near, [1], keepdims=1)
-    points = points - middle  # [P, M, d]
+    return points - middle
+
+
+@onnxscript.script(_OURS, default_opset=op)
+def choice_of_few(
+    points: FLOAT[...], budget: INT64, tolerance: FLOAT
+) -> tuple[INT64[...], BOOL[...]]:
+    """As :func:`choice`, of so few that their Gram matrix is stored: half the nodes of a step."""
+    total = op.Squeeze(op.Shape(points, start=1, end=2))
+    kept = op.Min(total, budget)
+    half = op.ReduceSumSquare(points, [2], keepdims=1) * 0.5
+    gram = op.MatMul(points, op.Transpose(points, perm=[0, 2, 1])) - half
+    gram = op.Exp(op.Min(gram - op.Transpose(half, perm=[0, 2, 1]), 0.0))
+    everyone = op.Range(0, total, 1)
+    gram = op.Where(op.Unsqueeze(everyone, [1]) == everyone, 1.0, gram)  # [P, M, M]
+    from_mean = op.ReduceSumSquare(points - op.ReduceMean(points, [1], keepdims=1), [2], keepdims=1)
+    pivot = op.ArgMin(from_mean, axis=1, keepdims=1)  # [P, 1, 1]
+    residual = op.Transpose(half, perm=[0, 2, 1]) * 0.0 + 1.0  # [P, 1, M], the diagonal of gram
+    left = op.ReduceMax(residual, [2], keepdims=1)
+
+    @onnxscript.graph()
+    def step(  # type: ignore[no-untyped-def]
+        j: INT64,
+        goes_on: BOOL,
+        gram: FLOAT[...],
+        residual: FLOAT[...],
+        pivot: INT64[...],
+        left: FLOAT[...],
+    ):
+        row = op.GatherND(gram, pivot, batch_dims=1)  # [P, 1, M]
+        share = row / left
+        schur = gram - op.MatMul(op.Transpose(row, perm=[0, 2, 1]), share)
+        rest = residual - row * share
+        largest = op.ReduceMax(rest, [2], keepdims=1)
+        another = op.ReduceMax(largest, keepdims=0) > tolerance
+        following = op.ArgMax(rest, axis=2, keepdims=1)
+        remains = op.Where(largest > tolerance, largest, op.Constant(value_float=math.inf))
+        taken = op.Identity(pivot)
+        before = op.Identity(left)
+        return another, schur, rest, following, remains, taken, before
+
+    _, _, _, _, pivots, lefts = op.Loop(kept, True, gram, residual, pivot, left, body=step)
+    pivots = op.Transpose(op.Squeeze(pivots, [2, 3]), perm=[1, 0])  # [P, steps]
+    lefts = op.Transpose(op.Squeeze(lefts, [2, 3]), perm=[1, 0])
+    infinite = op.Constant(value_float=math.inf)
+    missing = op.Concat([0, 0, 0], kept - op.Shape(lefts, start=1, end=2), axis=0)
+    taken = op.Pad(lefts, missing, infinite) < infinite
+    return op.Where(taken, op.Pad(pivots, missing), 0), taken
+
+
+@onnxscript.script(_OURS, default_opset=op)
+def choice(points: FLOAT[...], budget: INT64, tolerance: FLOAT) -> tuple[INT64[...], BOOL[...]]:
+    """``mmsoft.ops.choose_landmarks`` of ``[P, M, d]``, centred: ``[P, k]``."""
+    total = op.Squeeze(op.Shape(points, start=1, end=2))
+    kept = op.Min(total, budget)
     half = op.ReduceSumSquare(points, [2], keepdims=1) * 0.5  # [P, M, 1]
     # The exponents are products of [p, 1, -half] with [p, -half, 1], as elsewhere.
     ones = half * 0.0 + 1.0
@@ -81,9 +134,7 @@ def landmark_choice(candidates: FLOAT, budget: INT64, tolerance: FLOAT) -> tuple
     rows = op.Pad(rows, op.Concat([0, 0, 0, 0], missing, [0], axis=0))
     pivots = op.ArgMax(rows, axis=2, keepdims=0)  # [P, k]: each is largest at its pivot
     taken = op.ReduceMax(rows, [2], keepdims=0) > 0.0
-    index = op.Where(taken, pivots, 0)
-    result = op.Concat(op.Slice(shape, [0], [2]), [-1], axis=0)
-    return op.Reshape(index, result), op.Reshape(taken, result)
+    return op.Where(taken, pivots, 0), taken
 
 
 def _number(value: Any) -> Any:
@@ -123,10 +174,15 @@ def tikhonov_solve(a: Any, mu: Any, b: Any) -> Any:
     return solution
 
 
-def _choice(candidates: Any, budget: Any, tolerance: float, mask: Any = None) -> Any:
+def landmark_choice(candidates: Any, budget: Any, tolerance: float, mask: Any = None) -> Any:
+    """``mmsoft.ops.choose_landmarks``."""
     if mask is not None:
         raise NotImplementedError("the choice of landmarks of padded sequences is not exported")
-    return landmark_choice(candidates, _number(budget), op.Constant(value_float=tolerance))
+    total = candidates.shape[2]
+    choose = choice_of_few if isinstance(total, int) and total <= FEW else choice
+    found = choose(centred(candidates), _number(budget), op.Constant(value_float=tolerance))
+    shape = op.Concat(op.Shape(candidates, end=2), op.Constant(value_ints=[-1]), axis=0)
+    return tuple(op.Reshape(each, shape) for each in found)
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:
@@ -150,6 +206,6 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {
         ops.newton_raphson_pinv.default: newton_raphson_pinv,
         ops.tikhonov_solve.default: tikhonov_solve,
-        ops.landmark_choice.default: _choice,
+        ops.landmark_choice.default: landmark_choice,
         torch.ops.aten.gelu.default: _gelu,
     }

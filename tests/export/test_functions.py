@@ -121,8 +121,11 @@ def test_scales_are_those_of_the_loop():
     [(1, 5, 0.1), (7, 3, 0.1), (100, 20, 1e-3), (300, 300, 1e-2), (525, 49, 0.1)],
 )
 @pytest.mark.parametrize("spread", [0.1, 1])
-def test_choice(candidates, budget, tolerance, spread):
+@pytest.mark.parametrize("function", ["choice", "choice_of_few"])
+def test_choice(candidates, budget, tolerance, spread, function):
     points = torch.randn(2, 3, candidates, 16) * spread + 5
-    found = run(functions.landmark_choice, points, np.int64(budget), np.float32(tolerance))
+    (centred,) = run(functions.centred, points)
+    choice = getattr(functions, function)
+    found = run(choice, centred.numpy(), np.int64(budget), np.float32(tolerance))
     for ours, expected in zip(found, choose_landmarks(points, budget, tolerance=tolerance)):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+        torch.testing.assert_close(ours, expected.flatten(0, 1), rtol=0, atol=0)

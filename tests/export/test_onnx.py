@@ -62,6 +62,10 @@ def test_backbone_of_one_size(tmp_path):
     file, differences = check(module, Input((64, 97)), tmp_path / "soft.onnx")
     kernels = [node for node in file.graph.node if node.op_type == "Exp"]
     assert len(kernels) == 3 * 2  # in each layer of landmarks with themselves and with tokens
+    made = {name: node.op_type for node in file.graph.node for name in node.output}
+    normalized = [n.input[0] for n in file.graph.node if n.op_type == "LayerNormalization"]
+    assert {made.get(name) for name in normalized} >= {"Sum"}
+    assert "Add" not in {made.get(name) for name in normalized}  # onnxruntime's fusion is slow
     assert {d.images for d in differences} == {(1, 3, 64, 97)}
     assert [d.name for d in differences] == ["stage1", "stage2", "stage3", "stage4"]
 
@@ -70,7 +74,8 @@ def test_backbone_of_one_size_with_what_it_has_by_default(tmp_path):
     """Landmarks by content, 49 of 72 candidates."""
     module = exportable(Model(SOFTPlusPlus(SMALL, out_indices=(0,))).eval(), "backbone")
     file, _ = check(module, Input((256, 288)), tmp_path / "content.onnx")
-    assert [node.op_type for node in file.graph.node].count("Loop") == 1  # a layer
+    (loop,) = [node for node in file.graph.node if node.op_type == "Loop"]  # a layer
+    assert len(loop.attribute[0].g.node) < 20  # the Gram matrix of so few is stored
 
 
 def test_backbone_of_any_size_by_content(tmp_path):
