@@ -85,6 +85,7 @@ class KeptRows:
         dtype = torch.float64 if elements <= self.float64_elements else torch.float32
         q, landmarks = state.q.to(dtype), state.landmarks.to(dtype)
         if state.layer.by_content:
+            self.mean = state.q.double().mean(2, keepdim=True)
             self.kernel = (landmarks @ q.mT).softmax(-1).mT  # [B, heads, N, m]
         else:
             self.kernel = gaussian_kernel(q, landmarks)
@@ -96,7 +97,7 @@ class KeptRows:
         state = self.state
         q = state.q[:, :, list(queries)].double()
         if state.layer.by_content:
-            logits = q @ self.landmarks.mT
+            logits = (q - self.mean) @ self.landmarks.mT
             if state.present is not None:
                 logits = logits.masked_fill(~state.present[:, :, None], -torch.inf)
             weights = logits.softmax(-1)

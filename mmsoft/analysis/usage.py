@@ -18,8 +18,8 @@ class Usage:
         landmarks: how many there are.
         nearest: median over the tokens of the largest kernel value of a token: near 0, and tokens
             resemble no landmark.
-        rank: effective rank of ``K``, by content of ``softmax(q l^T)``, which the layer makes of
-            it: ``(sum s^2)^2 / sum s^4`` of the singular values ``s``. Near 1, all rows are
+        rank: effective rank of ``K``, by content of ``softmax((q - mean) l^T)``, which the layer
+            reads with: ``(sum s^2)^2 / sum s^4`` of the singular values ``s``. Near 1, all rows are
             multiples of one.
         ratio: standard deviation of the attention term over that of the values' convolution.
         varying: share of the former that differs between the tokens of an image, in [0, 1].
@@ -41,7 +41,8 @@ def attention_usage(state: BlockState) -> Usage:
     if state.present is not None:
         missing = ~state.present[:, :, None]
         kernel, count = kernel.masked_fill(missing, 0), state.present.double().sum(-1)
-        rows = (points @ landmarks.mT).masked_fill(missing, -torch.inf).softmax(-1)
+        relative = points - points.mean(2, keepdim=True)
+        rows = (relative @ landmarks.mT).masked_fill(missing, -torch.inf).softmax(-1)
     energy = torch.linalg.eigvalsh(rows.mT @ rows).clamp(min=0)
     rank = energy.sum(-1).square() / energy.square().sum(-1)
     q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))

@@ -199,8 +199,9 @@ def landmark_attention(
         weights = (exponent - exponent.detach().amax(-1, keepdim=True)).exp()
         return weights / weights.sum(-1, keepdim=True)
 
-    every = torch.ones_like(q[..., 0], dtype=torch.bool)
-    return normalized(q, landmarks, present) @ (normalized(landmarks, q, every) @ v)
+    every, mean = torch.ones_like(q[..., 0], dtype=torch.bool), q.mean(-2, keepdim=True)
+    means = normalized(landmarks, q, every) @ v
+    return normalized(q - mean, landmarks - mean, present) @ means
 
 
 def attention_matrix(q: Tensor, landmarks: Tensor, **kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
+from .island import compute_dtype
 from .mode import forward_mode, lacks_batch_rule
 
 # Their products and sums are within float32's range.
@@ -41,14 +42,15 @@ def landmark_attention(
     r"""Gaussian kernel attention through landmarks, its rows normalized, its keys weighted.
 
     .. math::
-        \tilde K(q, l)\, \tilde K(l, k)\, v, \quad
+        \tilde K(q - \bar q, l - \bar q)\, \tilde K(l, k)\, v, \quad
         \tilde K(x, y)_{ij} \propto e^{-\|x_i - y_j\|^2 / 2}\, e^{\|y_j\|^2 / 2},
         \quad \tilde K 1 = 1
 
-    Keys ``k`` equal queries. Each landmark carries a mean of the values of the tokens that it
-    resembles, each token a mean of its landmarks': no inverse, and no output beyond the values'
-    range. The kernel times the weight is ``e^{x_i y_j}`` up to a factor that rows lose, so fused
-    softmax attention computes both. Why keys are weighted: ``docs/method.md``.
+    Keys ``k`` equal queries, of which ``\bar q`` is the mean over the tokens. Each landmark carries
+    a mean of the values of the tokens that it resembles, each token a mean of its landmarks': no
+    inverse, and no output beyond the values' range. The kernel times the weight is ``e^{x_i y_j}``
+    up to a factor that rows lose, so fused softmax attention computes both. Why keys are weighted,
+    and why tokens read relative to their mean: ``docs/method.md``.
 
     Args:
         q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.
@@ -85,8 +87,21 @@ def landmark_attention(
         present = present | ~present.any(-1, keepdim=True)
         absent = _bias(present, q.dtype)[:, :, None].expand(-1, -1, q.shape[2], -1)
     means = softmax_attention(landmarks, q, v, padding)
-    out = softmax_attention(q, landmarks, means, absent)
+    relative = q - _mean(q, mask)
+    if q.dtype == torch.float16:
+        most = torch.finfo(q.dtype).max
+        relative = relative.clamp(-most, most)
+    out = softmax_attention(relative, landmarks, means, absent)
     return out if mask is None else torch.where(mask[:, None, :, None], out, 0)
+
+
+def _mean(q: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the tokens that there are. Landmarks need not be moved likewise: a row would lose it."""
+    if mask is None:
+        return q.mean(2, keepdim=True)
+    kept = q.to(compute_dtype(q)).masked_fill(~mask[:, None, :, None], 0)
+    mean = kept.sum(2, keepdim=True) / mask.sum(1)[:, None, None, None].clamp(min=1)
+    return mean.to(q.dtype)
 
 
 def _bias(there: Tensor, dtype: torch.dtype) -> Tensor:

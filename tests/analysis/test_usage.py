@@ -28,7 +28,8 @@ def test_usage_is_the_definition(landmarks):
                 kernel = reference.gaussian_kernel(state.q[b, h].double(), landmarks)
                 read = kernel
                 if state.present is not None:  # rows sum to 1, keys weigh by their length
-                    read = kernel * landmarks.square().sum(-1).div(2).exp()
+                    far = landmarks - state.q[b, h].double().mean(0)
+                    read = kernel * far.square().sum(-1).div(2).exp()
                     read = read / read.sum(-1, keepdim=True)
                 s = torch.linalg.svdvals(read)
                 rows = state.attention_rows(every)[b, h]
@@ -67,13 +68,15 @@ def test_rank_of_equal_and_of_unlike_rows():
     torch.testing.assert_close(attention_usage(state).rank, torch.full((1,), 4.0).double())
 
 
-def test_rows_that_one_long_landmark_draws_are_alike():
-    """Whatever the kernel of distances is."""
+def test_what_all_queries_share_does_not_make_rows_alike():
+    """A long mean query, which every landmark has too."""
     model = SOFTPlusPlus(ARCH, landmarks="content").eval()
     with torch.no_grad(), capture(model, (0, 0)) as states:
         model(torch.randn(1, 3, 64, 64))
     (state,) = states.values()
-    state.q = torch.eye(32)[None, None, :4].repeat(1, 1, 64, 1)
-    state.landmarks = torch.cat((torch.eye(32)[:4], torch.full((1, 32), 50.0)))[None, None]
-    state.present = torch.ones(1, 1, 5, dtype=torch.bool)
-    torch.testing.assert_close(attention_usage(state).rank, torch.ones(1).double())
+    state.q = torch.randn(state.q.shape)
+    state.landmarks, state.present = state.q[:, :, :5], None
+    before = attention_usage(state).rank
+    assert before > 1.5
+    state.q, state.landmarks = state.q + 9, state.landmarks + 9
+    torch.testing.assert_close(attention_usage(state).rank, before, rtol=1e-4, atol=0)
