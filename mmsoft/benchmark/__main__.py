@@ -53,7 +53,7 @@ DEFAULTS: dict[str, list] = dict(
 )
 # What a preset measures besides backbones; a CPU has no time for the rest in the same run.
 PRESET_SECTIONS = {
-    "cpu": ("scaling", "operator", "whole"),
+    "cpu": ("scaling", "whole"),
     "cuda": ("scaling", "operator", "sequence", "whole"),
 }
 USUAL = [n for n in BACKBONES if n not in LANDMARKS and not n.endswith(UNBOUNDED)]
@@ -114,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    worth = "what is worth measuring on such a device; on a CPU but for --sequence and --onnx"
+    worth = "what is worth measuring on such a device; on a CPU but for --operator, --sequence and "
+    worth += "--onnx, a second command"
     p.add_argument("--preset", choices=PRESETS, help=worth)
     rest = " ".join(name for name in BACKBONES if name not in USUAL)
     names = f"backbones (default, all but the last {len(rest.split())}): {' '.join(USUAL)} {rest}"
@@ -173,7 +174,8 @@ def parser() -> argparse.ArgumentParser:
         "(default: 224 800x1344)",
     )
     p.add_argument("--repeats", type=positive, default=11, help="samples of each (default: 11)")
-    slow = "samples of images above 1024x1024 and of what takes more than 4 s (default: 3)"
+    slow = "samples of images above 1024x1024, of whole models and of what takes more than 4 s "
+    slow += "(default: 3)"
     p.add_argument("--slow-repeats", type=positive, default=3, help=slow)
     p.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
     p.add_argument("--out", type=Path, help="folder of the results (default: work_dirs/benchmark)")

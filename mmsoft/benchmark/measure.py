@@ -34,6 +34,7 @@ from mmsoft.benchmark.cases import DTYPES, Case, make_model, make_step, precisio
 
 # A call that takes longer, or an image that is larger, is repeated `slow_repeats` times only.
 SLOW_SECONDS, LARGE_PIXELS = 4.0, 1024**2
+LONG_SECONDS = 20.0  # to warm up for so long changes nothing: the first call is the first sample
 SAMPLE_SECONDS = 0.05  # a sample is at least that long: faster steps are repeated within it
 # Imported once, by the server that the measuring processes are forked from.
 PRELOAD = ("torch", "mmsoft.models", "mmdet.models", "mmseg.models", "mmpretrain.models")
@@ -77,6 +78,8 @@ def measure_times(
 ) -> tuple[dict[Case, dict], dict[Case, str]]:
     """Time the cases in turns, one sample each per round, so that drift affects all equally.
 
+    Every case is warmed at its shape first; of one that takes ``LONG_SECONDS`` that call counts.
+
     ``models`` are built models by :func:`model_key`; those missing are added. Returns the times of
     each case in milliseconds, and the reason of each case that could not be run.
     """
@@ -84,6 +87,7 @@ def measure_times(
     calls: dict[Case, int] = {}
     wanted: dict[Case, int] = {}
     skipped: dict[Case, str] = {}
+    samples: dict[Case, list[float]] = {}
     for case in cases:
         try:
             key = model_key(case)
@@ -100,13 +104,14 @@ def measure_times(
         log(f"{case.name}: warm, {1e3 * seconds:.4g} ms")
         steps[case] = step
         calls[case] = min(max(math.ceil(SAMPLE_SECONDS / seconds), 1), 100)
-        slow = seconds > SLOW_SECONDS or case.size[0] * case.size[1] > LARGE_PIXELS
+        large = case.size[0] * case.size[1] > LARGE_PIXELS
+        slow = seconds > SLOW_SECONDS or large or case.section == "whole"
         wanted[case] = slow_repeats if slow else repeats
-    samples: dict[Case, list[float]] = {case: [] for case in steps}
+        samples[case] = [1e3 * seconds] if seconds > LONG_SECONDS else []
     for turn in range(max(wanted.values(), default=0)):
         start = time.perf_counter()
         for case, step in steps.items():
-            if turn < wanted[case]:
+            if len(samples[case]) < wanted[case]:
                 samples[case].append(1e3 * seconds_of(step, calls[case], case.device))
         log(f"round {turn + 1} of {max(wanted.values())}: {time.perf_counter() - start:.1f} s")
     times = {}
@@ -190,7 +195,7 @@ def describe(case: Case) -> dict[str, float]:
     start = time.perf_counter()
     macs = flops.analyse(model, images).total()
     found = dict(params_m=params / 1e6, gmacs=macs / 1e9)
-    if time.perf_counter() - start < 5 * SLOW_SECONDS:
+    if time.perf_counter() - start < LONG_SECONDS:
         step = make_step(model, case)
         with _Traffic() as traffic:
             step()

@@ -188,10 +188,11 @@ def test_the_presets_sections():
         ("UperNet", (512, 2048)),
     ]
     assert {section: len(groups) for section, groups in found.items()} == dict(
-        results=4, scaling=3, operator=8, whole=4
+        results=4, scaling=3, whole=4
     )
-    both = planned("--preset", "cuda", "--onnx"), planned("--sequence", "--onnx")
-    assert [len({section for section, _ in groups}) for groups in both] == [5, 2]
+    rest = planned("--operator", "--sequence", "--onnx")
+    for groups, number in ((planned("--preset", "cuda", "--onnx"), 5), (rest, 3)):
+        assert len({section for section, _ in groups}) == number
 
 
 def test_arguments_replace_what_a_preset_has():
@@ -402,15 +403,29 @@ def test_the_model_zoo_has_peers_in_their_faster_format(data):
     assert [cell.strip() for cell in row.split("|")[4:6]] == ["4.00", "41.0"]
 
 
-@pytest.mark.parametrize(("side", "seconds", "runs"), [(8, 0, 5), (8, 5, 2), (1025, 0, 2)])
-def test_slow_calls_and_large_images_run_less_often(monkeypatch, side, seconds, runs):
+@pytest.mark.parametrize(
+    ("section", "side", "seconds", "calls", "runs"),
+    [
+        ("backbone", 8, 0.5, 2 + 5, 5),
+        ("backbone", 8, 1.5, 1 + 5, 5),
+        ("backbone", 1024, 5, 1 + 2, 2),
+        ("backbone", 1025, 1.5, 1 + 2, 2),
+        ("whole", 8, 1.5, 1 + 2, 2),
+        ("backbone", 8, 30, 2, 2),
+    ],
+)
+def test_slow_calls_and_large_images_run_less_often(
+    monkeypatch, section, side, seconds, calls, runs
+):
+    made = []
     monkeypatch.setattr(measure, "make_model", lambda case: None)
     monkeypatch.setattr(measure, "make_step", lambda model, case: None)
-    monkeypatch.setattr(measure, "seconds_of", lambda step, calls, device: seconds + 1.0)
-    case = cases.Case("backbone", "softpp-tiny", (side, side))
+    monkeypatch.setattr(measure, "seconds_of", lambda *_: made.append(seconds) or seconds)
+    case = cases.Case(section, "softpp-tiny", (side, side))
     times, skipped = measure.measure_times([case], {}, 5, 2, print)
     assert not skipped
     assert times[case]["repeats"] == runs
+    assert len(made) == calls
 
 
 def test_peers_attention_runs_fused():
