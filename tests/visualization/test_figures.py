@@ -129,17 +129,24 @@ def test_the_tradeoff_has_intervals_and_names_that_cover_nothing():
     results = [
         dict(backbone=f"{family}-{size}", label=f"{family} {size}", params_m=10.0 + n / 10)
         | dict(images_per_second=10.0, median_ms=100.0, min_ms=80.0, q90_ms=125.0)
-        for n, (family, size) in enumerate((f, s) for f in "ABC" for s in ("Tiny", "Small"))
+        for n, (family, size) in enumerate((f, s) for f in "AB" for s in ("Tiny", "Small"))
     ]
-    accuracies = {r["backbone"]: 80.0 + 0.01 * n for n, r in enumerate(results)}
-    left, right = draw_tradeoff(results, accuracies).axes
-    (path, _) = left.collections[0].get_paths()
+    accuracies = {r["backbone"]: 80.0 + 0.1 * n for n, r in enumerate(results)}
+    results.append({**results[0], "backbone": "D", "label": "D Far", "params_m": 90.0})
+    accuracies["D"] = 60.0  # so that the others are close to each other
+    from matplotlib.text import Text
+
+    figure = draw_tradeoff(results, accuracies)
+    figure.draw_without_rendering()
+    left, right = figure.axes
+    (path, *_) = left.collections[0].get_paths()
     assert path.vertices[:, 0].tolist() == [8.0, 12.5]
     assert not right.collections
-    assert left.get_legend_handles_labels()[1] == ["A", "B", "C"]
+    assert left.get_legend_handles_labels()[1] == ["A", "B", "D"]
     for axes in (left, right):
-        assert [text.get_text() for text in axes.texts] == ["Tiny", "Small"] * 3
-        boxes = [text.get_window_extent().shrunk(0.8, 0.8) for text in axes.texts]
+        assert [text.get_text() for text in axes.texts] == ["Tiny", "Small", "Tiny", "Small", "Far"]
+        # Of the words, without the line to the point.
+        boxes = [Text.get_window_extent(text).shrunk(0.8, 0.8) for text in axes.texts]
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         points = axes.transData.transform(np.concatenate([x.get_xydata() for x in axes.lines]))
         assert not any(box.contains(*point) for box in boxes for point in points)
