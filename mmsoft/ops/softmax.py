@@ -7,7 +7,7 @@ from torch import Tensor
 from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
 from .island import compute_dtype
-from .mode import forward_mode, lacks_batch_rule
+from .mode import cpu_shortcut, forward_mode, lacks_batch_rule
 
 # Their products and sums are within float32's range.
 QUERY_MAX, VALUE_MAX = 1e17, 1e30
@@ -87,10 +87,12 @@ def landmark_attention(
         present = present | ~present.any(-1, keepdim=True)
         absent = _bias(present, q.dtype)[:, :, None].expand(-1, -1, q.shape[2], -1)
     means = softmax_attention(landmarks, q, v, padding)
-    relative = q - _mean(q, mask)
+    mean = _mean(q, mask)
     if q.dtype == torch.float16:
         most = torch.finfo(q.dtype).max
-        relative = relative.clamp(-most, most)
+        relative = (q - mean).clamp(-most, most)
+    else:  # in place of the clamped copy, because large fresh memory is slow
+        relative = q.sub_(mean) if cpu_shortcut(q) else q - mean
     out = softmax_attention(relative, landmarks, means, absent)
     return out if mask is None else torch.where(mask[:, None, :, None], out, 0)
 

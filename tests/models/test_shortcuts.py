@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import ConvNormAct, SOFTBlock, TanhGELU, as_image
-from mmsoft.ops import landmark_candidates, softmax_free_attention
+from mmsoft.ops import landmark_attention, landmark_candidates, softmax_free_attention
 
 
 class Module(nn.Module):
@@ -55,6 +55,10 @@ SHORTCUTS = {
     "sum in place": (lambda m, x: m(x, (5, 6)), attention, TOKENS, EVALUATION, "add_", True),
     "scaled product": (
         lambda m, x: torch.cat(m.queries_and_values(x)), attention, TOKENS, EAGER, "mul", False,
+    ),
+    "relative in place": (
+        lambda m, x: landmark_attention(x, x, x[:, :, :3]), lambda: None,
+        (2, 2, 30, 8), EVALUATION, "sub_", True,
     ),
     "candidates in bands": (
         lambda m, x: landmark_candidates(x, (5, 6), 2, 2, x.mean(1).view(2, 2, 8)), lambda: None,
