@@ -38,7 +38,8 @@ def tool():
 
 
 def test_the_page_is_current(tool):
-    assert tool.PAGE.read_text() == tool.render(tool.read(tool.ROWS)), "run real_data.py table"
+    text = tool.render(tool.read(tool.ROWS), tool.read_times(tool.TIMES))
+    assert tool.PAGE.read_text() == text, "run real_data.py table"
 
 
 def test_every_row_is_of_a_config_as_it_is(tool):
@@ -85,7 +86,7 @@ def test_seeds_share_a_line_and_rows_are_in_the_order_of_their_parameters(tool):
         row(name, 0, score=0.8),
         row("nuclei/upernet_pvtv2-b0_nuclei.py", score=0.95),
     ]
-    page = tool.render(rows)
+    page = tool.render(rows, times(name, 0.5, 1.0, 3.0))
     assert page.index("## Nuclei, UperNet") < page.index("## Blood cells, RetinaNet")
     assert "\na processor, 1 thread; torch 2.13.0; commit 0123456789ab.\n" in page
     header, _, first, second, other, *_ = lines(page)
@@ -93,23 +94,47 @@ def test_seeds_share_a_line_and_rows_are_in_the_order_of_their_parameters(tool):
     assert first[:5] == ["PVTv2-B0", "3.00", "0", "10", "0.950"]
     assert second == [
         *("SOFT++ mini", "9.00", "0, 2", "10", "0.850 (0.800-0.900)"),
-        *("1.00", "12", "700"),
+        *("1.00", "10", "700"),
     ]
     assert other[4] == "box AP"
     assert "same time" not in page
 
 
-def test_what_was_not_timed_has_no_times(tool):
-    untimed = dict.fromkeys(("seconds_per_iteration", "training_seconds", "testing_seconds"))
-    rows = [row("nuclei/upernet_softpp-mini_nuclei.py", seed) | untimed for seed in (0, 1)]
-    assert lines(tool.render(rows))[2][5:7] == ["-", "-"]
-    timed = row("nuclei/upernet_softpp-mini_nuclei.py", 2)
-    assert lines(tool.render([*rows, timed]))[2][5:7] == ["1.00", "12"]
+def times(config, *seconds):
+    return {config: dict(config=config, seconds=seconds)}
+
+
+def test_what_was_not_timed_in_turns_has_no_times(tool):
+    names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
+    page = tool.render(list(map(row, names)), times(names[0], 0.25))
+    assert [line[5:7] for line in lines(page)[2:]] == [["-", "-"], ["0.25", "2.50"]]
+
+
+def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):
+    """The first two iterations of each run are left out."""
+    paths = [ROOT / f"configs/nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "r18")]
+    order = []
+
+    def mim(title, arguments, log, folder):
+        assert "train_cfg.max_iters=4" in arguments
+        run = log.parent / "now" / "vis_data"
+        run.mkdir(parents=True)
+        entries = [dict(step=s, time=t, loss=1) for s, t in enumerate((9, 9, 1 + len(order), 2), 1)]
+        (run / "scalars.json").write_text("\n".join(map(json.dumps, entries)))
+        order.append(Path(arguments[2]).stem)
+
+    monkeypatch.setattr(tool, "mim", mim)
+    tool.time_in_turns(paths, tmp_path / "runs", tmp_path / "out", rounds=2, iterations=4)
+    assert order == 2 * [path.stem for path in paths]
+    found = tool.read_times(tmp_path / "out")
+    assert found["nuclei/upernet_softpp-mini_nuclei.py"]["seconds"] == [1, 2, 3, 2]
+    assert found["nuclei/upernet_r18_nuclei.py"]["seconds"] == [2, 2, 4, 2]
+    assert "r18_nuclei: 2.000 s, 500 iterations in the time" in capsys.readouterr().out
 
 
 def test_rows_of_another_length_have_a_table_beside_ours(tool):
     names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
-    page = tool.render([*map(row, names), row(names[1], iterations=7)])
+    page = tool.render([*map(row, names), row(names[1], iterations=7)], {})
     same, rest = page.split("for about the same time")
     assert [line[3] for line in lines(same)[2:]] == ["10", "10"]
     assert [(line[0], line[3]) for line in lines(rest)[2:]] == [
@@ -216,10 +241,9 @@ def test_a_row_from_drawn_images(tool, drawn, run_outside, name):
     assert found["seed"] == 1
     assert found["parameters"] > 8e5
     assert 1e8 < found["peak_bytes"] < 8e9
-    assert 0 < found["seconds_per_iteration"] <= found["training_seconds"] + 0.1
     assert tool.task_of(found) in tool.TASKS
     assert set(found["metrics"]) & set(tool.METRICS)
-    assert tool.render([found]).count("\n| SOFT++ mini ") == 1
+    assert tool.render([found], {}).count("\n| SOFT++ mini ") == 1
     trained = Config.fromfile(min(drawn.glob("work/*/vis_data/config.py")))
     assert trained.randomness.seed == 1
     assert trained.param_scheduler[-1].end == trained.train_cfg.max_iters == 2
