@@ -9,11 +9,11 @@ Curve = Sequence[tuple[float, float]]
 
 
 def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]]) -> Any:
-    """Training loss and validation accuracy, one row of panels for each task.
+    """Training loss and, where there is one, validation accuracy, one row of panels for each task.
 
     Args:
-        runs: task -> label -> ``'loss'`` and ``'accuracy'`` -> of each seed the curve, pairs of
-            iteration and value. Seeds share a colour.
+        runs: task -> label -> ``'loss'`` and perhaps ``'accuracy'`` -> of each seed the curve,
+            pairs of iteration and value. Seeds share a colour.
 
     Returns:
         A matplotlib figure.
@@ -25,8 +25,10 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
         raise ValueError("there are no runs to draw")
     labels = list(dict.fromkeys(label for task in runs.values() for label in task))
     figure = new_figure(9.6, 0.6 + 3.2 * len(runs))
-    panels = figure.subplots(len(runs), 2, squeeze=False)
-    kinds = (("loss", "training loss"), ("accuracy", "validation accuracy (%)"))
+    axes = dict(loss="training loss", accuracy="validation accuracy (%)")
+    there = {kind for task in runs.values() for curves in task.values() for kind in curves}
+    kinds = [(kind, axis) for kind, axis in axes.items() if kind in there]
+    panels = figure.subplots(len(runs), len(kinds), squeeze=False)
     for row, (task, lines) in zip(panels, runs.items()):
         for ax, (kind, axis) in zip(row, kinds):
             for label, curves in lines.items():
@@ -41,5 +43,5 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
             ax.set_xlabel("iteration")
             ax.set_ylabel(axis)
             ax.grid(alpha=0.3)
-    panels[0][1].legend(frameon=False, fontsize=8)
+    panels[0][-1].legend(frameon=False, fontsize=8)
     return figure

@@ -132,6 +132,19 @@ def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):
     assert "r18_nuclei: 2.000 s, 500 iterations in the time" in capsys.readouterr().out
 
 
+def test_losses_of_scheduled_runs_are_drawn(tool, tmp_path, monkeypatch):
+    name = "nuclei/upernet_softpp-mini_nuclei.py"
+    drawn = {}
+    monkeypatch.setattr("mmsoft.visualization.draw_learning", lambda runs: drawn.update(runs))
+    monkeypatch.setattr("mmsoft.visualization.save_figure", lambda figure, path: None)
+    curve = tool.loss_curve([dict(step=5, loss=2.00001), dict(step=5, mIoU=3)])
+    rows = [row(name, 0, loss=curve), row(name, 1), row(name, iterations=7, loss=[[5, 3.0]])]
+    tool.draw(rows, tmp_path / "learning.png")
+    assert drawn == {"Nuclei, UperNet": {"SOFT++ mini": dict(loss=[[[5, 2.0]]])}}
+    assert "(real_data/learning.png)" in tool.render(rows, {})
+    assert "learning.png" not in tool.render(rows[1:2], {})
+
+
 def test_rows_of_another_length_have_a_table_beside_ours(tool):
     names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
     page = tool.render([*map(row, names), row(names[1], iterations=7)], {})
@@ -236,7 +249,7 @@ def run_row(run_outside, tmp_path, config, iterations):
 @pytest.mark.long
 def test_a_row_from_drawn_images(tool, drawn, run_outside, name):
     found = run_row(run_outside, drawn, MINI[name], 2)
-    assert set(found) == set(tool.FIELDS)
+    assert set(found) == {*tool.FIELDS, "loss"}
     assert found["iterations"] == 2
     assert found["seed"] == 1
     assert found["parameters"] > 8e5

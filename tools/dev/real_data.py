@@ -43,6 +43,7 @@ from mmsoft.rows import (
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "real_data"
 TIMES = ROWS / "times"  # a file for each config
+FIGURE = ROWS / "learning.png"
 PAGE = ROOT / "docs" / "real_data.md"
 # Nothing of the validation images is seen before the test.
 NO_VALIDATION = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
@@ -84,7 +85,13 @@ def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path
         timed=False,  # configs that are compared take turns, see `time_in_turns`
         training=NO_VALIDATION,
         packages=PACKAGES,
+        extra=lambda scalars: dict(loss=loss_curve(scalars)),
     )
+
+
+def loss_curve(scalars: Sequence[Row]) -> list[list[float]]:
+    """Of the log: iteration and training loss."""
+    return [[entry["step"], round(entry["loss"], 4)] for entry in scalars if "loss" in entry]
 
 
 def time_in_turns(
@@ -244,7 +251,22 @@ def render(rows: Sequence[Row], times: Mapping[str, Row]) -> str:
             ours = [row for row in scheduled if "softpp" in row["config"]]
             others = [row for row in own if row["iterations"] != row["scheduled_iterations"]]
             text += SAME_TIME + "\n" + table(ours + others, lambda row: row["parameters"], times)
+    if any("loss" in row for row in rows):
+        text += f"\n## Learning\n\n![Training loss of every run](real_data/{FIGURE.name})\n"
     return text
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The training loss of all scheduled runs; of rows older than the figure it is not known."""
+    from mmsoft.visualization import draw_learning, save_figure
+
+    runs: dict[str, dict[str, dict[str, list]]] = {}
+    for row in sorted(rows, key=lambda row: (list(TASKS).index(task_of(row)), row["parameters"])):
+        if "loss" in row and row["iterations"] == row["scheduled_iterations"]:
+            lines = runs.setdefault(TASKS[task_of(row)], {})
+            lines.setdefault(BACKBONES[backbone_of(row)], dict(loss=[]))["loss"].append(row["loss"])
+    if runs:
+        save_figure(draw_learning(runs), path)
 
 
 def main() -> None:
@@ -279,7 +301,8 @@ def main() -> None:
         if args.command == "run":
             print(run(args.config, args.seed, args.work_dir, args.iters, args.out))
             return
-        text = render(read(ROWS), read_times(TIMES))
+        rows = read(ROWS)
+        text = render(rows, read_times(TIMES))
     except (CommandError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if args.check:
@@ -287,6 +310,7 @@ def main() -> None:
             sys.exit("stale: docs/real_data.md; run python tools/dev/real_data.py table")
         print("current")
         return
+    draw(rows, FIGURE)
     with write_whole(PAGE) as partial:
         partial.write_text(text)
     print(f"wrote {PAGE}")
