@@ -101,7 +101,7 @@ NUMBERS = {"cv2", "mmengine", "numpy", "nystrom_attention", "performer_pytorch",
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("ops", {"torch", "triton"}),
+        ("ops", {"numpy", "scipy", "torch", "triton"}),
         ("analysis", {*NUMBERS, "mmsoft.builder", "mmsoft.models", "mmsoft.ops"}),
         ("visualization", {"matplotlib", "numpy", "mmsoft.fileio"}),
     ],
@@ -113,6 +113,16 @@ def test_operators_need_torch_alone_numbers_no_pictures_and_pictures_no_models(
         ".".join(name.split(".")[: 2 if name.startswith("mmsoft.") else 1]) for name in graph[part]
     }
     assert found - {f"mmsoft.{part}", *sys.stdlib_module_names} <= allowed
+
+
+def test_scipy_is_imported_by_one_file_that_runs_when_asked(root):
+    """Operators need torch alone."""
+    for path in (root / "mmsoft/ops").rglob("*.py"):
+        found = {name.partition(".")[0] for name in imports(path, root)}
+        assert bool(found & {"numpy", "scipy"}) == (path.name == "lapack.py"), path
+        assert not any(
+            name.startswith("mmsoft.ops.landmarks.lapack") for name in imports(path, root)
+        )
 
 
 def test_triton_is_imported_by_the_files_of_kernels_alone(root):

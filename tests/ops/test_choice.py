@@ -1,5 +1,7 @@
 """Landmarks by content: the choice, their patches, their means."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from metrics import error
@@ -11,8 +13,9 @@ from mmsoft.ops import (
     landmark_patches,
     reference,
     salient_mean,
+    use_backend,
 )
-from mmsoft.ops.landmarks import choice, salient
+from mmsoft.ops.landmarks import choice, operators, salient
 
 # vmap says so of every operation that it has no rule for.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -23,11 +26,13 @@ def normal(*shape, seed=0, scale=1.0, dtype=torch.float64):
     return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
 
 
-@pytest.fixture(params=[None, 0], ids=["stored", "streamed"])
-def either_form(request, monkeypatch):
-    """With the Gram matrix stored, where there are few candidates, and without."""
-    if request.param is not None:
-        monkeypatch.setattr(choice, "FEW", request.param)
+@pytest.fixture(params=["lapack", "stored", "streamed"])
+def any_form(request, monkeypatch):
+    """By LAPACK or step by step where candidates are few, and without a Gram matrix."""
+    if request.param == "streamed":
+        monkeypatch.setattr(choice, "FEW", 0)
+    with use_backend("eager", "landmark_choice") if request.param == "stored" else nullcontext():
+        yield
 
 
 # candidates, budget, tolerance
@@ -42,7 +47,7 @@ CHOICES = [
 ]
 
 
-@pytest.mark.usefixtures("either_form")
+@pytest.mark.usefixtures("any_form")
 @pytest.mark.parametrize(("shape", "budget", "tolerance"), CHOICES, ids=str)
 def test_the_choice_is_that_of_the_definition(shape, budget, tolerance):
     candidates = normal(*shape, scale=0.4)
@@ -51,7 +56,7 @@ def test_the_choice_is_that_of_the_definition(shape, budget, tolerance):
     assert all(map(torch.equal, ours, truth))
 
 
-@pytest.mark.usefixtures("either_form")
+@pytest.mark.usefixtures("any_form")
 def test_the_first_landmark_does_not_depend_on_the_origin():
     """It is nearest the mean of all, however their norms differ."""
     candidates = normal(20, 2, 60, 8) * normal(20, 2, 60, 1, seed=1).exp()
@@ -62,7 +67,7 @@ def test_the_first_landmark_does_not_depend_on_the_origin():
         assert all(map(torch.equal, ours, reference.choose_landmarks(candidates + shift, 8)))
 
 
-@pytest.mark.usefixtures("either_form")
+@pytest.mark.usefixtures("any_form")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_choice_in_low_precision(dtype):
     """That of the same, rounded candidates in float64."""
@@ -71,7 +76,7 @@ def test_the_choice_in_low_precision(dtype):
     assert all(map(torch.equal, choose_landmarks(candidates, 30), truth))
 
 
-@pytest.mark.usefixtures("either_form")
+@pytest.mark.usefixtures("any_form")
 def test_clusters_have_one_landmark_each():
     places = 4 * torch.eye(3, 8, dtype=torch.float64)
     candidates = places.repeat_interleave(torch.tensor([50, 7, 1]), 0)[None, None]
@@ -80,7 +85,24 @@ def test_clusters_have_one_landmark_each():
     assert present[0, 0].tolist() == [True] * 3 + [False] * 13
 
 
-@pytest.mark.usefixtures("either_form")
+def test_lapack_refuses_what_it_is_not_for(monkeypatch):
+    candidates = normal(1, 1, choice.FEW + 1, 4)
+    with use_backend("lapack"):
+        choose_landmarks(candidates[:, :, 1:], 3)
+        with pytest.raises(RuntimeError, match="129 candidates, more than 128"):
+            choose_landmarks(candidates, 3)
+        monkeypatch.setattr(operators, "_has_scipy", lambda: False)
+        with pytest.raises(RuntimeError, match="SciPy is not installed"):
+            choose_landmarks(candidates[:, :, 1:], 3)
+    choose_landmarks(candidates[:, :, 1:], 3)  # by torch
+
+
+def test_no_samples():
+    index, present = choose_landmarks(normal(0, 2, 9, 4), 3)
+    assert index.shape == present.shape == (0, 2, 3)
+
+
+@pytest.mark.usefixtures("any_form")
 def test_equal_candidates_are_one_landmark():
     index, present = choose_landmarks(torch.full((2, 2, 9, 4), 1.5), 5, tolerance=0.0)
     assert not index.any()
@@ -95,7 +117,7 @@ def test_what_is_rare_is_among_the_first():
     assert 437 in index[0, 0, :2]
 
 
-@pytest.mark.usefixtures("either_form")
+@pytest.mark.usefixtures("any_form")
 def test_samples_and_heads_are_chosen_alone():
     candidates = normal(3, 2, 60, 8, scale=0.4)
     index, present = choose_landmarks(candidates, 20)
@@ -112,7 +134,7 @@ def test_candidates_may_be_strided():
         assert torch.equal(ours, truth)
 
 
-@pytest.mark.usefixtures("either_form")
+@pytest.mark.usefixtures("any_form")
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e6, 1e38])
 def test_any_finite_candidates(size):
     candidates = size * normal(1, 2, 40, 8, dtype=torch.float32).clamp(-3, 3)

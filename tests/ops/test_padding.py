@@ -14,6 +14,7 @@ from mmsoft.ops import (
 )
 from mmsoft.ops.gaussian import eager
 from mmsoft.ops.landmarks import choice
+from mmsoft.ops.landmarks.operators import CHOICE
 
 LENGTHS = (63, 1, 40)  # of 63 tokens; one sample has no padding
 KEPT = (9, 1, 4)  # of 9 landmarks
@@ -181,11 +182,12 @@ def test_memory_is_as_without_a_mask():
         assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
-@pytest.mark.parametrize("few", [choice.FEW, 0], ids=["stored", "streamed"])
+@pytest.mark.parametrize("form", ["lapack", "stored", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_candidates_of_padding_are_not_there(dtype, few, monkeypatch):
+def test_candidates_of_padding_are_not_there(dtype, form, monkeypatch):
     """The choice is that of the others alone, in the same order."""
-    monkeypatch.setattr(choice, "FEW", few)
+    monkeypatch.setattr(choice, "FEW", 0 if form == "streamed" else choice.FEW)
+    monkeypatch.setattr(CHOICE, "asked", "eager" if form == "stored" else None)
     candidates, lengths = normal(3, 2, 50, 8, scale=0.5, dtype=dtype), (50, 3, 21)
     mask = first(lengths, 50)
     mask[2] = mask[2].flip(0)

@@ -10,7 +10,7 @@ from ..gaussian.kernel import COORDINATE_MAX, centre
 from ..island import compute_dtype, no_autocast
 from ..mode import may_decide, traced, transformed
 
-FEW = 128  # candidates whose Gram matrix is stored, at half the calls of a step
+FEW = 128  # candidates whose Gram matrix is stored
 STEPS_UNSEEN = 4  # between two looks at whether a landmark is still missing
 
 
@@ -19,13 +19,7 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """The choice, see :func:`mmsoft.ops.choose_landmarks`."""
     batch, heads, total = candidates.shape[:3]
-    points = candidates.detach().flatten(0, 1).to(compute_dtype(candidates))
-    points = points.clamp(-COORDINATE_MAX, COORDINATE_MAX)
-    there = None  # [B * heads, M]
-    if mask is not None:
-        there = mask[:, None].expand(-1, heads, -1).flatten(0, 1)
-        points = points.masked_fill(~there[..., None], 0)
-    points = points - centre(points, None if there is None else there[..., None])
+    points, there = as_points(candidates, mask)
     stored = not (traced(candidates) or transformed()) and total <= FEW
     with no_autocast(points):
         lefts, pivots = (_stored if stored else _streamed)(points, there, budget, tolerance)
@@ -36,7 +30,26 @@ def choose(
     return index, present
 
 
-def _nearest_their_mean(points: Tensor, there: Tensor | None) -> Tensor:
+def as_points(candidates: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Candidates ``[B * heads, M, d]`` near 0, and which there are, ``[B * heads, M]``."""
+    points = candidates.detach().flatten(0, 1).to(compute_dtype(candidates))
+    points = points.clamp(-COORDINATE_MAX, COORDINATE_MAX)
+    there = None
+    if mask is not None:
+        there = mask[:, None].expand(-1, candidates.shape[1], -1).flatten(0, 1)
+        points = points.masked_fill(~there[..., None], 0)
+    return points - centre(points, None if there is None else there[..., None]), there
+
+
+def gram_matrix(points: Tensor) -> Tensor:
+    """The kernel of all points with each other; its diagonal is exactly 1."""
+    half = points.square().sum(-1, keepdim=True) * 0.5
+    gram = torch.baddbmm(half.mT, points, points.mT, beta=-1).sub_(half).clamp_(max=0).exp_()
+    gram.diagonal(0, 1, 2).fill_(1)
+    return gram
+
+
+def nearest_their_mean(points: Tensor, there: Tensor | None) -> Tensor:
     """The point ``[B * heads, 1]`` that is nearest the mean of those that are there."""
     if there is None:
         return (points - points.mean(1, keepdim=True)).square().sum(-1).argmin(1, keepdim=True)
@@ -55,12 +68,11 @@ def _stored(
     points: Tensor, there: Tensor | None, budget: int, tolerance: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the pivots ``[B * heads, 1]`` leave unexplained before, infinite of no landmark."""
-    half = points.square().sum(-1, keepdim=True) * 0.5
-    gram = torch.baddbmm(half.mT, points, points.mT, beta=-1).sub_(half).clamp_(max=0).exp_()
-    residual = gram.diagonal(0, 1, 2).fill_(1)
+    gram = gram_matrix(points)
+    residual = gram.diagonal(0, 1, 2)
     if there is not None:
         residual.masked_fill_(~there, -1)
-    left, pivot = residual.amax(1, keepdim=True), _nearest_their_mean(points, there)
+    left, pivot = residual.amax(1, keepdim=True), nearest_their_mean(points, there)
     lefts, pivots = [], []
     for j in range(min(gram.shape[1], budget)):
         left = F.threshold(left, tolerance, math.inf)
@@ -80,7 +92,7 @@ def _streamed(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As :func:`_stored`, with as many rows of the factor stored as there are landmarks."""
     total, d = points.shape[1:]
-    pivot = _nearest_their_mean(points, there)
+    pivot = nearest_their_mean(points, there)
     points = points.mT  # [B * heads, d, M]
     half = points.square().sum(1, keepdim=True) * 0.5
     kept = torch.sym_min(total, budget)
