@@ -1,6 +1,8 @@
 """The demo: configs, pictures, errors. `make demo` runs it."""
 
 import json
+import re
+import shlex
 
 import cv2
 import numpy as np
@@ -146,3 +148,27 @@ def test_too_little_disk_space_is_an_error_at_the_start(demo, workplace, monkeyp
     monkeypatch.setattr(demo, "NEEDED_BYTES", 1e18)
     with pytest.raises(demo.DemoError, match=r"the demo needs \d+ MB; free some"):
         demo.demo(demo.VARIANTS[0])
+
+
+def test_the_line_that_opens_the_explorer_names_what_the_demo_writes(demo, root, readme_word):
+    """Config, checkpoint and images of one and the same model, which the README names."""
+    page = (root / "docs/explorer.md").read_text()
+    command = re.search(r"after `make demo`:\n\n```\n(.*?)```", page, re.S)[1]
+    command = command.replace("\\\n", "").replace("$(cat ", "").replace(')"', '"')
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "mmsoft.explore"]
+    config, checkpoint, option, images = words[3:]
+    (task,) = (task for task in demo.tasks(demo.VARIANTS[0]) if task.config == config)
+    folder = task.folder(demo.place(demo.VARIANTS[0], 0)).relative_to(demo.ROOT)
+    assert checkpoint == (folder / "last_checkpoint").as_posix()
+    assert option == "--images"
+    data = Config.fromfile(root / config, import_custom_modules=False).val_dataloader.dataset
+    assert images.startswith(f"{demo.DATA}/")
+    assert images == f"{data.data_root.rstrip('/')}/{data.data_prefix.img_path}"
+    assert readme_word == dict(detection="detector", segmentation="segmentor")[task.name]
+
+
+@pytest.fixture
+def readme_word(root):
+    text = " ".join((root / "README.md").read_text().split())
+    return re.search(r"\[One line\]\(docs/explorer.md\) then opens the (\w+)", text)[1]
