@@ -84,12 +84,13 @@ class Captured:
 
 
 class Kept:
-    """A bounded number of values by key, those used last; one thread at a time makes them."""
+    """A bounded number of values by key, those used last; one thread makes each, others wait."""
 
     def __init__(self, limit: float, size: Callable[[Any], float] = lambda value: 1):
         self.limit, self.size = limit, size
         self.values: OrderedDict[Hashable, Any] = OrderedDict()
-        self.lock = threading.RLock()
+        self.making: dict[Hashable, threading.Lock] = {}
+        self.lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value of a key, made if it is not there."""
@@ -97,11 +98,25 @@ class Kept:
             if key in self.values:
                 self.values.move_to_end(key)
                 return self.values[key]
-            value = self.values[key] = make()
+            making = self.making.setdefault(key, threading.Lock())
+        with making:
+            with self.lock:
+                if key in self.values:  # made while we waited
+                    return self.values[key]
+            try:
+                value = make()
+            finally:
+                with self.lock:
+                    self.making.pop(key, None)
+            self._keep(key, value)
+            return value
+
+    def _keep(self, key: Hashable, value: Any) -> None:
+        with self.lock:
+            self.values[key] = value
             total = sum(map(self.size, self.values.values()))
             while total > self.limit and len(self.values) > 1:
                 total -= self.size(self.values.popitem(last=False)[1])
-            return value
 
 
 class Explorer:

@@ -307,6 +307,45 @@ def test_what_is_kept_is_bounded():
     assert list(kept.values) == [4, 1, 2]
 
 
+def test_what_is_kept_is_not_waited_for():
+    """While another value is made; but each is made once."""
+    from mmsoft.explore.looking import Kept
+
+    kept, going, go, made = Kept(3), threading.Event(), threading.Event(), []
+
+    def slow():
+        going.set()
+        assert go.wait(60)
+        made.append("slow")
+        return "slow"
+
+    kept.get("there", lambda: "there")
+    threads = [threading.Thread(target=kept.get, args=("slow", slow)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert going.wait(60)
+    quick = threading.Thread(target=lambda: made.append(kept.get("there", lambda: "again")))
+    other = threading.Thread(target=lambda: made.append(kept.get("other", lambda: "other")))
+    for thread in (quick, other):
+        thread.start()
+        thread.join(10)
+    assert made == ["there", "other"]
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert made == ["there", "other", "slow"]
+
+
+def test_what_could_not_be_made_can_be_asked_for_again():
+    from mmsoft.explore.looking import Kept
+
+    kept = Kept(3)
+    with pytest.raises(ZeroDivisionError):
+        kept.get(1, lambda: 1 // 0)
+    assert kept.get(1, lambda: 2) == 2
+    assert not kept.making
+
+
 def test_a_folder_that_is_none(explorer, tmp_path):
     from mmsoft.explore.looking import Explorer
 
