@@ -78,6 +78,8 @@ class View:
 class Captured:
     """An image under some settings: the layers' inputs and the last features."""
 
+    key: Hashable  # other for another file of the same name
+    version: str
     image: ModelImage
     states: dict[tuple[int, int], BlockState]
     features: Tensor
@@ -217,10 +219,19 @@ class Explorer:
     def captured(self, name: str, settings: Settings) -> Captured:
         """Run the backbone on an image under some settings, unless that was done just now."""
         path = self.path(name)
-        return self.captures.get((name, settings), lambda: self._capture(path, settings))
+        status = path.stat()
+        version = f"{status.st_mtime_ns}-{status.st_size}"
+        key = (name, version, settings)
+
+        def make() -> Captured:
+            return Captured(key, version, *self._capture(path, name, settings))
+
+        return self.captures.get(key, make)
 
     @torch.no_grad()
-    def _capture(self, path: Path, settings: Settings) -> Captured:
+    def _capture(
+        self, path: Path, name: str, settings: Settings
+    ) -> tuple[ModelImage, dict[tuple[int, int], BlockState], Tensor]:
         if settings.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
         if settings.budget is not None and settings.budget < 1:
@@ -230,7 +241,7 @@ class Explorer:
             features = self.model.backbone(image.inputs.to(_device(self.model)))[-1]
             for state in states.values():
                 state.layer = copy.copy(state.layer)  # with these settings, whatever comes next
-        return Captured(image, dict(states), features)
+        return image, dict(states), features
 
     def state(self, view: View) -> tuple[Captured, BlockState]:
         """The layer that a view looks at.
@@ -251,7 +262,7 @@ class Explorer:
         """The attention of a pixel: the token that holds it, and its row, ``[heads, N]``."""
         captured, state = self.state(view)
         token = captured.image.token_at(view.x, view.y, state.hw_shape)
-        key = (view.image, view.settings, view.stage, view.block)
+        key = (captured.key, view.stage, view.block)
         rows = self.rows.get(key, lambda: KeptRows(state))
         return captured, state, token, rows([token])[0, :, 0].cpu()
 
@@ -270,6 +281,7 @@ class Explorer:
                 features=float((captured.features - before).norm() / before.norm()),
             )
         return dict(
+            version=captured.version,
             grid=state.hw_shape,
             token=token,
             extent=captured.image.extent(state.hw_shape),
@@ -281,8 +293,8 @@ class Explorer:
 
     def usage(self, view: View) -> dict[str, Any]:
         """Effective rank and the rest of :func:`mmsoft.analysis.attention_usage`, head by head."""
-        _, state = self.state(view)
-        key = (view.image, view.settings, view.stage, view.block)
+        captured, state = self.state(view)
+        key = (captured.key, view.stage, view.block)
         found = self.found.get(("usage", *key), lambda: attention_usage(state))
         return {name: value.tolist() for name, value in vars(found).items()}
 
@@ -325,8 +337,10 @@ class Explorer:
 
     def predictions(self, view: View) -> dict[str, Any]:
         """What the whole model says of the image: boxes, a map of classes, or class scores."""
-        key = (view.image, view.settings)
-        return self.found.get(("predictions", *key), lambda: self._predict(*key))
+        key = self.captured(view.image, view.settings).key
+        return self.found.get(
+            ("predictions", key), lambda: self._predict(view.image, view.settings)
+        )
 
     @torch.no_grad()
     def _predict(self, name: str, settings: Settings) -> dict[str, Any]:

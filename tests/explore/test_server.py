@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import threading
 
 import numpy as np
@@ -196,6 +197,43 @@ def test_images_come_and_go(client, images):
         ]
         statuses.append([answer.status_code for answer in answers])
     assert statuses == [[200, 200], [404, 404], [404, 404], [404, 404]]
+
+
+def test_a_file_that_is_replaced_is_another_image(client, explorer, images, monkeypatch):
+    """Nothing of the file that had the name before is in an answer."""
+
+    def predict(self, name, settings):  # an untrained detector finds nothing in either
+        return dict(bytes=self.path(name).stat().st_size)
+
+    monkeypatch.setattr(type(explorer), "_predict", predict)
+    paths = ("attention", "usage", "predictions", "image", "landmarks")
+
+    def answers(name):
+        question = dict(HERE, image=name, x=9, y=8)
+        found = [client.get(f"/api/{path}", query_string=question) for path in paths]
+        assert {answer.status_code for answer in found} == {200}
+        return [answer.data for answer in found]
+
+    try:
+        (images / "same.png").write_bytes(png(60, 40, seed=1))
+        before = answers("same.png")
+        (images / "fresh.png").write_bytes(png(40, 60, seed=2))
+        (images / "same.png").write_bytes(png(40, 60, seed=2))
+        after, expected = answers("same.png"), answers("fresh.png")
+    finally:
+        for name in ("same.png", "fresh.png"):
+            (images / name).unlink(missing_ok=True)
+    for path, first, second, fresh in zip(paths, before, after, expected, strict=True):
+        assert first != second, path
+        if path == "attention":  # but for the version, by which the page sees it
+            (second, fresh), versions = zip(*(split_version(data) for data in (second, fresh)))
+            assert split_version(first)[1] not in versions
+        assert second == fresh, path
+
+
+def split_version(data):
+    found = json.loads(data)
+    return found, found.pop("version")
 
 
 def test_no_link_leads_out_of_the_folder(explorer, workplace, images):

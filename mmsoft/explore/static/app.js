@@ -334,14 +334,14 @@ function drawChanged() {
     : `${landmarks} landmarks: the model's own settings.`;
 }
 
-async function load(name) {
+async function load(name, version) {
   const image = new Image();
-  image.src = `/api/image?image=${encodeURIComponent(name)}`;
+  image.src = `/api/image?${new URLSearchParams({ image: name, version })}`;
   await image.decode().catch(() => { throw new Error(`${name} cannot be shown`); });
   return image;
 }
 
-let shown = "", layer = "";
+let shown = "", version, layer = "";
 async function refresh() {
   const mine = ++asked;
   const late = () => mine !== asked;
@@ -356,7 +356,7 @@ async function refresh() {
       picture = image;
       bases = {};
       shown = view.image;
-      attention = overlay = undefined;
+      attention = overlay = version = undefined;
     }
     if (view.x < 0 || view.y < 0) {
       view.x = Math.floor(picture.width / 2);
@@ -366,6 +366,14 @@ async function refresh() {
     writeAddress();
     const found = await ask(`/api/attention?${query()}`);
     if (late()) return;
+    if (version !== undefined && version !== found.version) {  // another file has taken the name
+      const image = await load(view.image, found.version);
+      if (late()) return;
+      picture = image;
+      bases = {};
+      overlay = undefined;
+    }
+    version = found.version;
     attention = found;
     drawPicture();
     drawMaps();
@@ -379,7 +387,7 @@ async function refresh() {
       overlay = { kind: view.over, content };
       drawPicture();
     }
-    const { x, y, head, over, ...rest } = view;
+    const { x, y, head, over, ...rest } = { ...view, version };
     if (layer !== JSON.stringify(rest)) {
       const usage = await ask(`/api/usage?${query()}`);
       if (late()) return;
@@ -390,7 +398,9 @@ async function refresh() {
     drawNumbers(drawNumbers.last);
     document.body.dataset.complete = location.search;
   } catch (error) {
-    if (!late()) say(error.message);
+    if (late()) return;
+    shown = "";  // the file may be another one by now
+    say(error.message);
   }
 }
 
