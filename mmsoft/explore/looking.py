@@ -42,6 +42,7 @@ from mmsoft.ops.checks import SOLVERS
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 UPLOAD_BYTES = 20_000_000
 UPLOAD_PIXELS = 40_000_000
+LARGEST_BUDGET = 1_000_000  # landmarks
 UPLOADS = 32  # kept at once; the oldest goes
 CAPTURES = 6  # images with settings whose layers are kept
 KERNEL_BYTES = 2 << 30  # of the kernels kept for rows
@@ -234,9 +235,14 @@ class Explorer:
     ) -> tuple[ModelImage, dict[tuple[int, int], BlockState], Tensor]:
         if settings.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {SOLVERS}, got {settings.solver!r}")
-        if settings.budget is not None and settings.budget < 1:
-            raise ValueError(f"the budget must be at least 1, got {settings.budget}")
-        image = load_image(self.config, self.model, str(path))
+        if settings.budget is not None and not 1 <= settings.budget <= LARGEST_BUDGET:
+            raise ValueError(
+                f"the budget must be at least 1 and at most {LARGEST_BUDGET}, got {settings.budget}"
+            )
+        try:
+            image = load_image(self.config, self.model, str(path))
+        except ValueError as error:  # where the folder is, is nobody's business
+            raise ValueError(str(error).replace(str(path), name)) from error
         with self.running, _Changed(self, settings), capture(self.model) as states:
             features = self.model.backbone(image.inputs.to(_device(self.model)))[-1]
             for state in states.values():

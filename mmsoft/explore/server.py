@@ -60,6 +60,11 @@ def make_app(explorer: Explorer, hosts: tuple[str, ...] | None = HERE) -> Flask:
         status = 404 if isinstance(error, NotFoundError) else 400
         return jsonify(error=str(error)), status
 
+    @app.errorhandler(OSError)
+    def unreadable(error: OSError) -> tuple[Response, int]:
+        why = error.strerror or type(error).__name__  # without the path
+        return jsonify(error=f"the image cannot be read: {why}"), 404
+
     @app.errorhandler(413)
     def too_large(error: Any) -> tuple[Response, int]:
         return jsonify(error=f"a picture may have {UPLOAD_BYTES // 1_000_000} MB"), 413

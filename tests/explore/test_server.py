@@ -255,7 +255,8 @@ def test_no_link_leads_out_of_the_folder(explorer, workplace, images):
         (dict(head=2), "head must be -1 for the mean, or 0 to 1, got 2"),
         (dict(x=64), "is outside the image"),
         (dict(x="nan"), "is outside the image"),
-        (dict(budget=0), "the budget must be at least 1, got 0"),
+        (dict(budget=0), "the budget must be at least 1 and at most 1000000, got 0"),
+        (dict(budget=10**22), "the budget must be at least 1 and at most 1000000, got 1000000"),
         (dict(solver="qr"), "solver must be one of"),
         (dict(stage="one"), "no number where one should be"),
     ],
@@ -264,6 +265,30 @@ def test_invalid_views(client, query, message):
     answer = client.get("/api/attention", query_string={**HERE, **query})
     assert answer.status_code == 400
     assert message in answer.json["error"]
+
+
+@pytest.mark.parametrize("content", [b"no picture", png()[:100], b""], ids=["text", "cut", "empty"])
+def test_a_file_that_is_no_picture(client, images, content):
+    """Is named as the page names it, wherever the folder is."""
+    path = images / "broken.png"
+    path.write_bytes(content)
+    try:
+        for name in ("image", "thumbnail", "attention", "predictions"):
+            answer = client.get(f"/api/{name}", query_string=dict(HERE, image="broken.png"))
+            assert answer.status_code == 400, name
+            assert answer.json["error"] == "broken.png is not an image that can be read"
+    finally:
+        path.unlink()
+
+
+def test_a_file_that_may_not_be_read(client, explorer, monkeypatch):
+    def gone(*args):
+        raise PermissionError(13, "Permission denied", "/secret/place.png")
+
+    monkeypatch.setattr(type(explorer), "captured", gone)
+    answer = client.get("/api/image", query_string=HERE)
+    assert answer.status_code == 404
+    assert answer.json["error"] == "the image cannot be read: Permission denied"
 
 
 def test_only_this_machine_is_answered(client):
