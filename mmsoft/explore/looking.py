@@ -5,6 +5,7 @@ Every answer follows from the question alone, so that visitors cannot disturb ea
 
 import copy
 import secrets
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -195,16 +196,18 @@ class Explorer:
         Raises:
             ValueError: it is no picture, or too large.
         """
-        from PIL import Image
+        from PIL import Image, ImageOps
 
+        # The last two for malformed EXIF (Pillow 13).
+        unreadable = (OSError, SyntaxError, Image.DecompressionBombError, TypeError, struct.error)
         if len(content) > UPLOAD_BYTES:
             raise ValueError(f"a picture may have {UPLOAD_BYTES // 1_000_000} MB")
         try:
             opened = Image.open(BytesIO(content), formats=("BMP", "JPEG", "PNG", "WEBP"))
             if opened.width * opened.height > UPLOAD_PIXELS:  # before anything is decoded
                 raise ValueError(f"a picture may have {UPLOAD_PIXELS // 1_000_000} million pixels")
-            picture = opened.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")  # as the pipelines read it
+        except unreadable as error:
             raise ValueError("this is not a picture that can be read") from error
         name = f"upload-{secrets.token_urlsafe(16)}"
         path = Path(self._temporary.name, f"{name}.png")

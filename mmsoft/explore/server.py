@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from flask import Flask, Response, abort, jsonify, request
@@ -111,11 +112,12 @@ def make_app(explorer: Explorer, hosts: tuple[str, ...] | None = HERE) -> Flask:
 
     @app.get("/api/thumbnail")
     def thumbnail() -> Response:
-        from PIL import Image
-
-        with Image.open(explorer.path(view().image)) as picture:
-            small = np.asarray(picture.convert("RGB").resize(_within(picture.size, THUMBNAIL)))
-        return Response(picture_bytes(small), mimetype="image/png")
+        name = view().image
+        picture = cv2.imread(str(explorer.path(name)))  # turned as in the pipelines
+        if picture is None:
+            raise ValueError(f"{name} is not an image that can be read")
+        picture = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+        return Response(picture_bytes(picture, THUMBNAIL), mimetype="image/png")
 
     @app.post("/api/upload")
     def upload() -> Response:
@@ -137,11 +139,6 @@ def make_app(explorer: Explorer, hosts: tuple[str, ...] | None = HERE) -> Flask:
         return Response(stream.getvalue(), mimetype=TYPES[kind])
 
     return app
-
-
-def _within(size: tuple[int, int], side: int) -> tuple[int, int]:
-    share = min(1, side / max(size))
-    return max(1, round(size[0] * share)), max(1, round(size[1] * share))
 
 
 def _plain(value: Any) -> Any:

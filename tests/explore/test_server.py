@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from malformed_data import rotated
 from mmengine.config import Config
 
 from mmsoft import visualization
@@ -299,6 +300,27 @@ def test_only_this_machine_is_answered(client):
 
 
 # ------------------------------------------------------------------------------------- uploads
+
+
+def test_a_turned_picture_is_upright_everywhere(client, images):
+    """As the models' pipelines turn it: of the folder, small, and sent."""
+    from PIL import Image
+
+    upright = np.zeros((30, 40, 3), np.uint8)
+    upright[:, 20:] = 255
+    content = rotated(upright[..., ::-1])  # stored as it is, to be turned to 40 x 30
+    (images / "turned.jpg").write_bytes(content)
+    try:
+        sent = client.post("/api/upload", data=content).json["image"]
+        for name in ("turned.jpg", sent):
+            for path in ("image", "thumbnail"):
+                answer = client.get(f"/api/{path}", query_string=dict(image=name))
+                pixels = np.asarray(Image.open(io.BytesIO(answer.data)))
+                assert pixels.shape == (40, 30, 3), (name, path)
+                assert pixels[:15].max() < 60, (name, path)
+                assert pixels[25:].min() > 200, (name, path)
+    finally:
+        (images / "turned.jpg").unlink()
 
 
 def test_an_upload_is_for_who_sent_it(client):
