@@ -389,6 +389,7 @@ class Explorer:
             solvers=SOLVERS,
             by_content=next(iter(self.layers.values())).by_content,
             images=list(self.images()),
+            upload_bytes=UPLOAD_BYTES,
         )
 
 

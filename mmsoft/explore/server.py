@@ -207,15 +207,34 @@ FIGURES = dict(
 )
 
 
-def serve(explorer: Explorer, host: str, port: int) -> None:
-    """Serve until interrupted."""
+def make_server(explorer: Explorer, host: str, port: int) -> Any:
+    """Waitress on an address; ``run()`` serves."""
     from waitress import create_server
 
     hosts = HERE if host in ("127.0.0.1", "localhost", "::1") else None
     # A browser asks six things at once, and waiting a moment is nothing to warn of.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    server: Any = create_server(make_app(explorer, hosts), host=host, port=port, threads=8)
-    print(f"http://{host}:{server.effective_port}/", flush=True)
+    return create_server(
+        make_app(explorer, hosts),
+        host=host,
+        port=port,
+        threads=8,
+        max_request_body_size=UPLOAD_BYTES + 1,  # which it takes for the first too large
+    )
+
+
+def addresses(server: Any, host: str) -> list[str]:
+    """Where a server answers: at one port, or where a name has several addresses, maybe more."""
+    ports = [port for _, port in getattr(server, "effective_listen", [])]
+    ports = ports or [server.effective_port]
+    name = f"[{host}]" if ":" in host else host
+    return [f"http://{name}:{port}/" for port in dict.fromkeys(ports)]
+
+
+def serve(explorer: Explorer, host: str, port: int) -> None:
+    """Serve until interrupted."""
+    server = make_server(explorer, host, port)
+    print(*addresses(server, host), sep="\n", flush=True)
     try:
         server.run()
     except KeyboardInterrupt:

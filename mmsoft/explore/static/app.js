@@ -451,6 +451,10 @@ function key(event) {
 
 async function send(file) {
   if (!file) return;
+  if (file.size > about.upload_bytes) {
+    say(`a picture may have ${about.upload_bytes / 1e6} MB`);
+    return;
+  }
   say("sending the image");
   try {
     const { image } = await ask("/api/upload", { method: "POST", body: file });

@@ -1,0 +1,121 @@
+"""What the explorer's server does on its sockets, before a page is asked."""
+
+import re
+import socket
+import threading
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
+import pytest
+
+waitress = pytest.importorskip("waitress")
+pytest.importorskip("flask")
+
+
+@pytest.fixture
+def open_server(explorer):
+    """Servers of the explorer, which run until the test is over."""
+    from mmsoft.explore.server import make_server
+
+    opened = []
+
+    def start(host):
+        server = make_server(explorer, host, 0)
+        opened.append((server, threading.Thread(target=server.run, daemon=True)))
+        opened[-1][1].start()
+        return server
+
+    yield start
+    for server, thread in opened:
+        server.close()
+        thread.join(5)
+
+
+def test_what_is_too_large_is_refused_before_it_is_sent(open_server):
+    """Of 300 MB that are announced, not one is waited for; in parts, not many more than allowed."""
+    from mmsoft.explore.looking import UPLOAD_BYTES
+
+    port = int(open_server("127.0.0.1").effective_port)
+    head = f"POST /api/upload HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+    for length in (UPLOAD_BYTES + 1, 300_000_000):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+    part, sent = bytes(1 << 20), 0
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        try:
+            while sent < 300_000_000:
+                connection.sendall(b"%x\r\n%b\r\n" % (len(part), part))
+                sent += len(part)
+        except OSError:  # the server has closed it
+            pass
+    assert sent < 4 * UPLOAD_BYTES
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/api/upload", bytes(UPLOAD_BYTES))  # just small enough
+    answer = connection.getresponse()
+    assert answer.status == 400
+    assert b"not a picture" in answer.read()
+    connection.close()
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as one:
+            one.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6")),
+    ],
+)
+def test_the_address_that_is_printed_answers(open_server, host):
+    from mmsoft.explore.server import addresses
+
+    for address in addresses(open_server(host), host):
+        parts = urlsplit(address)
+        assert parts.hostname == host
+        connection = HTTPConnection(parts.hostname, parts.port, timeout=60)
+        connection.request("GET", "/static/style.css", headers=dict(Host=parts.netloc))
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_a_name_of_several_addresses(monkeypatch):
+    """As `localhost` is, where there is IPv6: waitress then has a server of another kind."""
+    from mmsoft.explore.server import addresses
+
+    listen = "127.0.0.1:0 127.0.0.1:0"
+    server = waitress.create_server(lambda environ, start: [], listen=listen)
+    try:
+        ports = [port for _, port in server.effective_listen]
+        assert addresses(server, "localhost") == [f"http://localhost:{port}/" for port in ports]
+        server.effective_listen = [("127.0.0.1", "8765"), ("::1", "8765")]
+        assert addresses(server, "localhost") == ["http://localhost:8765/"]
+        assert addresses(server, "::1") == ["http://[::1]:8765/"]
+    finally:
+        server.close()
+
+
+def test_the_command_says_where_it_is(explorer, monkeypatch, capsys):
+    from mmsoft.explore import server
+
+    class Stopped:
+        effective_port = "80"
+
+        def run(self):
+            raise KeyboardInterrupt
+
+        def close(self):
+            print("closed")
+
+    monkeypatch.setattr(server, "make_server", lambda *args: Stopped())
+    server.serve(explorer, "::1", 80)
+    assert re.findall(r"\S+", capsys.readouterr().out) == ["http://[::1]:80/", "closed"]
