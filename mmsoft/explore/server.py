@@ -1,6 +1,7 @@
 """The page's server: a Flask application over an :class:`Explorer`, on waitress."""
 
 import base64
+import csv
 import io
 import logging
 import re
@@ -128,6 +129,15 @@ def make_app(explorer: Explorer, hosts: tuple[str, ...] | None = HERE) -> Flask:
 
     for name in ("attention", "usage", "landmarks", "spectrum", "predictions"):
         app.add_url_rule(f"/api/{name}", name, answers(getattr(explorer, name)))
+
+    @app.get("/numbers.csv")
+    def numbers() -> Response:
+        found = explorer.usage(view())
+        stream = io.StringIO()
+        rows = csv.writer(stream)
+        rows.writerow(["head", *found])
+        rows.writerows((head, *row) for head, row in enumerate(zip(*found.values(), strict=True)))
+        return Response(stream.getvalue(), mimetype="text/csv")
 
     @app.get("/figure/<name>.<kind>")
     def figure(name: str, kind: str) -> Response:

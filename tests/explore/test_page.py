@@ -1,5 +1,11 @@
 """The explorer's page in a real browser."""
 
+import base64
+import csv
+import time
+
+import cv2
+import numpy as np
 import pytest
 
 PIXEL = (20, 30)
@@ -19,12 +25,8 @@ def test_load_click_keys_and_a_link(browser, address, explorer, tmp_path):
 
     browser.open(f"{address}?stage=1")
     browser.until(COMPLETE)
-    box = "document.getElementById('picture').getBoundingClientRect()"
-    left, top, width, height = (
-        browser.evaluate(f"{box}.{side}") for side in ("left", "top", "width", "height")
-    )
     before = browser.evaluate("location.search")
-    browser.click(left + (PIXEL[0] + 0.5) / 64 * width, top + (PIXEL[1] + 0.5) / 64 * height)
+    browser.click(*pixel(browser, *PIXEL))
     browser.until(f"location.search !== {before!r} && {COMPLETE}")
     address_bar = browser.evaluate("location.search")
     assert f"x={PIXEL[0]}&y={PIXEL[1]}" in address_bar
@@ -67,6 +69,124 @@ def test_load_click_keys_and_a_link(browser, address, explorer, tmp_path):
     assert browser.evaluate("document.getElementById('status').textContent").endswith(" ms")
 
 
+def pixel(browser, x, y):
+    """The point of the window that shows a pixel of an image of 64 x 64."""
+    box = "document.getElementById('picture').getBoundingClientRect()"
+    left, top, width, height = (
+        browser.evaluate(f"{box}.{side}") for side in ("left", "top", "width", "height")
+    )
+    return left + (x + 0.5) / 64 * width, top + (y + 0.5) / 64 * height
+
+
+def after(browser, part):
+    """Wait for the view whose address has some part, complete."""
+    browser.until(f"location.search.includes('{part}') && {COMPLETE}")
+
+
+def test_keys_slider_files_and_saving(browser, address, explorer, images, tmp_path):
+    from mmsoft.explore.looking import View
+
+    browser.open(f"{address}?stage=0&x=20&y=30")
+    after(browser, "stage=0")
+    browser.press("s")
+    after(browser, "stage=1")
+    browser.press("b")  # the only block
+    after(browser, "block=0")
+    browser.press("ArrowDown", shift=True)
+    after(browser, "y=40")
+
+    # The slider, by its own keys; then ours, while it has the focus.
+    slider = "document.getElementById('budget')"
+    browser.evaluate(f"{slider}.focus()")
+    browser.press("ArrowRight")
+    after(browser, "budget=4")
+    assert "y=40" in browser.evaluate("location.search")
+    browser.press("+")
+    after(browser, "budget=9")
+    browser.press("h")
+    after(browser, "head=0")
+    browser.evaluate("document.getElementById('stage').focus()")
+    browser.press("-")
+    after(browser, "budget=4")
+    browser.click(*pixel(browser, 21, 40))
+    after(browser, "x=21")
+    browser.press("ArrowRight")
+    after(browser, "x=22")
+
+    # A budget that is not on the slider.
+    browser.open(f"{address}?stage=1&budget=12&x=20&y=30")
+    after(browser, "budget=12")
+    assert browser.evaluate(f"[{slider}.value, {slider}.max]") == ["3", "10"]
+    browser.press("+")
+    after(browser, "budget=16")
+    assert browser.evaluate(f"[{slider}.value, {slider}.max]") == ["3", "9"]
+
+    # What is saved is what is seen.
+    folder = tmp_path / "saved"
+    browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    browser.evaluate("[...document.querySelectorAll('#save a')].at(-1).click()")
+    end = time.monotonic() + 60
+    while not (saved := list(folder.glob("*.csv"))):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    settings = type(explorer.own)(16, explorer.own.solver)
+    view = View("000000000001.jpg", settings, 1, 0, -1, 20, 30)
+    header, *rows = csv.reader(saved[0].open())
+    usage = explorer.usage(view)
+    assert header == ["head", *usage]
+    assert [list(map(float, row[1:])) for row in rows] == [*map(list, zip(*usage.values()))]
+    assert [row[0] for row in rows] == ["0", "1"]
+
+    # A file that is chosen, one that is dropped, and one that is too large.
+    chosen = images / "000000000002.jpg"
+    node = browser.call("Runtime.evaluate", expression="document.getElementById('file')")
+    node = node["result"]["objectId"]
+    browser.call("DOM.setFileInputFiles", files=[str(chosen)], objectId=node)
+    after(browser, "image=upload-")
+    first = browser.evaluate("view.image")
+    content = base64.b64encode(chosen.read_bytes()).decode()
+    browser.evaluate(DROP % f"Uint8Array.from(atob('{content}'), (c) => c.charCodeAt(0))")
+    browser.until(f"view.image !== '{first}' && {COMPLETE}")
+    assert browser.evaluate("about.images.slice(0, 3)")[1:] == [first, "000000000001.jpg"]
+    assert browser.evaluate("document.querySelector('#images button').textContent") == "your image"
+    browser.evaluate(DROP % "new Uint8Array(20000001)")
+    status = "document.getElementById('status').textContent"
+    browser.until(f"{status} === 'a picture may have 20 MB'")
+
+
+DROP = """{
+  const data = new DataTransfer();
+  data.items.add(new File([%s], "dropped.jpg"));
+  document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true }));
+}"""
+
+
+def test_a_file_that_is_replaced_is_shown_anew(browser, started, config_path, workplace, tmp_path):
+    """Under a page that is open: picture, maps and numbers."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+
+    def write(width, height, seed):
+        pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+        cv2.imwrite(str(folder / "one.png"), pixels)
+
+    write(64, 48, 0)
+    with started(config_path, workplace / "model.pth", images=folder) as address:
+        browser.open(f"{address}?stage=1&x=20&y=30")
+        after(browser, "x=20")
+        before = browser.evaluate("document.getElementById('numbers').textContent")
+        write(48, 96, 1)
+        browser.press("ArrowRight")
+        after(browser, "x=21")
+        assert browser.evaluate("[picture.width, picture.height]") == [48, 96]
+        assert browser.evaluate("document.getElementById('numbers').textContent") != before
+        write(16, 24, 2)  # which has no such pixel
+        browser.press("ArrowRight")
+        browser.until("document.getElementById('status').textContent.includes('outside')")
+        browser.press("ArrowLeft")
+        browser.until("picture.width === 16")
+
+
 def test_an_invalid_link_says_so(browser, address):
     browser.open(f"{address}?image=none.jpg")
     browser.until("document.getElementById('status')?.textContent.includes('cannot be shown')")
@@ -82,7 +202,7 @@ def test_landmarks_by_content_have_no_spectrum(browser, started, root, workplace
         assert browser.evaluate(hidden) == [True, False]
         assert browser.evaluate("document.getElementById('solver').disabled")
         links = browser.evaluate("document.getElementById('save').textContent")
-        assert links == "attention: PNGSVGlandmarks: PNGSVGpredictions: PNGSVG"
+        assert links == "attention: PNGSVGlandmarks: PNGSVGpredictions: PNGSVGnumbers: CSV"
         names = browser.evaluate("[...document.querySelectorAll('.class')].map(c => c.textContent)")
         assert set(names) <= {"background", "disc", "bar", "triangle", "crescent", "cross"}
         assert names

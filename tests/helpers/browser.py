@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+ARROWS = ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -110,10 +111,13 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def press(self, key):
+    def press(self, key, shift=False):
         """Press and release a key, such as `h` or `ArrowLeft`."""
+        options = dict(key=key, modifiers=8 if shift else 0)
+        if key in ARROWS:  # without the code a control does not take it
+            options["windowsVirtualKeyCode"] = 37 + ARROWS.index(key)
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key)
+            self.call("Input.dispatchKeyEvent", type=kind, **options)
 
     def screenshot(self, path):
         """Write what the window shows as a PNG."""

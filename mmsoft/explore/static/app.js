@@ -30,6 +30,13 @@ function heads() {
   return about.blocks.find((b) => b.stage === view.stage && b.block === view.block).heads;
 }
 
+// Those of the slider, and one that came by a link.
+function budgets() {
+  const linked = Number(view.budget);
+  if (!Number.isInteger(linked) || linked < 1 || BUDGETS.includes(linked)) return BUDGETS;
+  return [...BUDGETS.slice(0, -1), linked].sort((a, b) => a - b).concat("all");
+}
+
 function blocks() { return about.blocks.filter((b) => b.stage === view.stage); }
 
 function readAddress() {
@@ -72,9 +79,8 @@ function drawControls() {
   $("solver").disabled = $("spectrum").hidden = about.by_content;
   $("no-inverse").hidden = !about.by_content;
   $("over").value = view.over;
-  $("budget").max = BUDGETS.length;
-  const at = view.budget === "own" ? 0 : BUDGETS.findIndex((b) => String(b) === view.budget) + 1;
-  $("budget").value = Math.max(at, 0);
+  $("budget").max = budgets().length;
+  $("budget").value = view.budget === "own" ? 0 : budgets().findIndex((b) => String(b) === view.budget) + 1;
   const own = about.budget === null ? "all" : about.budget;
   $("budget-value").textContent = view.budget === "own" ? `${own} (the model's)` : view.budget;
   for (const button of $("images").children) {
@@ -93,6 +99,10 @@ function drawControls() {
     }
     return line;
   }));
+  const line = document.createElement("div");
+  const link = Object.assign(document.createElement("a"), { href: `/numbers.csv?${query()}`, textContent: "CSV", download: "numbers.csv" });
+  line.append("numbers: ", link);
+  $("save").append(line);
 }
 
 function drawImages() {
@@ -212,7 +222,8 @@ function drawPicture() {
   } else if (over === "landmarks" && overlay?.kind === "landmarks") {
     drawRegions(context, overlay.content, scale);
     const regions = new Set(bytes(overlay.content.regions)), count = overlay.content.centres.shape[0];
-    legend = [`head ${overlay.content.head}: regions of its landmarks, ${regions.size} of ${count} in use (dots: where they were sampled)`];
+    const what = about.by_content ? "the landmark whose kernel with a token is largest, as they were chosen by; tokens read by other weights" : "regions of its landmarks";
+    legend = [`head ${overlay.content.head}: ${what}, ${regions.size} of ${count} in use (dots: where they were sampled)`];
   } else if (over === "predictions" && overlay?.kind === "predictions") {
     legend = drawPredictions(context, overlay.content, scale);
   }
@@ -306,6 +317,8 @@ function drawMaps() {
   $("maps").replaceChildren(...items);
 }
 
+function ranked() { return about.by_content ? "the weights with which tokens read landmarks" : "the kernel of tokens and landmarks"; }
+
 function drawNumbers(usage) {
   const columns = ["landmarks", "rank", "nearest", "ratio", "varying"];
   const line = (cells, tag) => {
@@ -320,7 +333,7 @@ function drawNumbers(usage) {
     return row;
   });
   const head = line(["head", "landmarks", "rank", "nearest", "ratio", "varying"], "th");
-  const titles = ["", "how many there are", "effective rank of the kernel: 1, and all rows are alike", "largest kernel value of a token, median", "size beside the values' convolution", "share that differs between tokens"];
+  const titles = ["", "how many there are", `effective rank of ${ranked()}: 1, and all rows are alike`, "largest kernel value of a token, median", "size beside the values' convolution", "share that differs between tokens"];
   [...head.children].forEach((cell, i) => { cell.title = titles[i]; });
   $("numbers").replaceChildren(head, ...rows);
 }
@@ -351,7 +364,7 @@ async function refresh() {
   const start = performance.now();
   try {
     if (shown !== view.image) {
-      const image = await load(view.image);
+      const image = await load(view.image, performance.now());
       if (late()) return;
       picture = image;
       bases = {};
@@ -413,7 +426,7 @@ function change(part) {
 
 function step(list, value) { return list[(list.findIndex((v) => String(v) === String(value)) + 1) % list.length]; }
 
-function setBudget(at) { change({ budget: at === 0 ? "own" : String(BUDGETS[at - 1]) }); }
+function setBudget(at) { change({ budget: at === 0 ? "own" : String(budgets()[at - 1]) }); }
 
 function pick(event) {
   const box = $("picture").getBoundingClientRect();
@@ -423,7 +436,9 @@ function pick(event) {
 }
 
 function key(event) {
-  if (["SELECT", "INPUT"].includes(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey || !picture) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || !picture) return;
+  // Arrows are the control's that has the focus; the letters are ours.
+  if (event.key.startsWith("Arrow") && ["SELECT", "INPUT"].includes(event.target.tagName)) return;
   const far = event.shiftKey ? 10 : 1;
   const move = (dx, dy) => change({
     x: Math.min(Math.max(view.x + dx * far, 0), picture.width - 1),
@@ -440,7 +455,7 @@ function key(event) {
     s: () => change({ stage: step([...new Set(about.blocks.map((b) => b.stage))], view.stage) }),
     o: () => change({ over: step([...$("over").options].map((o) => o.value), view.over) }),
     v: () => about.by_content || change({ solver: step(about.solvers, view.solver) }),
-    "+": () => setBudget(Math.min(at + 1, BUDGETS.length)),
+    "+": () => setBudget(Math.min(at + 1, budgets().length)),
     "-": () => setBudget(Math.max(at - 1, 0)),
   };
   if (keys[event.key]) {
@@ -468,6 +483,7 @@ async function send(file) {
 
 async function begin() {
   about = await ask("/api/about");
+  $("ranked").textContent = ranked();
   $("model").textContent = `${about.model} with ${about.backbone}`;
   readAddress();
   if (view.image.startsWith("upload-")) about.images.unshift(view.image);
