@@ -15,9 +15,12 @@ from mmsoft.analysis import load_model
 
 
 @pytest.fixture(scope="session")
-def config_path(root, tmp_path_factory):
-    """Released landmarks, which have a spectrum."""
-    base = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
+def config_path(request, root, tmp_path_factory):
+    """Released landmarks, which have a spectrum; a test may ask for those by content."""
+    path = root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
+    if getattr(request, "param", "released") == "content":
+        return path
+    base = str(path)
     backbone = dict(landmarks="released", max_landmarks=None)
     path = tmp_path_factory.mktemp("configs") / "released.py"
     path.write_text(f"_base_ = {base!r}\nmodel = dict(backbone={backbone!r})\n")

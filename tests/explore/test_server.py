@@ -19,7 +19,11 @@ from mmsoft.analysis import (
     load_model,
 )
 
+looking = pytest.importorskip("mmsoft.explore.looking")
+server = pytest.importorskip("mmsoft.explore.server")
+Settings, View = looking.Settings, looking.View
 IMAGE = "000000000001.jpg"
+BOTH = pytest.mark.parametrize("config_path", ["released", "content"], indirect=True)
 HERE = dict(image=IMAGE, stage=1, block=0, x=20, y=30)
 
 
@@ -62,6 +66,7 @@ def test_what_there_is(client):
     assert len(about["viridis"]) == 256
 
 
+@BOTH
 @pytest.mark.parametrize("head", [-1, 1])
 def test_maps_are_those_of_the_command_line(
     client, monkeypatch, root, workplace, images, run_tool, head
@@ -92,13 +97,23 @@ def test_maps_are_those_of_the_command_line(
 
 
 @pytest.mark.parametrize(
-    ("budget", "solver"), [("4", "newton"), ("all", "direct"), ("own", "newton")]
+    ("config_path", "budget", "solver"),
+    [
+        ("released", "4", "newton"),
+        ("released", "all", "direct"),
+        ("released", "own", "newton"),
+        ("content", "4", "newton"),
+        ("content", "own", "newton"),
+    ],
+    indirect=["config_path"],
 )
-def test_settings_are_those_of_a_config_with_them(client, root, images, workplace, budget, solver):
-    config = Config.fromfile(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
-    config.model.backbone.update(
-        max_landmarks=None if budget in ("own", "all") else int(budget), solver=solver
-    )
+def test_settings_are_those_of_a_config_with_them(
+    client, config_path, images, workplace, budget, solver
+):
+    config = Config.fromfile(config_path)
+    if budget != "own":
+        config.model.backbone.max_landmarks = None if budget == "all" else int(budget)
+    config.model.backbone.solver = solver
     model = load_model(config, str(workplace / "model.pth"))
     image = load_image(config, model, str(images / IMAGE))
     with torch.no_grad(), capture(model) as states:
@@ -108,7 +123,11 @@ def test_settings_are_those_of_a_config_with_them(client, root, images, workplac
     expected = state.attention_rows([token])[0, :, 0].numpy()
     found = ask(client, "attention", budget=budget, solver=solver)
     assert np.abs(array(found["rows"]) - expected).max() <= 1e-6 * np.abs(expected).max()
-    assert found["landmarks"] == [state.landmarks.shape[2]] * 2
+    count = [state.landmarks.shape[2]] * 2
+    if state.layer.by_content:
+        count = state.present[0].sum(-1).tolist()
+        assert max(count) == (4 if budget == "4" else max(count)) > 1
+    assert found["landmarks"] == count
     changed = found["changed"]
     assert (changed is None) == (budget == "own")
     if changed:
@@ -118,6 +137,23 @@ def test_settings_are_those_of_a_config_with_them(client, root, images, workplac
     assert ask(client, "usage", budget=budget, solver=solver)["rank"] == pytest.approx(
         usage.rank.tolist(), rel=1e-6
     )
+
+
+@BOTH
+@pytest.mark.parametrize("budget", ["own", "9"])
+def test_regions_are_of_the_landmarks_that_there_are(client, explorer, budget):
+    settings = Settings(explorer.own.budget if budget == "own" else 9, explorer.own.solver)
+    state = explorer.captured(IMAGE, settings).states[1, 0]
+    kernel = (-0.5 * torch.cdist(state.q[0, 1].double(), state.landmarks[0, 1].double()) ** 2).exp()
+    if state.present is not None:
+        assert not state.present[0].all(), "nothing is left out"
+        kernel = kernel[:, state.present[0, 1]]
+    found = ask(client, "landmarks", head=1, budget=budget)
+    regions, strength = (array(found[name]).ravel() for name in ("regions", "strength"))
+    expected, where = kernel.max(-1)
+    np.testing.assert_allclose(strength, expected, rtol=1e-6, atol=1e-12)
+    assert (regions == where.numpy()).mean() > 0.99
+    assert len(array(found["centres"])) == kernel.shape[1] <= (49 if budget == "own" else 9)
 
 
 def test_landmarks_spectrum_and_predictions(client, explorer):
@@ -139,6 +175,49 @@ def test_every_view_can_be_saved(client, name, kind):
     begins = dict(png=b"\x89PNG", svg=b"<?xml")
     assert answer.data.startswith(begins[kind])
 
+
+@pytest.mark.parametrize("head", [-1, 1])
+def test_what_is_saved_is_what_is_asked_for(client, explorer, monkeypatch, head):
+    """By what is drawn: another head, pixel, block, budget or solver draws other numbers."""
+    view = View(IMAGE, Settings(4, "direct"), 1, 0, head, 21, 31)
+    question = dict(HERE, head=head, x=21, y=31, budget=4, solver="direct")
+    drawn = {}
+    for name in ("attention", "landmarks", "spectrum", "predictions"):
+        draw = getattr(server, f"draw_{name}")
+
+        def record(*args, name=name, draw=draw, **options):
+            drawn[name] = args
+            return draw(*args, **options)
+
+        monkeypatch.setattr(server, f"draw_{name}", record)
+        assert client.get(f"/figure/{name}.svg", query_string=question).status_code == 200
+
+    picture = explorer.captured(IMAGE, explorer.own).image.picture
+    for name in ("attention", "landmarks", "predictions"):
+        np.testing.assert_array_equal(drawn[name][0], picture)
+    found = explorer.attention(view)
+    _, points, maps, extent, title = drawn["attention"]
+    assert (points, extent) == ([(21, 31)], found["extent"])
+    assert title == "stage 1, block 0: 4 landmarks"
+    rows, softmax = (found[name].unflatten(-1, found["grid"]).numpy() for name in ROWS)
+    expected = {"SOFT++, head 1": rows[1], "softmax": softmax[1]}
+    if head < 0:
+        expected = {"SOFT++, head 0": rows[0], "SOFT++, head 1": rows[1]}
+        expected |= {"SOFT++, mean": rows.mean(0), "softmax": softmax.mean(0)}
+    assert list(maps) == list(expected)
+    for name, one in expected.items():
+        np.testing.assert_array_equal(maps[name][0], one)
+    found = explorer.landmarks(view)
+    assert found["head"] == max(head, 0)
+    for ours, name in zip(drawn["landmarks"][1:], ("regions", "strength", "centres", "extent")):
+        np.testing.assert_array_equal(ours, found[name])
+    found = explorer.spectrum(view)
+    for ours, name in zip(drawn["spectrum"], ("eigenvalues", "x", "filters"), strict=True):
+        np.testing.assert_array_equal(ours, found[name])
+    assert drawn["predictions"][1] is explorer.predictions(view)
+
+
+ROWS = ("rows", "softmax")
 
 # ------------------------------------------------------------------------------ what it refuses
 
