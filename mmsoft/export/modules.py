@@ -1,8 +1,10 @@
 """A module from images to tensors for each kind of model."""
 
 from collections.abc import Sequence
+from inspect import Parameter, signature
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,6 +68,7 @@ class _Detector(_Part):
     program of its own has to pool regions.
     """
 
+    @torch.no_grad()
     def __init__(self, model: Any):
         super().__init__()
         self.backbone = model.backbone
@@ -74,14 +77,45 @@ class _Detector(_Part):
         self.head = model.rpn_head if self.two_stage else model.bbox_head
         strides = [max(stride) for stride in self.head.prior_generator.strides]
         self.coarsest, levels = max(strides), len(strides)
-        names = ["features"] if self.two_stage else []
-        names += ["cls_scores", "bbox_preds"]
+        # What a head returns goes, in this order, into its loss.
+        names = list(signature(self.head.loss_by_feat).parameters)
+        names = names[: next(i for i, name in enumerate(names) if name.startswith("batch_"))]
+        one = next(model.parameters())
+        side = max(64, self.coarsest)
+        found = self.head(self._features(one.new_zeros(1, 3, side, side)))
+        if [_levels(outputs) for outputs in found] != [levels] * len(names):
+            raise ValueError(
+                f"{type(self.head).__name__} returns other outputs than {', '.join(names)} of "
+                f"{levels} levels; export its backbone (part='backbone')"
+            )
+        names = (["features"] if self.two_stage else []) + names
         self.names = [f"{name}_{level}" for name in names for level in range(levels)]
 
+    def _features(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.neck(self.backbone(images)))
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = tuple(self.neck(self.backbone(images)))
-        scores, boxes = self.head(features)
-        return (*(features if self.two_stage else ()), *scores, *boxes)
+        features = self._features(images)
+        outputs = self.head(features)
+        return (
+            *(features if self.two_stage else ()),
+            *(level for levels in outputs for level in levels),
+        )
+
+
+def _levels(outputs: Any) -> int | None:
+    """How many levels a head's output has, where it is a list of tensors."""
+    if isinstance(outputs, list | tuple) and all(isinstance(one, Tensor) for one in outputs):
+        return len(outputs)
+    return None
+
+
+def _needed(module: nn.Module) -> int:
+    """Arguments without a default."""
+    parameters = signature(module.forward).parameters.values()
+    return sum(
+        p.default is Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters
+    )
 
 
 def exportable(model: Any, part: str = "model") -> Any:
@@ -108,9 +142,15 @@ def exportable(model: Any, part: str = "model") -> Any:
     if part == "backbone":
         module: _Part = _Backbone(model)
     elif hasattr(model, "decode_head"):
-        if not hasattr(model, "align_corners"):
+        if isinstance(model.decode_head, nn.ModuleList):
             raise ValueError(
-                f"{type(model).__name__} has several decode heads; export its backbone"
+                f"{type(model).__name__} has several decode heads; export its backbone "
+                "(part='backbone')"
+            )
+        if (needed := _needed(model.decode_head)) != 1:
+            raise ValueError(
+                f"{type(model.decode_head).__name__} takes {needed} arguments, not features alone; "
+                "export its backbone (part='backbone')"
             )
         module = _Segmentor(model)
     elif hasattr(getattr(model, "bbox_head", getattr(model, "rpn_head", None)), "prior_generator"):

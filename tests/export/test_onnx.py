@@ -128,6 +128,59 @@ def test_detector_gives_what_its_dense_head_says(tmp_path):
             torch.testing.assert_close(ours, expected)
 
 
+HEADS = {
+    "FCOSHead": dict(type="mmdet.FCOSHead", strides=[4, 8, 16, 32, 64], norm_cfg=None),
+    "ATSSHead": dict(
+        type="mmdet.ATSSHead",
+        norm_cfg=None,
+        anchor_generator=dict(
+            type="mmdet.AnchorGenerator",
+            ratios=[1.0],
+            octave_base_scale=8,
+            scales_per_octave=1,
+            strides=[4, 8, 16, 32, 64],
+        ),
+        bbox_coder=dict(type="mmdet.DeltaXYWHBBoxCoder"),
+    ),
+    "YOLOXHead": dict(type="mmdet.YOLOXHead", strides=[4, 8, 16, 32, 64]),
+}
+THIRD = dict(FCOSHead="centernesses", ATSSHead="centernesses", YOLOXHead="objectnesses")
+
+
+def with_head(**head):
+    """The smallest detector with another dense head."""
+    import_library("mmdet")
+    model = LIBRARIES["mmdet"]()
+    model["type"] = "mmdet.SingleStageDetector"
+    model["backbone"]["arch"] = SMALL
+    model["bbox_head"] = dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1)
+    model["bbox_head"].update(head)
+    torch.manual_seed(0)
+    return build_model(ConfigDict(default_scope="mmdet", model=model)).eval()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_output_of_a_dense_head_has_a_name(head):
+    """Of what a head says beside classes and boxes too."""
+    model = with_head(**HEADS[head])
+    module = exportable(model)
+    names = ["cls_scores", "bbox_preds", THIRD[head]]
+    assert list(module.names) == [f"{name}_{level}" for name in names for level in range(5)]
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        ours, expected = module(images), model(images, mode="tensor")
+    expected = [level for levels in expected for level in levels]
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@long
+def test_detector_with_a_third_output(tmp_path):
+    module = exportable(with_head(**HEADS["FCOSHead"]))
+    _, differences = check(module, Input((64, 96)), tmp_path / "fcos.onnx")
+    assert [d.name for d in differences][10:] == [f"centernesses_{i}" for i in range(5)]
+
+
 class Pool(torch.nn.Module):
     """Adaptive pooling to a number, as of UperNet, and to at most a number, as of `max_keys`."""
 
@@ -201,6 +254,33 @@ def test_invalid_inputs():
         exportable(Model(SOFT(SMALL)).train(), "backbone")
     with pytest.raises(ValueError, match="no classifier"):
         exportable(Model(SOFT(SMALL)).eval())
+
+
+def test_a_head_whose_outputs_are_others():
+    """As that of VarifocalNet, which returns two of the three that its loss takes."""
+    model = with_head(**HEADS["FCOSHead"])
+    forward = model.bbox_head.forward
+    message = "FCOSHead returns other outputs than cls_scores, bbox_preds, centernesses of 5 levels"
+    for other in (lambda x: forward(x)[:2], lambda x: (*forward(x)[:2], x[0])):
+        model.bbox_head.forward = other
+        with pytest.raises(ValueError, match=message):
+            exportable(model)
+
+
+def test_segmentors_whose_heads_need_more_than_features():
+    import_library("mmseg")
+    model = LIBRARIES["mmseg"]()
+    model["backbone"]["arch"] = SMALL
+    second = dict(model["decode_head"], type="mmseg.OCRHead", ocr_channels=16)
+    del second["num_convs"]
+    cascade = dict(type="mmseg.CascadeEncoderDecoder", num_stages=2)
+    cascade["decode_head"] = [model["decode_head"], second]
+    model = build_model(ConfigDict(default_scope="mmseg", model=dict(model, **cascade))).eval()
+    with pytest.raises(ValueError, match="CascadeEncoderDecoder has several decode heads"):
+        exportable(model)
+    model.decode_head = model.decode_head[1]
+    with pytest.raises(ValueError, match="OCRHead takes 2 arguments, not features alone"):
+        exportable(model)
 
 
 @pytest.mark.parametrize(
