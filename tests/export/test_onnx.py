@@ -10,7 +10,7 @@ from released import SMALL
 from mmsoft.analysis import load_model
 from mmsoft.builder import build_model
 from mmsoft.export import Input, export_onnx, exportable
-from mmsoft.export.program import Difference, refuse
+from mmsoft.export.program import Difference, compare, refuse
 from mmsoft.models import SOFT, SOFTPlusPlus
 
 onnx = pytest.importorskip("onnx")
@@ -217,6 +217,16 @@ def test_two_stage_detector_gives_features_and_proposals(root):
     assert len(outputs) == len(module.names)
 
 
+@long
+def test_two_stage_detector(root, tmp_path):
+    """The demo's Mask R-CNN, a whole model of a config."""
+    config = Config.fromfile(root / "configs/demo/mask-rcnn_softpp-mini_fpn_shapes.py")
+    torch.manual_seed(0)
+    module = exportable(load_model(config))
+    _, differences = check(module, Input((64, 96)), tmp_path / "mask-rcnn.onnx")
+    assert [d.name for d in differences] == list(module.names)
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
@@ -237,10 +247,23 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["wrong.onnx"]
 
 
-def test_not_a_number_is_a_difference():
-    for error in (2e-4, float("inf")):
-        with pytest.raises(ValueError, match="differs"):
-            refuse([Difference((1,), "a", (1,), 0), Difference((1,), "b", (1,), error)], 1e-4)
+@pytest.mark.parametrize("where", ["program", "model", "both"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number_is_a_difference(value, where):
+    images, good = torch.zeros(1, 3, 32, 32), torch.ones(2, 3)
+    bad = good.clone()
+    bad[0, 1] = value
+    expected = (good, good if where == "program" else bad)
+    found = [good.numpy(), (good if where == "model" else bad).numpy()]
+    first, second = compare(["a", "b"], images, expected, found)
+    assert (first.error, second.error) == (0, float("inf"))
+    with pytest.raises(ValueError, match="b differs from the model's by inf"):
+        refuse([first, second], 1e-4)
+
+
+def test_a_small_difference_is_refused_too():
+    with pytest.raises(ValueError, match="differs"):
+        refuse([Difference((1,), "a", (1,), 0), Difference((1,), "b", (1,), 2e-4)], 1e-4)
 
 
 def test_invalid_inputs():

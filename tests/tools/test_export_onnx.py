@@ -1,5 +1,10 @@
 """The command that exports."""
 
+import os
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 from mini_models import mini_classifier
@@ -12,6 +17,7 @@ from mmsoft.builder import build_model
 pytest.importorskip("mmpretrain.models", exc_type=(ImportError, RuntimeError))
 
 TOOL = "deployment/export_onnx.py"
+TINY = "configs/retinanet/retinanet_softpp-t_fpn_1x_coco.py"
 
 
 @pytest.fixture
@@ -101,6 +107,26 @@ def test_onnx_of_a_part(run_tool, config, model, tmp_path, dynamic, sizes):
         with torch.no_grad():
             (expected,) = model.backbone(images)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4) == same
+
+
+@pytest.mark.long
+def test_tiny_takes_less_than_two_minutes(root, tmp_path):
+    """Of the processor, in one thread, from the start of the command to the compared file."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    command = [sys.executable, root / "tools" / TOOL, root / TINY, "--part", "backbone"]
+    command += ["--cfg-options", "model.backbone.init_cfg=None"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [*command, "--out", tmp_path / "tiny.onnx"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{seconds:.0f} s")
+    assert seconds < 120
+    assert (tmp_path / "tiny.onnx").stat().st_size > 40e6
 
 
 @pytest.mark.parametrize(
