@@ -127,6 +127,7 @@ def test_from_a_click_to_what_is_painted(page):
         found = [milliseconds / 1000 for milliseconds in browser.evaluate("waits")]
         print(f"{block}: median {statistics.median(found):.3f} s, max {max(found):.3f} s")
         every += found
-    print(f"{len(every)} clicks: median {statistics.median(every):.3f} s, max {max(every):.3f} s")
+    most = [f"{np.quantile(every, share):.3f} s" for share in (0.5, 0.9, 1)]
+    print(f"{len(every)} clicks: median, 90 % and all within {', '.join(most)}")
     assert len(every) >= 30
-    assert statistics.median(every) < ALLOWED
+    assert np.quantile(every, 0.9) < ALLOWED
