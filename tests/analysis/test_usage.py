@@ -61,10 +61,11 @@ def test_rank_of_equal_and_of_unlike_rows():
     (state,) = states.values()
     state.q = torch.zeros_like(state.q)
     state.landmarks = torch.zeros_like(state.landmarks)
-    state.present = None
+    state.present = torch.ones(state.landmarks.shape[:3], dtype=torch.bool)
     torch.testing.assert_close(attention_usage(state).rank, torch.ones(1).double())
     state.q = 9 * torch.eye(4, 32).repeat_interleave(64, 0).expand(1, 1, 256, 32)
     state.landmarks = 9 * torch.eye(4, 32)[None, None]
+    state.present = torch.ones(1, 1, 4, dtype=torch.bool)
     torch.testing.assert_close(attention_usage(state).rank, torch.full((1,), 4.0).double())
 
 
@@ -75,7 +76,8 @@ def test_what_all_queries_share_does_not_make_rows_alike():
         model(torch.randn(1, 3, 64, 64))
     (state,) = states.values()
     state.q = torch.randn(state.q.shape)
-    state.landmarks, state.present = state.q[:, :, :5], None
+    state.landmarks = state.q[:, :, :5]
+    state.present = torch.ones(1, 1, 5, dtype=torch.bool)
     before = attention_usage(state).rank
     assert before > 1.5
     state.q, state.landmarks = state.q + 9, state.landmarks + 9

@@ -4,8 +4,9 @@
     python tools/analysis_tools/attention_usage.py CONFIG CHECKPOINT IMAGE [IMAGE ...]
 
 Columns: landmarks used; the largest kernel value of a token, its median over the tokens; effective
-rank of the kernel matrix (1: all rows are multiples of one); standard deviation of the attention
-term over that of the values' convolution; the share of it that differs between tokens.
+rank of the matrix that tokens read with, by content rows of a softmax, else of the kernel (1: all
+rows are multiples of one); standard deviation of the attention term over that of the values'
+convolution; the share of it that differs between tokens.
 """
 
 import sys

@@ -101,7 +101,8 @@ def choose_landmarks(
     2001; Harbrecht, Peters and Schneider 2012). ``O(M k^2)``: linear in the image, ``[M, M]`` is
     stored of up to 128 candidates only, which LAPACK factorizes on a CPU where there is SciPy (as
     with mmdet and mmseg). Samples and heads do not depend on each other; which one of candidates
-    with equal residuals is taken is not defined, but always the same.
+    whose residuals are equal up to rounding is taken depends on what computes it, but is always the
+    same there.
 
     Args:
         candidates: ``[B, h, M, d]``.
