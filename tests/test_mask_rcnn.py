@@ -8,6 +8,7 @@ pytest.importorskip("mmdet")
 ITERATIONS = 90
 
 
+@pytest.mark.long
 def test_learns_as_well_as_with_swin(root, shapes, tmp_path):
     ours = plain_loop(config(root, shapes, "mask_rcnn", tmp_path, backbone=SOFTPP), ITERATIONS)
     swin = plain_loop(config(root, shapes, "mask_rcnn", tmp_path, backbone=SWIN), ITERATIONS)

@@ -161,6 +161,7 @@ DROP = """{
 }"""
 
 
+@pytest.mark.long  # test_server.py has the answers
 def test_a_file_that_is_replaced_is_shown_anew(browser, started, config_path, workplace, tmp_path):
     """Under a page that is open: picture, maps and numbers."""
     folder = tmp_path / "images"
