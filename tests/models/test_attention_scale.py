@@ -27,6 +27,19 @@ def test_tiny_has_one_scale_at_every_resolution(variant, max_landmarks):
     check(variant, "tiny", max_landmarks, sizes=QUICK_SIZES)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [QUICK_SIZES, pytest.param((*tool.SIZES, tool.LARGE), marks=pytest.mark.long)],
+    ids=["quick", "to 2048"],
+)
+def test_by_content_the_term_keeps_its_size(sizes):
+    columns = tool.scales_by_size(
+        SOFTPlusPlus, sizes, arch="tiny", max_landmarks=49, landmarks="content"
+    )
+    for row in zip(*columns):
+        assert max(a for a, _ in row) < 1.25 * min(a for a, _ in row)
+
+
 def test_one_scale_with_newton_and_with_batch_statistics():
     check(SOFTPlusPlus, "tiny", 49, solver="newton", sizes=QUICK_SIZES)
     check(SOFTPlusPlus, "tiny", 49, train=True, sizes=QUICK_SIZES)
