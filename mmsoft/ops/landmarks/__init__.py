@@ -98,11 +98,11 @@ def choose_landmarks(
 
     A pivoted Cholesky factorization of the candidates' Gram matrix: the first landmark is the one
     nearest their mean, each next one that which those before explain worst (Fine and Scheinberg
-    2001; Harbrecht, Peters and Schneider 2012). ``O(M k^2)`` time and ``O(M k)``
-    memory: linear in the image with a budget; ``[M, M]`` is stored of up to 128 candidates only, which LAPACK factorizes on a CPU where there is SciPy (as
-    with mmdet and mmseg). Samples and heads do not depend on each other; which one of candidates
-    whose residuals are equal up to rounding is taken depends on what computes it, but is always the
-    same there.
+    2001; Harbrecht, Peters and Schneider 2012). ``O(M k^2)`` time and ``O(M k)`` memory: linear in
+    the image with a budget; ``[M, M]`` is stored of up to 128 candidates only, which LAPACK
+    factorizes on a CPU where there is SciPy (as with mmdet and mmseg). Samples and heads do not
+    depend on each other; which one of candidates whose residuals are equal up to rounding is taken
+    depends on what computes it, but is always the same there.
 
     Args:
         candidates: ``[B, h, M, d]``.
