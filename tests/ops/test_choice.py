@@ -91,10 +91,13 @@ def test_lapack_refuses_what_it_is_not_for(monkeypatch):
         choose_landmarks(candidates[:, :, 1:], 3)
         with pytest.raises(RuntimeError, match="129 candidates, more than 128"):
             choose_landmarks(candidates, 3)
-        monkeypatch.setattr(operators, "_has_scipy", lambda: False)
-        with pytest.raises(RuntimeError, match="SciPy is not installed"):
+        # As where there is none, or one that was built for another NumPy.
+        monkeypatch.setattr(operators, "_LAPACK", "mmsoft.ops.landmarks.absent")
+        operators._lacking.cache_clear()
+        with pytest.raises(RuntimeError, match="SciPy cannot be imported: No module"):
             choose_landmarks(candidates[:, :, 1:], 3)
     choose_landmarks(candidates[:, :, 1:], 3)  # by torch
+    operators._lacking.cache_clear()
 
 
 def test_no_samples():

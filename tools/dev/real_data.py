@@ -2,7 +2,8 @@ r"""Train and test a config on real images, and make docs/real_data.md from all 
 
     python tools/dev/real_data.py run configs/nuclei/upernet_softpp-mini_nuclei.py \
         --seed 0 --work-dir work_dirs/upernet_softpp-mini_seed0
-    python tools/dev/real_data.py time configs/nuclei/upernet_*_nuclei.py --work-dir work_dirs/times
+    python tools/dev/real_data.py time configs/nuclei/upernet_{softpp-mini,pvtv2-b0}_nuclei.py \
+        --work-dir work_dirs/times
     python tools/dev/real_data.py table
 
 `run` calls `mim train` and `mim test` in the current folder, whose `data/` has the converted data,
@@ -113,9 +114,8 @@ def time_in_turns(
             title = f"{path.stem}, {number + 1} of {rounds}"
             command = ["train", *arguments, "--cfg-options", *changes]
             mim(title, command, folder / "train.log", Path.cwd())
-            samples[path] += [entry["time"] for entry in read_scalars(folder) if "loss" in entry][
-                2:
-            ]
+            times = [entry["time"] for entry in read_scalars(folder) if "loss" in entry]
+            samples[path] += times[2:]
     import torch  # seconds, which a table does without
 
     from mmsoft.benchmark.measure import device_name

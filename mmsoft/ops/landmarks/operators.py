@@ -1,7 +1,7 @@
 """The custom operators: signatures, shapes and gradients, whatever computes them."""
 
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,13 +14,19 @@ from ..mode import forward_mode, transformed
 from . import choice, eager
 from .grid import landmark_grid
 
+_LAPACK = "mmsoft.ops.landmarks.lapack"
 PATCHES = Operation("landmark_patches", Implementation(EAGER, eager.gather))
 BACKWARD = Operation("landmark_patches_backward", Implementation(EAGER, eager.scatter))
 
 
 @cache
-def _has_scipy() -> bool:
-    return find_spec("scipy") is not None
+def _lacking() -> str | None:
+    """Why LAPACK cannot be called: no SciPy, or one that does not fit this NumPy."""
+    try:
+        import_module(_LAPACK)
+    except ImportError as error:
+        return f"SciPy cannot be imported: {error}"
+    return None
 
 
 def _lapack_refusal(candidates: Tensor, *_: Any) -> str | None:
@@ -28,13 +34,13 @@ def _lapack_refusal(candidates: Tensor, *_: Any) -> str | None:
         return f"candidates are on {candidates.device}, not on a CPU"
     if candidates.shape[2] > choice.FEW:
         return f"there are {candidates.shape[2]} candidates, more than {choice.FEW}"
-    return None if _has_scipy() else "SciPy is not installed"
+    return _lacking()
 
 
 CHOICE = Operation(
     "landmark_choice",
     # It factorizes whatever the budget, and has a tenth of the calls of a step by step choice.
-    Implementation("lapack", lazily("mmsoft.ops.landmarks.lapack", "choose"), _lapack_refusal),
+    Implementation("lapack", lazily(_LAPACK, "choose"), _lapack_refusal),
     Implementation(EAGER, choice.choose),
 )
 
