@@ -41,9 +41,15 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def independence_of_other_tests():
-    """Give every test the same random numbers, and MMEngine's default scope as it was."""
+    """Give every test the same random numbers, MMEngine's default scope and its loggers.
+
+    A logger made in a test writes to that test's captured output, which is closed after it.
+    """
     import numpy
     import torch
+
+    module = sys.modules.get("mmengine.logging")
+    before = dict(module.MMLogger._instance_dict) if module else {}
 
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002  (OpenMMLab's transforms draw from it)
@@ -51,6 +57,10 @@ def independence_of_other_tests():
     yield
     if registry := sys.modules.get("mmengine.registry"):
         registry.init_default_scope("mmengine")
+    if module := sys.modules.get("mmengine.logging"):
+        loggers = module.MMLogger._instance_dict
+        for name in loggers.keys() - before.keys():
+            del loggers[name]
 
 
 @pytest.fixture(scope="session")
