@@ -42,7 +42,7 @@ class ConvNormAct(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]``."""
         if not self._foldable(x):
-            x = self.norm(self.conv(x))
+            x = self.norm(self._convolve(self.conv, x))
             # The ReLU overwrites what a hook may have kept.
             return self.act(x.clone() if is_hooked(self.norm) else x)
         # A frozen norm is part of the convolution: one pass over the image less.
@@ -53,7 +53,20 @@ class ConvNormAct(nn.Sequential):
         bias = norm.bias - norm.running_mean * scale
         if conv.bias is not None:
             bias = bias + conv.bias * scale
-        return self.act(conv._conv_forward(x, weight, bias))
+        return self.act(self._convolve(lambda x: conv._conv_forward(x, weight, bias), x))
+
+    def _convolve(self, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        weight: Any = self.conv.weight
+        if (
+            cpu_shortcut(x)
+            and weight.numel() > x.numel()
+            and weight.is_contiguous()
+            and not x.is_contiguous()
+            and is_plain(self.conv, nn.Conv2d.forward)
+        ):
+            # torch copies a weight to the layout of the image, although it is the larger of the two
+            return convolution(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return convolution(x)
 
     def _foldable(self, x: Tensor) -> bool:
         norm = self.norm

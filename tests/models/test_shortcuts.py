@@ -68,6 +68,11 @@ SHORTCUTS = {
         lambda m, x: m(x), lambda: ConvNormAct(3, 8, 2, dict(type="BN")),
         (2, 3, 20, 20), EAGER, ".*batch_norm.*", False,
     ),
+    "layout of a small image": (
+        # torch gives other strides on "meta" than on a CPU: those of evaluation are checked below
+        lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)),
+        lambda: ConvNormAct(32, 64, 2, dict(type="BN")), (2, 32, 5, 7), EVALUATION, "clone", True,
+    ),
 }  # fmt: skip
 
 
@@ -151,6 +156,14 @@ def test_taken_in_eager_programs_alone_and_the_result_is_the_same(name, conditio
     assert (out.shape, out.stride()) == (expected.shape, expected.stride())
     if condition not in ("meta", "fake"):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(5, 7), (40, 40)])  # fewer and more numbers than the weight has
+def test_patch_embeddings_keep_the_layout(size):
+    image = torch.randn(2, 32, *size).to(memory_format=torch.channels_last)
+    out = ConvNormAct(32, 64, 2, dict(type="BN")).eval()(image)
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
