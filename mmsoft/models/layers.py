@@ -59,12 +59,12 @@ class ConvNormAct(nn.Sequential):
         weight: Any = self.conv.weight
         if (
             cpu_shortcut(x)
-            and weight.numel() > x.numel()
+            and weight.numel() > 4 * x.numel()
             and weight.is_contiguous()
             and not x.is_contiguous()
             and is_plain(self.conv, nn.Conv2d.forward)
         ):
-            # torch copies a weight to the layout of the image, although it is the larger of the two
+            # torch copies a weight to the layout of the image, although it is much the larger
             return convolution(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return convolution(x)
 
