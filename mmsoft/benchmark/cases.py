@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from mmcv.cnn import fuse_conv_bn
 from mmengine import load
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -201,11 +202,17 @@ def fuse_attention(model: nn.Module) -> None:
             layer.forward = partial(layer.forward, need_weights=False)  # type: ignore[method-assign]
 
 
-def make_backbone(name: str) -> Any:
-    """Build one of ``BACKBONES``."""
+def make_backbone(name: str, mode: str = "forward") -> Any:
+    """Build one of ``BACKBONES``; peers without the BatchNorms that forward passes can do without.
+
+    Ours folds its own, and OpenMMLab has a function for theirs.
+    """
     backbone = BACKBONES[name]
     model = builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")
     fuse_attention(model)
+    if mode == "forward" and not backbone.config.startswith("mmsoft"):
+        model.eval()  # returns None in some of the libraries' backbones
+        fuse_conv_bn(model)
     return model.to(memory_format=torch.channels_last) if backbone.channels_last else model
 
 
@@ -327,30 +334,34 @@ class Whole:
     task: str  # "RetinaNet", "Mask R-CNN" or "UperNet"
     backbone: str
     config: str
+    channels_last: bool = False
 
 
 MASK_RCNN = "mmsoft::mask_rcnn/mask-rcnn_softpp-{}_fpn_1x_coco.py"
 UPERNET = "mmsoft::upernet/upernet_softpp-{}_8xb2-160k_ade20k-512x512.py"
+UPERNET_SWIN = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
 DETECTORS = ("RetinaNet", "Mask R-CNN")
+_WHOLE = (
+    Whole("RetinaNet", "softpp-tiny", OURS["tiny"]),
+    Whole("RetinaNet", "softpp-small", OURS["small"]),
+    Whole("RetinaNet", "pvtv2-b1", PVTV2_B1),
+    Whole("RetinaNet", "swin-tiny", "mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py"),
+    Whole("Mask R-CNN", "softpp-tiny", MASK_RCNN.format("t")),
+    Whole("Mask R-CNN", "softpp-small", MASK_RCNN.format("s")),
+    Whole("Mask R-CNN", "pvtv2-b1", MASK_RCNN.format("t")),
+    Whole("Mask R-CNN", "swin-tiny", "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"),
+    Whole("UperNet", "softpp-tiny", UPERNET.format("t")),
+    Whole("UperNet", "softpp-small", UPERNET.format("s")),
+    Whole("UperNet", "pvtv2-b1", UPERNET.format("t")),
+    Whole("UperNet", "swin-tiny", UPERNET_SWIN),
+)
+# Peers in both memory formats, ours as a user gets it.
+_IN_BOTH = [w for w in _WHOLE if not w.backbone.startswith("softpp")]
 WHOLE = {
     f"{whole.task.lower().replace(' ', '-')}_{whole.backbone}": whole
     for whole in (
-        Whole("RetinaNet", "softpp-tiny", OURS["tiny"]),
-        Whole("RetinaNet", "softpp-small", OURS["small"]),
-        Whole("RetinaNet", "pvtv2-b1", PVTV2_B1),
-        Whole("RetinaNet", "swin-tiny", "mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py"),
-        Whole("Mask R-CNN", "softpp-tiny", MASK_RCNN.format("t")),
-        Whole("Mask R-CNN", "softpp-small", MASK_RCNN.format("s")),
-        Whole("Mask R-CNN", "pvtv2-b1", MASK_RCNN.format("t")),
-        Whole("Mask R-CNN", "swin-tiny", "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"),
-        Whole("UperNet", "softpp-tiny", UPERNET.format("t")),
-        Whole("UperNet", "softpp-small", UPERNET.format("s")),
-        Whole("UperNet", "pvtv2-b1", UPERNET.format("t")),
-        Whole(
-            "UperNet",
-            "swin-tiny",
-            "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
-        ),
+        *_WHOLE,
+        *(replace(w, backbone=w.backbone + CHANNELS_LAST, channels_last=True) for w in _IN_BOTH),
     )
 }
 
@@ -361,13 +372,13 @@ def make_whole(name: str) -> Any:
     config = load_config(whole.config)
     if whole.task == "UperNet":
         config.model.auxiliary_head = None  # for training only
-    if whole.backbone == "pvtv2-b1" and whole.config != PVTV2_B1:
+    if whole.backbone.startswith("pvtv2-b1") and whole.config != PVTV2_B1:
         # The libraries have none: MMDetection's, under the head of our config (same channels).
         peer = load_config(PVTV2_B1).model.backbone
         config.model.backbone = {**peer, "type": f"mmdet.{peer.type}"}
     model = builder.build_model(config)
     fuse_attention(model)
-    return model
+    return model.to(memory_format=torch.channels_last) if whole.channels_last else model
 
 
 def _samples(task: str, size: tuple[int, int], batch: int) -> list:
@@ -425,7 +436,7 @@ def make_model(case: Case) -> Any:
     if case.runtime == "onnxruntime":
         model = Exported(case.name, case.size, case.batch)
     elif case.section in ("backbone", "onnx"):
-        model = make_backbone(case.name)
+        model = make_backbone(case.name, case.mode)
     elif case.section == "sequence":
         model = make_sequence_model(case.name, case.size[1])
     elif case.section == "operator":

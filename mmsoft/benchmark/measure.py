@@ -105,7 +105,7 @@ def measure_times(
         steps[case] = step
         calls[case] = min(max(math.ceil(SAMPLE_SECONDS / seconds), 1), 100)
         large = case.size[0] * case.size[1] > LARGE_PIXELS
-        slow = seconds > SLOW_SECONDS or large or case.section == "whole"
+        slow = seconds > SLOW_SECONDS or large
         wanted[case] = slow_repeats if slow else repeats
         samples[case] = [1e3 * seconds] if seconds > LONG_SECONDS else []
     for turn in range(max(wanted.values(), default=0)):
@@ -126,7 +126,7 @@ def model_key(case: Case) -> tuple:
     """Cases with the same key can share a model."""
     # Linformer's weights know the length, as do position embeddings, and a file knows its size.
     size = case.size if case.section in ("onnx", "operator", "sequence") else None
-    return case.section, case.name, case.device, case.compiled, case.runtime, size
+    return case.section, case.name, case.mode, case.device, case.compiled, case.runtime, size
 
 
 # ------------------------------------------------------- memory, parameters, multiply-adds, traffic

@@ -240,7 +240,7 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
     ]
     assert [e["size"] for e in data["scaling"]] == [[96, 96]] * 3
     tasks = ("RetinaNet", "Mask R-CNN", "UperNet")
-    assert [e["task"] for e in data["whole"]] == [task for task in tasks for _ in range(4)]
+    assert [e["task"] for e in data["whole"]] == [task for task in tasks for _ in range(6)]
     names = {e["name"] for e in data["operator"]}
     assert {"softpp", "softmax"} <= names
     for skipped in data["skipped"]:  # only packages that are not installed
@@ -409,8 +409,8 @@ def test_the_model_zoo_has_peers_in_their_faster_format(data):
         ("backbone", 8, 0.5, 2 + 5, 5),
         ("backbone", 8, 1.5, 1 + 5, 5),
         ("backbone", 1024, 5, 1 + 2, 2),
-        ("backbone", 1025, 1.5, 1 + 2, 2),
-        ("whole", 8, 1.5, 1 + 2, 2),
+        ("backbone", (800, 1344), 1.5, 1 + 2, 2),
+        ("whole", 8, 1.5, 1 + 5, 5),
         ("backbone", 8, 30, 2, 2),
     ],
 )
@@ -421,7 +421,8 @@ def test_slow_calls_and_large_images_run_less_often(
     monkeypatch.setattr(measure, "make_model", lambda case: None)
     monkeypatch.setattr(measure, "make_step", lambda model, case: None)
     monkeypatch.setattr(measure, "seconds_of", lambda *_: made.append(seconds) or seconds)
-    case = cases.Case(section, "softpp-tiny", (side, side))
+    size = side if isinstance(side, tuple) else (side, side)
+    case = cases.Case(section, "softpp-tiny", size)
     times, skipped = measure.measure_times([case], {}, 5, 2, print)
     assert not skipped
     assert times[case]["repeats"] == runs
@@ -439,6 +440,28 @@ def test_peers_attention_runs_fused():
     with Calls() as calls:
         torch.testing.assert_close(layer(x, x, x)[0], expected)
     assert {name for name in calls.names if "scaled_dot_product" in name}
+
+
+@pytest.mark.parametrize("name", ["resnet-50", "resnet-101", "van-b1"])
+@torch.no_grad()
+def test_forward_passes_of_peers_are_without_batch_norm(name):
+    """Folded into the convolutions before them where there are any; the result is the same."""
+    x = torch.randn(1, 3, 64, 64)
+    torch.manual_seed(0)
+    plain, folded = (cases.make_backbone(name, "train") for _ in range(2))
+    for model in (plain, folded):
+        model.eval()
+    for norm in plain.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    folded.load_state_dict(plain.state_dict())
+    cases.fuse_conv_bn(folded)
+    kinds = [type(layer) for layer in cases.make_backbone(name).modules()]
+    count = sum(type(layer) is torch.nn.BatchNorm2d for layer in plain.modules())
+    assert kinds.count(torch.nn.BatchNorm2d) < (1 if name.startswith("resnet") else count)
+    for a, b in zip(folded(x), plain(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 def test_targets(data):
