@@ -60,7 +60,7 @@ def download(url: str | Path) -> Path:
 
 
 def check_claims(path: Path) -> bool:
-    """Refuse a file that would unpack to more than its size.
+    """Refuse a file that would unpack to more than its size, or that holds a TorchScript program.
 
     Returns:
         Whether it is in torch's present format, a zip file.
@@ -74,6 +74,12 @@ def check_claims(path: Path) -> bool:
             if not zipfile.is_zipfile(file):
                 raise EOFError("truncated, its table of contents at the end is missing")
             reader = torch._C.PyTorchFileReader(str(path))
+            # torch.load hands such an archive to torch.jit.load before it reads a pickle.
+            records = [name.lower() for name in reader.get_all_records()]  # below the root folder
+            if any(name == "constants.pkl" or name.startswith("code/") for name in records):
+                raise UnpicklingError(
+                    "refused: a TorchScript archive, which is a program; nothing in it was run"
+                )
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)

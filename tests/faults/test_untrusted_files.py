@@ -84,6 +84,66 @@ def test_code_is_refused_and_not_run(way, kind, legacy, weights, tmp_path):
     assert not mark.exists()
 
 
+class Touch(nn.Module):
+    """Makes a file when a TorchScript archive restores it."""
+
+    def __init__(self, mark: str):
+        super().__init__()
+        self.mark = mark
+
+    def forward(self) -> int:
+        return 0
+
+    @torch.jit.export
+    def __getstate__(self):
+        # type: () -> Tuple[str, bool]
+        return self.mark, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state):
+        # type: (Tuple[str, bool]) -> None
+        self.mark = state[0]
+        self.training = torch.from_file(state[0], True, 1).numel() > 1
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A TorchScript archive with its members stored, and the file that it makes when it is run."""
+    path, mark = tmp_path / "program.pth", tmp_path / "executed"
+    torch.jit.script(Touch(str(mark))).save(str(path))
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    torch.jit.load(str(path))
+    assert mark.exists()
+    mark.unlink()
+    return path, mark
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_torchscript_archive_is_refused_and_not_run(way, older, program, monkeypatch):
+    """torch before 2.6 runs it, whatever unpickler it is given (CVE-2025-32434)."""
+    if older:
+        for module in ("safe_globals", "checkpoint.loader"):
+            monkeypatch.setattr(f"mmsoft.{module}.RESTRICTED", False)
+    path, mark = program
+    with pytest.raises(ValueError, match=r"program.pth is refused: a TorchScript archive"):
+        way(str(path))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("member", ["constants.pkl", "code/__torch__.py"])
+def test_a_checkpoint_with_a_part_of_a_program_is_refused(member, weights, tmp_path):
+    path = save(tmp_path / "part.pth", weights)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"part/{member}", b"")
+    with pytest.raises(ValueError, match=r"part.pth is refused: a TorchScript archive"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize("option", ["load_from", "resume", "last_checkpoint"])
 def test_the_runner_refuses_code_in_a_checkpoint(option, root, shapes, tmp_path):
     pytest.importorskip("mmdet")
