@@ -112,15 +112,20 @@ def test_compiled_ahead_of_time(tmp_path, run_outside, options):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("by_content", [False, True])
-def test_recorded_and_custom_operators_stay_where_asked(by_content):
-    module = exportable(
-        Model(landmarks="content" if by_content else "released", out_indices=(0,)).eval(),
-        "backbone",
-    )
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(landmarks="content"), "landmark_choice"),
+        (dict(landmarks="released", solver="newton"), "newton_raphson_pinv"),
+        (dict(landmarks="released", solver="direct"), "tikhonov_solve"),
+    ],
+    ids=str,
+)
+def test_recorded_and_custom_operators_stay_where_asked(options, expected):
+    module = exportable(Model(out_indices=(0,), **options).eval(), "backbone")
     program = record(module, Input((64, 64)), linear_algebra=False)
-    expected = "mmsoft.landmark_choice" if by_content else "mmsoft.newton_raphson_pinv"
-    assert {name for name in operators(program) if name.startswith("mmsoft")} == {expected}
+    found = {name for name in operators(program) if name.startswith("mmsoft")}
+    assert found == {f"mmsoft.{expected}"}
 
 
 @pytest.fixture(scope="module")
