@@ -5,7 +5,9 @@ import csv
 import io
 import logging
 import re
+import socket
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any
 
 import cv2
@@ -217,11 +219,25 @@ FIGURES = dict(
 )
 
 
+def _is_here(host: str) -> bool:
+    """Whether no other machine reaches an address, or any of those of a name."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None)
+    except OSError:  # `*`, or what waitress refuses
+        return False
+    return all(ip_address(address[0]).is_loopback for *_, address in found)
+
+
+def _in_url(host: str) -> str:
+    host = host.strip("[]")
+    return f"[{host}]" if ":" in host else host
+
+
 def make_server(explorer: Explorer, host: str, port: int) -> Any:
     """Waitress on an address; ``run()`` serves."""
     from waitress import create_server
 
-    hosts = HERE if host in ("127.0.0.1", "localhost", "::1") else None
+    hosts = (*HERE, _in_url(host)) if _is_here(host) else None
     # A browser asks six things at once, and waiting a moment is nothing to warn of.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     return create_server(
@@ -237,8 +253,7 @@ def addresses(server: Any, host: str) -> list[str]:
     """Where a server answers: at one port, or where a name has several addresses, maybe more."""
     ports = [port for _, port in getattr(server, "effective_listen", [])]
     ports = ports or [server.effective_port]
-    name = f"[{host}]" if ":" in host else host
-    return [f"http://{name}:{port}/" for port in dict.fromkeys(ports)]
+    return [f"http://{_in_url(host)}:{port}/" for port in dict.fromkeys(ports)]
 
 
 def serve(explorer: Explorer, host: str, port: int) -> None:

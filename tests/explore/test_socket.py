@@ -68,24 +68,48 @@ def has_ipv6():
     return True
 
 
+def status(address, port, host):
+    """Of the answer to who asks an address for a name."""
+    connection = HTTPConnection(address, port, timeout=60)
+    connection.request("GET", "/static/style.css", headers=dict(Host=host))
+    found = connection.getresponse().status
+    connection.close()
+    return found
+
+
 @pytest.mark.parametrize(
     "host",
     [
         "127.0.0.1",
+        "127.0.0.2",
         "localhost",
         pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6")),
     ],
 )
 def test_the_address_that_is_printed_answers(open_server, host):
+    """But not a page from elsewhere, which asks for this machine under a name of its own."""
     from mmsoft.explore.server import addresses
 
     for address in addresses(open_server(host), host):
         parts = urlsplit(address)
         assert parts.hostname == host
-        connection = HTTPConnection(parts.hostname, parts.port, timeout=60)
-        connection.request("GET", "/static/style.css", headers=dict(Host=parts.netloc))
-        assert connection.getresponse().status == 200
-        connection.close()
+        assert status(parts.hostname, parts.port, parts.netloc) == 200
+        for name in ("evil.example", f"evil.example:{parts.port}", f"{host}.evil.example"):
+            assert status(parts.hostname, parts.port, name) == 403, name
+
+
+@pytest.mark.parametrize(
+    ("host", "any_name"),
+    [("127.0.0.1", False), ("[::1]", False), ("0.0.0.0", True), ("192.0.2.1", True)],
+)
+def test_other_machines_ask_by_names_that_we_cannot_know(monkeypatch, host, any_name):
+    from mmsoft.explore import server
+
+    made = []
+    monkeypatch.setattr(server, "make_app", lambda explorer, hosts: made.append(hosts))
+    monkeypatch.setattr(waitress, "create_server", lambda app, **options: options)
+    assert server.make_server(None, host, 80)["host"] == host
+    assert (made == [None]) == any_name
 
 
 def test_a_name_of_several_addresses(monkeypatch):
