@@ -84,9 +84,9 @@ def source_of(root, program):
 
 
 def test_commands_name_tools_and_options_that_exist(root, pages):
-    found = 0
+    found, python = 0, r"^(?:\.venv/bin/)?python (?:-m )?((?:tools/|mmsoft)(?:.*\\\n)*.*)$"
     for text in pages.values():
-        for command in re.findall(r"^python (?:-m )?((?:tools/|mmsoft)(?:.*\\\n)*.*)$", text, re.M):
+        for command in re.findall(python, text, re.M):
             words = command.replace("\\\n", " ").split()
             source = source_of(root, words[0])
             for option in (word.partition("=")[0] for word in words if word.startswith("--")):

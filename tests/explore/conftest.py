@@ -63,23 +63,31 @@ def client(explorer):
 
 
 @pytest.fixture(scope="session")
-def started():
-    """The command, in a process of its own, as users run it: a context that gives the address."""
+def listening():
+    """A command that serves, in a process of its own: a context that gives the address."""
 
     @contextmanager
-    def start(config, *checkpoint, images):
-        command = [sys.executable, "-m", "mmsoft.explore", config, *checkpoint]
+    def start(command, env=None, **options):
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         server = subprocess.Popen(
-            [*command, "--images", images, "--port", "0"],
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
+            command, env=environment, stdout=subprocess.PIPE, text=True, **options
         )
         with server:
             try:
                 yield next(line.strip() for line in server.stdout if line.startswith("http://"))
             finally:
                 server.terminate()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def started(listening):
+    """The command, as users run it."""
+
+    def start(config, *checkpoint, images):
+        command = [sys.executable, "-m", "mmsoft.explore", config, *checkpoint]
+        return listening([*command, "--images", images, "--port", "0"])
 
     return start
 

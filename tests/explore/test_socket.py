@@ -2,11 +2,16 @@
 
 import re
 import socket
+import sys
 import threading
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+from mmengine.config import Config
+
+from mmsoft.analysis import load_model
 
 waitress = pytest.importorskip("waitress")
 pytest.importorskip("flask")
@@ -110,6 +115,33 @@ def test_other_machines_ask_by_names_that_we_cannot_know(monkeypatch, host, any_
     monkeypatch.setattr(waitress, "create_server", lambda app, **options: options)
     assert server.make_server(None, host, 80)["host"] == host
     assert (made == [None]) == any_name
+
+
+def test_the_documented_line_opens_the_explorer_to_this_machine_alone(
+    root, workplace, listening, tmp_path
+):
+    """That of after `make demo`: in its folder, with nothing but what the demo made."""
+    pytest.importorskip("mmseg")
+    page = (root / "docs/explorer.md").read_text()
+    line = re.search(r"after `make demo`:\n\n```\n(.*?)\n```", page, re.S)[1]
+    for name, target in (("configs", root / "configs"), ("data", workplace / "data")):
+        (tmp_path / name).symlink_to(target)
+    config = Config.fromfile(root / re.search(r"configs/\S+", line)[0])
+    torch.save(dict(state_dict=load_model(config).state_dict()), tmp_path / "model.pth")
+    last = tmp_path / re.search(r"work_dirs/\S+/last_checkpoint", line)[0]
+    python = tmp_path / ".venv/bin/python"
+    for path, content in ((last, "model.pth"), (python, f'#!/bin/sh\nexec {sys.executable} "$@"')):
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    python.chmod(0o755)
+    command = ["bash", "-c", f"exec {line} --port 0"]
+    with listening(command, env=dict(PATH="/usr/bin:/bin"), cwd=tmp_path) as address:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+        port = urlsplit(address).port
+        assert status("127.0.0.1", port, f"127.0.0.1:{port}") == 200
+        assert status("127.0.0.1", port, "evil.example") == 403
+        with pytest.raises(ConnectionRefusedError):  # as at every address but one
+            socket.create_connection(("127.0.0.2", port), timeout=60)
 
 
 def test_a_name_of_several_addresses(monkeypatch):
