@@ -8,22 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmsoft.models import SequenceSOFT
+
 PARTS = ("model", "backbone")
 
 
 class _Part(nn.Module):
-    """What all have: names of the outputs, and the stride of the coarsest features."""
+    """What all have: names of the outputs, the stride of the coarsest features, and a title."""
 
     names: Sequence[str] = ("logits",)
     coarsest = 32
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.title = f"{type(model).__name__} with {type(model.backbone).__name__}"
 
 
 class _Backbone(_Part):
     """Features, or the class token."""
 
     def __init__(self, model: Any):
-        super().__init__()
+        super().__init__(model)
         self.backbone = model.backbone
+        if not hasattr(self.backbone, "out_indices"):
+            raise ValueError(
+                f"{type(self.backbone).__name__} does not say by out_indices which features it "
+                "returns"
+            )
         if getattr(self.backbone, "out_type", "featmap") == "cls_token":
             self.names = ["cls_token"]
         else:
@@ -37,7 +48,7 @@ class _Classifier(_Part):
     """Logits ``[B, classes]``."""
 
     def __init__(self, model: Any):
-        super().__init__()
+        super().__init__(model)
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -47,16 +58,25 @@ class _Classifier(_Part):
 class _Segmentor(_Part):
     """Logits ``[B, classes, H, W]`` of whole images."""
 
+    @torch.no_grad()
     def __init__(self, model: Any):
-        super().__init__()
+        super().__init__(model)
         self.backbone = model.backbone
         self.neck = model.neck if model.with_neck else nn.Identity()
         self.decode_head = model.decode_head
         self.align_corners = model.align_corners
+        found = self._logits(next(model.parameters()).new_zeros(1, 3, 64, 64))
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"{type(self.decode_head).__name__} returns other things beside logits; export its "
+                "backbone (part='backbone')"
+            )
+
+    def _logits(self, images: Tensor) -> Any:
+        return self.decode_head(self.neck(self.backbone(images)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        logits = self.decode_head(self.neck(self.backbone(images)))
-        size = images.shape[2:]
+        logits, size = self._logits(images), images.shape[2:]
         # The cheapest place for it: the classes are few, and what follows is the argmax.
         return (F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners),)
 
@@ -70,7 +90,7 @@ class _Detector(_Part):
 
     @torch.no_grad()
     def __init__(self, model: Any):
-        super().__init__()
+        super().__init__(model)
         self.backbone = model.backbone
         self.neck = model.neck if model.with_neck else nn.Identity()
         self.two_stage = bool(getattr(model, "with_rpn", False))
@@ -139,6 +159,10 @@ def exportable(model: Any, part: str = "model") -> Any:
         raise ValueError(f"part must be one of {PARTS}, got {part!r}")
     if model.training:
         raise ValueError("the model must be in evaluation mode: call model.eval()")
+    if isinstance(getattr(model, "backbone", None), SequenceSOFT):
+        raise ValueError(
+            f"{type(model.backbone).__name__} takes sequences; only models of images are exported"
+        )
     if part == "backbone":
         module: _Part = _Backbone(model)
     elif hasattr(model, "decode_head"):

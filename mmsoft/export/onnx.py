@@ -9,7 +9,7 @@ import torch
 from mmsoft.builder import require
 from mmsoft.fileio import write_whole
 
-from .program import TOLERANCE, Difference, Input, compare, record, refuse, sizes_of
+from .program import TOLERANCE, Difference, Input, compare, one_error, record, refuse, sizes_of
 
 OPSET = 18
 
@@ -32,7 +32,7 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing, or torch is older than 2.6.
-        ValueError: the file's outputs differ by more.
+        ValueError: the file's outputs differ by more, or the module cannot be exported.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)
@@ -44,7 +44,7 @@ def export_onnx(
     from .functions import translations
 
     program = record(module, inputs, linear_algebra=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_error(module):
         warnings.simplefilter("ignore")  # of onnxscript and torch, about each other
         converted = torch.onnx.export(
             program,
@@ -65,11 +65,13 @@ def export_onnx(
     with write_whole(path) as partial:
         converted.save(partial, external_data=False)
         differences = []
-        session = start(partial)
+        with one_error(module):
+            session = start(partial)
         for images in inputs.checked(sizes_of(module)):
             with torch.no_grad():
                 expected = module(images)
-            found = session.run(None, {"images": images.numpy()})
+            with one_error(module):
+                found = session.run(None, {"images": images.numpy()})
             differences += compare(module.names, images, expected, found)
         refuse(differences, tolerance)
     return differences

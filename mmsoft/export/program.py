@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -142,6 +144,19 @@ def refuse(differences: list[Difference], tolerance: float) -> None:
         )
 
 
+@contextmanager
+def one_error(module: Any) -> Iterator[None]:
+    """Whatever torch raises of a module becomes one ValueError, which names it."""
+    try:
+        yield
+    except Exception as error:
+        title = getattr(module, "title", type(module).__name__)
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{title} cannot be exported: {type(error).__name__}: {reason[:300]}"
+        ) from error
+
+
 class _Plain(nn.Module):
     """The module, recorded without our custom operators."""
 
@@ -168,7 +183,7 @@ def record(
 
     Raises:
         ImportError: torch is too old.
-        ValueError: no program of any size takes images of this one.
+        ValueError: no program of any size takes images of this one, or none can be recorded.
     """
     if Version(Version(torch.__version__).base_version) < Version(OLDEST_TORCH):
         raise ImportError(
@@ -183,12 +198,13 @@ def record(
                     f"{LARGEST} a side, but shape is {inputs.shape}: change it, or fix the size"
                 )
     dims = inputs.dims(smallest)
-    return torch.export.export(
-        _Plain(module, linear_algebra),
-        (inputs.recorded(),),
-        dynamic_shapes={"images": dims} if dims else None,
-        strict=False,
-    )
+    with one_error(module):
+        return torch.export.export(
+            _Plain(module, linear_algebra),
+            (inputs.recorded(),),
+            dynamic_shapes={"images": dims} if dims else None,
+            strict=False,
+        )
 
 
 def export_program(
@@ -209,9 +225,11 @@ def export_program(
 
     Raises:
         ImportError: torch is older than 2.6.
-        ValueError: the program's outputs differ by more.
+        ValueError: the program's outputs differ by more, or torch cannot export the module.
     """
-    program = record(module, inputs, linear_algebra=True).run_decompositions({})
+    program = record(module, inputs, linear_algebra=True)
+    with one_error(module):
+        program = program.run_decompositions({})
     cases = inputs.checked(sizes_of(module))
     with torch.no_grad():
         expected = [module(images) for images in cases]

@@ -320,6 +320,58 @@ def test_segmentors_whose_heads_need_more_than_features():
         exportable(model)
 
 
+def test_segmentors_whose_heads_return_more_than_logits():
+    """As that of EncNet, with its second loss."""
+    import_library("mmseg")
+    model = LIBRARIES["mmseg"]()
+    model["backbone"]["arch"] = SMALL
+    head = dict(type="mmseg.EncHead", in_channels=[96, 128], in_index=[2, 3], num_codes=4)
+    head.update(channels=16, num_classes=2, use_se_loss=True)
+    model = build_model(ConfigDict(default_scope="mmseg", model=dict(model, decode_head=head)))
+    model.eval()
+    with pytest.raises(ValueError, match="EncHead returns other things beside logits; export its"):
+        exportable(model)
+    assert exportable(model, "backbone").names == ["stage1", "stage2", "stage3", "stage4"]
+    model.decode_head.use_se_loss = False
+    assert exportable(model).names == ("logits",)
+
+
+@pytest.mark.parametrize("part", ["model", "backbone"])
+def test_models_of_sequences(root, part):
+    import_library("mmpretrain")
+    model = build_model(Config.fromfile(root / "configs/lra/softpp_text.py")).eval()
+    with pytest.raises(ValueError, match="SequenceSOFTPlusPlus takes sequences; only models of"):
+        exportable(model, part)
+
+
+def test_a_backbone_that_does_not_say_what_it_returns():
+    message = "Identity does not say by out_indices which features it returns"
+    with pytest.raises(ValueError, match=message):
+        exportable(Model(torch.nn.Identity()).eval(), "backbone")
+
+
+class Branch(torch.nn.Module):
+    """A module that no exporter takes, or that ONNX does not."""
+
+    names, coarsest = ("out",), 32
+
+    def __init__(self, recorded):
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, images):
+        if self.recorded or float(images.sum()) > 0:
+            return (torch.linalg.cholesky(torch.eye(3) + 0 * images.mean()),)
+        return (images,)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_errors_of_the_exporters_are_one_that_names_the_model(tmp_path, recorded):
+    with pytest.raises(ValueError, match=r"^Branch cannot be exported: \w+: [^\n]+$"):
+        export_onnx(Branch(recorded).eval(), Input((64, 64)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
