@@ -9,6 +9,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -93,34 +94,38 @@ class Kept:
     def __init__(self, limit: float, size: Callable[[Any], float] = lambda value: 1):
         self.limit, self.size = limit, size
         self.values: OrderedDict[Hashable, Any] = OrderedDict()
-        self.making: dict[Hashable, threading.Lock] = {}
+        self.making: dict[Hashable, Future] = {}
         self.lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of a key, made if it is not there."""
+        """The value of a key, made if it is not there. Those who wait get the maker's error too."""
         with self.lock:
             if key in self.values:
                 self.values.move_to_end(key)
                 return self.values[key]
-            making = self.making.setdefault(key, threading.Lock())
-        with making:
+            another, mine = self.making.get(key), Future[Any]()
+            if another is None:
+                self.making[key] = mine
+        if another is not None:
+            return another.result()
+        try:
+            value = make()
+        except BaseException as error:
             with self.lock:
-                if key in self.values:  # made while we waited
-                    return self.values[key]
-            try:
-                value = make()
-            finally:
-                with self.lock:
-                    self.making.pop(key, None)
+                del self.making[key]
+            mine.set_exception(error)
+            raise
+        with self.lock:
             self._keep(key, value)
-            return value
+            del self.making[key]
+        mine.set_result(value)
+        return value
 
     def _keep(self, key: Hashable, value: Any) -> None:
-        with self.lock:
-            self.values[key] = value
-            total = sum(map(self.size, self.values.values()))
-            while total > self.limit and len(self.values) > 1:
-                total -= self.size(self.values.popitem(last=False)[1])
+        self.values[key] = value
+        total = sum(map(self.size, self.values.values()))
+        while total > self.limit and len(self.values) > 1:
+            total -= self.size(self.values.popitem(last=False)[1])
 
 
 class Explorer:

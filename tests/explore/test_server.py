@@ -500,6 +500,57 @@ def test_what_is_kept_is_not_waited_for():
     assert made == ["there", "other", "slow"]
 
 
+def test_what_is_made_is_not_made_again_before_it_is_kept(monkeypatch):
+    from mmsoft.explore.looking import Kept
+
+    kept, keeping, go, made = Kept(3), threading.Event(), threading.Event(), []
+    keep = kept._keep
+
+    def slow(key, value):
+        keeping.set()
+        assert go.wait(60)
+        keep(key, value)
+
+    monkeypatch.setattr(kept, "_keep", slow)
+    threads = [
+        threading.Thread(target=kept.get, args=(1, lambda: made.append(1))) for _ in range(2)
+    ]
+    threads[0].start()
+    assert keeping.wait(60)
+    threads[1].start()
+    threads[1].join(1)  # time enough to make it again
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert made == [1]
+
+
+def test_who_waits_for_what_cannot_be_made_hears_why():
+    from mmsoft.explore.looking import Kept
+
+    kept, going, go, heard = Kept(3), threading.Event(), threading.Event(), []
+
+    def fail():
+        going.set()
+        assert go.wait(60)
+        raise ValueError("too large")
+
+    def ask_for_it():
+        try:
+            kept.get(1, fail)
+        except ValueError as error:
+            heard.append(str(error))
+
+    threads = [threading.Thread(target=ask_for_it) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert going.wait(60)
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert heard == ["too large"] * 3
+
+
 def test_what_could_not_be_made_can_be_asked_for_again():
     from mmsoft.explore.looking import Kept
 
