@@ -91,6 +91,12 @@ class KeptRows:
             self.kernel = gaussian_kernel(q, landmarks)
             self.middle = landmark_matrix(self.landmarks, **state.options)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors that are kept, those of the layer's state among them."""
+        kept = (*vars(self).values(), *vars(self.state).values())
+        return sum(each.nbytes for each in kept if isinstance(each, Tensor))
+
     @torch.no_grad()
     def __call__(self, queries: Sequence[int]) -> Tensor:
         """Rows of so many tokens: ``[B, heads, n, N]``, float64."""

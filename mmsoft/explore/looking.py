@@ -47,7 +47,7 @@ UPLOAD_PIXELS = 40_000_000
 LARGEST_BUDGET = 1_000_000  # landmarks
 UPLOADS = 32  # kept at once; the oldest goes
 CAPTURES = 6  # images with settings whose layers are kept
-KERNEL_BYTES = 2 << 30  # of the kernels kept for rows
+KERNEL_BYTES = 2 << 30  # of the kernels kept for rows, with the layers that they are of
 SMALLEST = 1e-6  # eigenvalue shown, relative to the largest
 SCORE = 0.3  # predictions below are not shown
 
@@ -152,7 +152,7 @@ class Explorer:
         self.listed: dict[str, Path] = {}
         self.running = threading.RLock()  # one forward pass at a time: settings are the model's
         self.captures = Kept(CAPTURES)
-        self.rows = Kept(KERNEL_BYTES, lambda rows: rows.kernel.nbytes)
+        self.rows = Kept(KERNEL_BYTES, lambda rows: rows.nbytes)
         self.found = Kept(32)
 
     def __enter__(self) -> "Explorer":

@@ -551,6 +551,26 @@ def test_who_waits_for_what_cannot_be_made_hears_why():
     assert heard == ["too large"] * 3
 
 
+def test_rows_are_bounded_with_the_layers_that_they_hold(client, explorer, monkeypatch):
+    """Queries, values and landmarks, which an image that is no longer kept leaves to them."""
+
+    def look():
+        explorer.rows.values.clear()
+        for stage in (0, 1):
+            ask(client, "attention", stage=stage)
+        return list(explorer.rows.values.values())
+
+    kept = look()
+    assert len(kept) == 2
+    held = sum(
+        tensor.nbytes
+        for rows in kept
+        for tensor in (rows.kernel, rows.state.q, rows.state.v, rows.state.landmarks)
+    )
+    monkeypatch.setattr(explorer.rows, "limit", held - 1)
+    assert len(look()) == 1
+
+
 def test_what_could_not_be_made_can_be_asked_for_again():
     from mmsoft.explore.looking import Kept
 
