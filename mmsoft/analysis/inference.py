@@ -32,19 +32,30 @@ def load_model(config: Config, checkpoint: str | None = None, device: str = "cpu
             decides, which usually leaves weights random.
         device: where to put it.
 
+    Returns:
+        The model. Its ``dataset_meta`` is that of the checkpoint, such as the names of ``classes``,
+        or empty.
+
     Raises:
         ValueError: the checkpoint does not fit.
         OSError: there is no such checkpoint.
     """
     model = build_model(config)
+    model.dataset_meta = {}
     if checkpoint is None:
         model.init_weights()
     else:
         try:
-            load_checkpoint(model, checkpoint, map_location="cpu", strict=True, logger="silent")
+            loaded = load_checkpoint(
+                model, checkpoint, map_location="cpu", strict=True, logger="silent"
+            )
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{checkpoint} does not fit the config: {reason[:300]}") from error
+        meta = loaded.get("meta")
+        meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
+        if isinstance(meta, dict):
+            model.dataset_meta = meta
     return model.to(device).eval()
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS
 from torch import Tensor
 
 from mmsoft.analysis import (
@@ -148,6 +149,7 @@ class Explorer:
         self.layers = attention_blocks(model)
         layer = next(iter(self.layers.values()))
         self.own = Settings(layer.max_landmarks, layer.solver)
+        self.names = _classes(config, model)
         self.uploads: OrderedDict[str, Path] = OrderedDict()
         self.listed: dict[str, Path] = {}
         self.running = threading.RLock()  # one forward pass at a time: settings are the model's
@@ -361,22 +363,24 @@ class Explorer:
         data = inference_pipeline(self.config)(dict(img_path=str(self.path(name)), img_id=0))
         with self.running, _Changed(self, settings):
             result = self.model.test_step(pseudo_collate([data]))[0]
-        names = _classes(self.config)
         if (found := result.get("pred_instances")) is not None:
             kept = found.scores >= SCORE
             return dict(
                 kind="boxes",
                 threshold=SCORE,
-                names=names,
+                names=self.names,
                 boxes=found.bboxes[kept].cpu(),
                 scores=found.scores[kept].cpu(),
                 labels=found.labels[kept].cpu(),
             )
         if (found := result.get("pred_sem_seg")) is not None:
-            return dict(kind="classes", names=names, map=found.data[0].to(torch.uint8).cpu())
+            classes = found.data[0].cpu()
+            few = int(classes.max()) < 256
+            classes = classes.to(torch.uint8 if few else torch.int32)
+            return dict(kind="classes", names=self.names, map=classes)
         scores = result.pred_score.cpu()
         best = scores.topk(min(5, len(scores)))
-        return dict(kind="scores", names=names, labels=best.indices, scores=best.values)
+        return dict(kind="scores", names=self.names, labels=best.indices, scores=best.values)
 
     def about(self) -> dict[str, Any]:
         """What there is to choose from."""
@@ -426,13 +430,30 @@ def _used(state: BlockState) -> list[int]:
     return state.present[0].sum(-1).tolist()
 
 
-def _classes(config: Config) -> list[str] | None:
-    """Names of the classes, where the config tells them."""
-    dataset = config.get("test_dataloader", {}).get("dataset", {})
-    while dataset and "metainfo" not in dataset and "dataset" in dataset:
-        dataset = dataset["dataset"]
-    classes = (dataset.get("metainfo") or {}).get("classes")
-    return None if classes is None else [str(name) for name in classes]
+def _classes(config: Config, model: Any) -> list[str] | None:
+    """Names of the classes: those in the config, in the checkpoint, or of the data set's class."""
+    dataset = (config.get("test_dataloader") or {}).get("dataset", {})
+    while "metainfo" not in dataset and (inner := dataset.get("dataset", dataset.get("datasets"))):
+        dataset = inner[0] if isinstance(inner, list) else inner
+    for meta in (
+        dataset.get("metainfo"),
+        getattr(model, "dataset_meta", None),
+        _metainfo(dataset.get("type"), config.get("default_scope")),
+    ):
+        if isinstance(classes := (meta or {}).get("classes"), list | tuple):
+            return [str(name) for name in classes]
+    return None
+
+
+def _metainfo(kind: Any, scope: str | None) -> dict[str, Any] | None:
+    """What a data set's class, or the class of that name, says of itself."""
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(scope) as registry:
+            try:
+                kind = registry.get(kind)
+            except RuntimeError:  # nobody knows it
+                return None
+    return getattr(kind, "METAINFO", None)
 
 
 def picture_bytes(picture: np.ndarray, side: int | None = None) -> bytes:

@@ -121,6 +121,11 @@ def test_checkpoints_load_or_do_not_fit(tmp_path):
     assert not again.training
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
+    assert again.dataset_meta == {}
+    for meta, expected in ((dict(dataset_meta=dict(classes=["cat"])), ["cat"]), (["?"], None)):
+        torch.save(dict(state_dict=model.state_dict(), meta=meta), tmp_path / "meta.pth")
+        again = load_model(config, str(tmp_path / "meta.pth"))
+        assert again.dataset_meta.get("classes") == expected
     weights = {k: v for k, v in model.state_dict().items() if "head" not in k}
     torch.save(dict(state_dict=weights), tmp_path / "part.pth")
     with pytest.raises(ValueError, match=r"part\.pth does not fit the config: .*head") as caught:

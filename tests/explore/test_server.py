@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from malformed_data import rotated
+from mini_models import build, import_library, mini_classifier, mini_detector
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 
 from mmsoft import visualization
 from mmsoft.analysis import (
@@ -18,6 +20,7 @@ from mmsoft.analysis import (
     load_image,
     load_model,
 )
+from mmsoft.analysis.inference import inference_pipeline
 
 looking = pytest.importorskip("mmsoft.explore.looking")
 server = pytest.importorskip("mmsoft.explore.server")
@@ -218,6 +221,145 @@ def test_what_is_saved_is_what_is_asked_for(client, explorer, monkeypatch, head)
 
 
 ROWS = ("rows", "softmax")
+
+
+# --------------------------------------------------------------------------------- predictions
+
+
+def predicting(monkeypatch, explorer, **result):
+    """Let the model say this of every image; returns the settings under which it is asked."""
+    from mmengine.structures import BaseDataElement
+
+    seen = []
+
+    def test_step(data):
+        seen.append({(layer.max_landmarks, layer.solver) for layer in explorer.layers.values()})
+        return [BaseDataElement(**result)]
+
+    explorer.found.values.clear()
+    monkeypatch.setattr(explorer.model, "test_step", test_step)
+    return seen
+
+
+def test_boxes_are_those_with_a_score(client, explorer, monkeypatch):
+    """Of the model with the settings that are asked for, which it has no longer than that."""
+    from mmengine.structures import InstanceData
+
+    boxes = torch.tensor([[1.0, 2, 30, 40], [5, 6, 17, 28], [3, 14, 50, 60]])
+    scores = torch.tensor([looking.SCORE + 0.01, looking.SCORE - 0.01, 0.9])
+    instances = InstanceData(bboxes=boxes, scores=scores, labels=torch.tensor([1, 2, 0]))
+    seen = predicting(monkeypatch, explorer, pred_instances=instances)
+    found = ask(client, "predictions", budget=25, solver="direct")
+    explorer.found.values.clear()
+    assert seen == [{(25, "direct")}]
+    assert {(layer.max_landmarks, layer.solver) for layer in explorer.layers.values()} == {
+        (None, "newton")
+    }
+    assert (found["kind"], found["threshold"]) == ("boxes", looking.SCORE)
+    np.testing.assert_array_equal(array(found["boxes"]), boxes[[0, 2]])
+    np.testing.assert_array_equal(array(found["scores"]), scores[[0, 2]])
+    assert array(found["labels"]).tolist() == [1, 0]
+    assert found["names"] == list(explorer.config.test_dataloader.dataset.metainfo.classes)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(255, "uint8"), (256, "int32"), (300, "int32")])
+def test_maps_of_many_classes(client, explorer, monkeypatch, largest, dtype):
+    from mmengine.structures import PixelData
+
+    labels = torch.tensor([[[0, 1, largest], [7, 8, 9]]])
+    predicting(monkeypatch, explorer, pred_sem_seg=PixelData(data=labels))
+    found = ask(client, "predictions")
+    explorer.found.values.clear()
+    assert (found["kind"], found["map"]["dtype"]) == ("classes", dtype)
+    np.testing.assert_array_equal(array(found["map"]), labels[0])
+
+
+@pytest.fixture
+def noise(tmp_path):
+    """A folder with one image, 96 pixels high and 128 wide."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "noise.png").write_bytes(png(128, 96))
+    return folder
+
+
+def prediction(config, model, path):
+    """What the library says of an image, without us."""
+    data = inference_pipeline(config)(dict(img_path=str(path), img_id=0))
+    with torch.no_grad():
+        return model.test_step(pseudo_collate([data]))[0]
+
+
+def test_a_map_of_classes_is_that_of_a_config_with_the_settings(root, tmp_path, noise):
+    import_library("mmseg")
+    config = Config.fromfile(root / "configs/demo/upernet_softpp-mini_shapes.py")
+    model = load_model(config)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / "model.pth")
+    with looking.Explorer(config, model, str(noise)) as explorer:
+        client = explorer_client(explorer)
+        own = ask(client, "predictions", image="noise.png")
+        found = ask(client, "predictions", image="noise.png", budget=1)
+    config.model.backbone.max_landmarks = 1
+    model = load_model(config, str(tmp_path / "model.pth"))
+    expected = prediction(config, model, noise / "noise.png").pred_sem_seg.data[0]
+    assert expected.shape == (96, 128)
+    assert found["kind"] == "classes"
+    np.testing.assert_array_equal(array(found["map"]), expected)
+    assert (array(own["map"]) != expected.numpy()).any()
+
+
+def test_scores_of_a_classifier(noise):
+    import_library("mmpretrain")
+    model = mini_classifier()
+    model["head"]["num_classes"] = 7
+    dataset = dict(type="CustomDataset", metainfo=dict(classes=list("abcdefg")))
+    dataset["pipeline"] = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
+    parts = dict(default_scope="mmpretrain", model=model, test_dataloader=dict(dataset=dataset))
+    config = Config(parts)
+    model = load_model(config)
+    with looking.Explorer(config, model, str(noise)) as explorer:
+        found = ask(explorer_client(explorer), "predictions", image="noise.png")
+    expected = prediction(config, model, noise / "noise.png").pred_score
+    best = expected.argsort(descending=True)[:5]
+    assert (found["kind"], found["names"]) == ("scores", list("abcdefg"))
+    assert array(found["labels"]).tolist() == best.tolist()
+    np.testing.assert_allclose(array(found["scores"]), expected[best], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("library", "path", "count", "first"),
+    [
+        ("mmdet", "retinanet/retinanet_softpp-t_fpn_1x_coco.py", 80, "person"),
+        ("mmseg", "upernet/upernet_softpp-t_8xb2-160k_ade20k-512x512.py", 150, "wall"),
+        ("mmpretrain", "soft/softpp-tiny_8xb128_in1k.py", 1000, "tench, Tinca tinca"),
+    ],
+)
+def test_classes_of_known_data_sets_have_names(root, tmp_path, library, path, count, first):
+    config = Config.fromfile(root / "configs" / path)
+    names = looking.Explorer(config, build(library), str(tmp_path)).names
+    assert (len(names), names[0]) == (count, first)
+
+
+def test_names_are_of_the_config_the_checkpoint_or_the_data_set(tmp_path):
+    import_library("mmdet")
+    dataset = dict(type="RepeatDataset", dataset=dict(type="CocoDataset"))
+    parts = dict(default_scope="mmdet", model=mini_detector())
+    config = Config(dict(parts, test_dataloader=dict(dataset=dataset)))
+    model = load_model(config)
+    meta = dict(dataset_meta=dict(classes=("cat", "dog")))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), tmp_path / "model.pth")
+    trained = load_model(config, str(tmp_path / "model.pth"))
+
+    def names(model):
+        return looking.Explorer(config, model, str(tmp_path)).names
+
+    assert names(model)[:2] == ["person", "bicycle"]
+    assert names(trained) == ["cat", "dog"]
+    config.test_dataloader.dataset.dataset.metainfo = dict(classes=["cell"])
+    assert names(trained) == ["cell"]
+    config.test_dataloader.dataset = dict(type="NobodyKnows")
+    assert names(model) is None
+
 
 # ------------------------------------------------------------------------------ what it refuses
 
