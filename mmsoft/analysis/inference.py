@@ -185,7 +185,7 @@ def load_image(config: Config, model: Any, path: str) -> ModelImage:
     # not 255.
     inside = (seen[2] > 250) & (seen[:2].min(0) > 4) & (seen[:2].max(0) < 251)
     rows, columns = np.nonzero(inside)
-    if np.ptp(rows) < 2 or np.ptp(columns) < 2:
+    if not rows.size or np.ptp(rows) < 2 or np.ptp(columns) < 2:
         raise ValueError(f"{path} is too small after the config's test pipeline")
     x_map = _line(columns, seen[0][inside] * (width - 1) / 255)
     y_map = _line(rows, seen[1][inside] * (height - 1) / 255)

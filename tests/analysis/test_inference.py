@@ -112,6 +112,15 @@ def test_invalid_files_and_configs(tmp_path, path):
         load_image(normalized, model, path)
 
 
+@pytest.mark.parametrize("size", [(1, 60), (60, 1), (1, 1)], ids=str)
+def test_images_too_small_to_tell_their_pixels_apart(tmp_path, size):
+    pytest.importorskip("mmseg")
+    config = config_of("mmseg")
+    cv2.imwrite(str(tmp_path / "line.png"), np.full((*size, 3), 128, np.uint8))
+    with pytest.raises(ValueError, match=r"line\.png is too small after"):
+        load_image(config, load_model(config), tmp_path / "line.png")
+
+
 def test_checkpoints_load_or_do_not_fit(tmp_path):
     pytest.importorskip("mmpretrain")
     config = config_of("mmpretrain")
