@@ -236,7 +236,9 @@ def export_program(
     with write_whole(path) as partial:
         torch.export.save(program, partial)
         differences = []
-        for images, outputs, found in zip(cases, expected, run_elsewhere(partial, cases)):
+        for images, outputs, found in zip(
+            cases, expected, run_elsewhere(partial, cases), strict=True
+        ):
             differences += compare(module.names, images, outputs, found)
         refuse(differences, tolerance)
     return differences

@@ -112,8 +112,15 @@ def test_solve_is_as_good_as_a_cholesky_factorization(solve, m, spread):
     assert error(found, expected) < 3e-3  # 7e-4 measured, at a spread of 0.01
 
 
-def test_scales_are_those_of_the_loop():
-    assert len(functions.SCALES) == 10
+def test_scales_are_no_more_than_it_takes():
+    """To bring every eigenvalue that there may be to 1, by the iteration that they scale."""
+    smallest = TIKHONOV**2 / (1 + TIKHONOV**2)
+    eigenvalues = torch.logspace(0, 1, 1001, base=smallest, dtype=torch.float64)
+    inverses, far = torch.ones_like(eigenvalues), []
+    for scale in functions.SCALES:
+        inverses = 2 * scale * inverses - scale**2 * inverses * eigenvalues * inverses
+        far.append(float((eigenvalues * inverses - 1).abs().max()))
+    assert far[-1] < 1.1e-8 < far[-2]
 
 
 @pytest.mark.parametrize(
