@@ -1,27 +1,20 @@
-"""The package: import, versions, registry, config prefix, checkpoints, wheel."""
+"""The package: import, versions, registry, config prefix, wheel."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from crafted_pickles import Call
 from mmengine.config import Config
-from operators import before_torch
 
 import mmsoft
-from mmsoft import integration, safe_globals
-from mmsoft.checkpoint import read_checkpoint
+from mmsoft import integration
 from mmsoft.registry import MODELS
-from mmsoft.safe_globals import load
 
 EXTRAS = ("mmdet", "mmseg", "mmpretrain")
 DISTRIBUTIONS = ("mmdet", "mmsegmentation", "mmpretrain")
@@ -172,44 +165,6 @@ def test_config_prefix_resolves_after_import(run_outside, tmp_path, root):
     process = run_outside("-c", program)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) > 0
-
-
-# ------------------------------------------------------------------------------ checkpoints
-
-
-def test_checkpoint_of_another_numpy_loads(tmp_path):
-    modules = [b"numpy._core.multiarray", b"numpy.core.multiarray"]
-    torch.save(np.arange(3.0), tmp_path / "ours.pth")
-    with zipfile.ZipFile(tmp_path / "ours.pth") as ours:
-        members = {name: ours.read(name) for name in ours.namelist()}
-    if not any(modules[0] in data for data in members.values()):
-        modules.reverse()
-    with zipfile.ZipFile(tmp_path / "theirs.pth", "w") as theirs:
-        for name, data in members.items():
-            theirs.writestr(name, data.replace(*modules))
-    assert load(str(tmp_path / "theirs.pth"), "cpu").tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("name", ["__init__", "__class__", "_set_default_statistics"])
-def test_getattr_is_limited_to_the_statistics(tmp_path, name):
-    from pickle import UnpicklingError
-
-    from mmengine.logging import HistoryBuffer
-
-    torch.save(Call(getattr, HistoryBuffer, name), tmp_path / "crafted.pth")
-    with pytest.raises(UnpicklingError, match="refused getattr"):
-        load(str(tmp_path / "crafted.pth"), "cpu")
-
-
-@pytest.mark.skipif(not before_torch("2.6"), reason="for torch before 2.6")
-def test_older_torch_warns_once_of_files_that_are_not_trusted(monkeypatch, tmp_path):
-    safe_globals._warn.cache_clear()
-    torch.save(dict(weight=torch.ones(1)), tmp_path / "some.pth")
-    with pytest.warns(UserWarning, match=r"does not protect .*CVE-2025-32434.*update torch"):
-        read_checkpoint(tmp_path / "some.pth")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read_checkpoint(tmp_path / "some.pth")
 
 
 # ------------------------------------------------------------------------------------ wheel

@@ -28,8 +28,10 @@ from released import SMALL
 from torch import nn
 
 import mmsoft.checkpoint.loader  # noqa: F401  (for what goes through MMEngine)
+from mmsoft import safe_globals
 from mmsoft.checkpoint import read_checkpoint
 from mmsoft.models import SOFTPlusPlus
+from mmsoft.safe_globals import load
 
 
 def save(path, weights, **options):
@@ -247,6 +249,7 @@ def test_claims_beyond_the_file_are_refused(case, legacy, read, tmp_path):
 MEMORY = """
 import pathlib, re, resource, sys
 import crafted_pickles
+from mmsoft import safe_globals
 from mmsoft.checkpoint import read_checkpoint
 from mmsoft.checkpoint.loader import load_from_local
 
@@ -357,6 +360,37 @@ def test_a_changed_byte_loads_or_is_refused(legacy, tmp_path):
             assert str(error).startswith(str(path))  # noqa: PT017
             refused += 1
     assert refused > 50
+
+
+def test_checkpoint_of_another_numpy_loads(tmp_path):
+    modules = [b"numpy._core.multiarray", b"numpy.core.multiarray"]
+    torch.save(np.arange(3.0), tmp_path / "ours.pth")
+    with zipfile.ZipFile(tmp_path / "ours.pth") as ours:
+        members = {name: ours.read(name) for name in ours.namelist()}
+    if not any(modules[0] in data for data in members.values()):
+        modules.reverse()
+    with zipfile.ZipFile(tmp_path / "theirs.pth", "w") as theirs:
+        for name, data in members.items():
+            theirs.writestr(name, data.replace(*modules))
+    assert load(str(tmp_path / "theirs.pth"), "cpu").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["__init__", "__class__", "_set_default_statistics"])
+def test_getattr_is_limited_to_the_statistics(tmp_path, name):
+    torch.save(Call(getattr, HistoryBuffer, name), tmp_path / "crafted.pth")
+    with pytest.raises(pickle.UnpicklingError, match="refused getattr"):
+        load(str(tmp_path / "crafted.pth"), "cpu")
+
+
+@pytest.mark.skipif(not before_torch("2.6"), reason="for torch before 2.6")
+def test_older_torch_warns_once_of_files_that_are_not_trusted(tmp_path):
+    safe_globals._warn.cache_clear()
+    torch.save(dict(weight=torch.ones(1)), tmp_path / "some.pth")
+    with pytest.warns(UserWarning, match=r"does not protect .*CVE-2025-32434.*update torch"):
+        read_checkpoint(tmp_path / "some.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_checkpoint(tmp_path / "some.pth")
 
 
 # ---------------------------------------------------------------------------------- downloaded
