@@ -33,10 +33,11 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "mmpretrain": (("mmpretrain",), ">=1.2,<1.3"),
 }
 NEED_OPERATORS = ("mmdet", "mmseg")  # of mmcv, compiled
+NUMPY_1 = "'numpy<2' 'opencv-python<4.12'"  # OpenCV 4.12 asks for NumPy 2
 
 
 def check_versions() -> None:
-    """Check that every core dependency is installed in a supported version.
+    """Check that every core dependency is installed in a supported version, and NumPy for torch.
 
     Only package metadata is read; nothing is imported.
 
@@ -47,6 +48,12 @@ def check_versions() -> None:
     """
     for name, (distributions, wanted) in CORE_DEPENDENCIES.items():
         _check_version(name, distributions, wanted)
+    torch, numpy = _installed_version(("torch",)), _installed_version(("numpy",))
+    if numpy and _is_before(torch, "2.3") and not _is_before(numpy, "2"):
+        raise _error_type()(
+            f"torch {torch} works with NumPy 1 alone, but numpy {numpy} is installed: "
+            f"pip install {NUMPY_1}"
+        )
 
 
 def check_libraries() -> None:
@@ -92,8 +99,12 @@ def _mmcv_has_operators() -> bool:
 
 def _mmcv_command() -> str:
     torch = _installed_version(("torch",))
-    if torch is not None and Version(torch) < Version("2.2"):  # the last with prebuilt mmcv 2.1
-        return " For this torch it is prebuilt: pip install openmim && mim install mmcv==2.1.0"
+    if _is_before(torch, "2.2"):  # the last with prebuilt mmcv 2.1
+        return (
+            " For this torch it is prebuilt: pip uninstall -y mmcv mmcv-lite; pip install "
+            f"'openmim>=0.3.9' 'setuptools>=77.0.3,<80' 'opendatalab<0.0.10' {NUMPY_1} && "
+            "mim install mmcv==2.1.0"
+        )
     return (
         f" For torch {torch} it has to be compiled, with gcc, and nvcc for CUDA: pip uninstall -y "
         "mmcv mmcv-lite; pip install setuptools==79.0.1 wheel ninja; MMCV_WITH_OPS=1 pip install "
@@ -204,6 +215,11 @@ def _installed_version(distributions: tuple[str, ...]) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _is_before(found: str | None, version: str) -> bool:
+    """Whether a version is older, suffixes aside."""
+    return found is not None and Version(Version(found).base_version) < Version(version)
 
 
 def _error_type() -> type[Exception]:

@@ -74,19 +74,41 @@ def test_missing_dependency(monkeypatch, name):
 
 @pytest.mark.parametrize("version", ["2.1.0a0+git1", "2.1.2+cu121", "2.13.0+cpu", "3.0.0"])
 def test_torch_in_range(monkeypatch, version):
-    fake_versions(monkeypatch, torch=version)
+    fake_versions(monkeypatch, torch=version, numpy="1.26.4")
     integration.check_versions()
+
+
+@pytest.mark.parametrize(
+    ("torch", "numpy", "fits"),
+    [
+        ("2.1.2+cu121", "2.2.6", False),
+        ("2.2.2", "2.0.0", False),
+        ("2.1.2", "1.26.4", True),
+        ("2.3.0a0+git1", "2.2.6", True),
+        ("2.1.2", None, True),
+    ],
+)
+def test_numpy_2_needs_torch_2_3(monkeypatch, torch, numpy, fits):
+    fake_versions(monkeypatch, torch=torch, numpy=numpy)
+    if fits:
+        integration.check_versions()
+        return
+    message = f"torch {torch} works with NumPy 1 alone, but numpy {numpy} is installed: "
+    message += "pip install 'numpy<2' 'opencv-python<4.12'"
+    with pytest.raises(ImportError, match=f"{re.escape(message)}$"):
+        integration.check_versions()
 
 
 @pytest.mark.parametrize(
     ("torch", "advice"),
     [
-        ("2.1.2+cu121", "it is prebuilt: pip install openmim && mim install mmcv==2.1.0"),
+        ("2.1.2+cu121", "prebuilt: pip uninstall -y mmcv mmcv-lite; .* && mim install mmcv==2.1.0"),
         ("2.13.0", "compiled, .*MMCV_WITH_OPS=1 pip install --no-build-isolation .*mmcv==2.1.0"),
     ],
 )
 def test_the_command_for_mmcv_fits_the_torch(monkeypatch, torch, advice):
-    fake_versions(monkeypatch, torch=torch, mmcv=None, mmdet="3.3.0", **{"mmcv-lite": None})
+    versions = {"torch": torch, "numpy": "1.26.4", "mmcv": None, "mmcv-lite": None}
+    fake_versions(monkeypatch, mmdet="3.3.0", **versions)
     with pytest.raises(ImportError, match=f"mmcv is not installed.*{advice}"):
         integration.check_versions()
     monkeypatch.setattr(metadata, "files", lambda name: [Path("mmcv/__init__.py")])
@@ -112,12 +134,15 @@ def test_mmcv_with_operators_or_unknown_files_is_accepted(monkeypatch, files):
     assert integration._mmcv_has_operators()
 
 
-def test_the_extras_are_the_versions_that_are_checked(root):
+def test_the_extras_are_the_versions_that_are_checked(root, monkeypatch):
+    fake_versions(monkeypatch, torch="2.1.2")
     text = (root / "pyproject.toml").read_text()
     for (distribution,), versions in integration.LIBRARIES.values():
         assert f'"{distribution}{versions}"' in text
     assert all(f"{extra} = [" in text for extra in ("det", "seg", "cls"))
     assert text.count('"mmsoft[commands]"') == 3
+    for cap in re.findall("'(.*?)'", integration._mmcv_command()):
+        assert f'"{cap}"' in text or cap in integration.NUMPY_1
 
 
 def test_mmcv_lite_is_enough(monkeypatch):
