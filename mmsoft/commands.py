@@ -33,9 +33,11 @@ def run_of_library(script: str, description: str) -> None:
         description: printed where there are no arguments, or for ``-h``.
     """
     configs = [word for word in sys.argv[1:] if word.endswith(".py")]
-    if not configs or {"-h", "--help"} & set(sys.argv):
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
         print(f"usage: {script} CONFIG [options]\n\n{description}")
         return
+    if not configs:
+        sys.exit(f"error: no config among the arguments of {script}; its name ends in .py")
     if not Path(configs[0]).is_file():
         sys.exit(f"error: no config {configs[0]}")
     library = Config.fromfile(configs[0]).get("default_scope")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmsoft.commands import CommandError, mim
+from mmsoft.commands import CommandError, mim, run_of_library
 
 pytest.importorskip("mim")
 
@@ -41,3 +41,13 @@ def test_the_memory_is_that_of_the_largest_descendant(tmp_path, run_outside):
     assert (tmp_path / "log").read_text() == "done in folder\n"
     assert 800e6 < peak_bytes < 1600e6
     assert 0.2 < seconds < 60
+
+
+def test_arguments_without_a_config_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "config.yml", "--launcher", "none"])
+    with pytest.raises(SystemExit, match=r"no config among .* train\.py; its name ends in \.py"):
+        run_of_library("train.py", "What it does.")
+    for arguments in ([], ["-h"], ["config.py", "--help"]):
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+        run_of_library("train.py", "What it does.")
+        assert capsys.readouterr().out == "usage: train.py CONFIG [options]\n\nWhat it does.\n"
