@@ -242,6 +242,19 @@ def test_a_head_of_another_size_is_untrained_and_a_whole_checkpoint_needs_no_war
                                         "size, and are untrained (2 of head)")  # fmt: skip
 
 
+def test_a_tensor_of_another_size_is_untrained_and_neither_loaded_nor_resized(released, log):
+    model = build("mmpretrain", in_channels=4)
+    load_checkpoint(model, released)
+    model.eval()
+    (record,) = [r for r in log.records if "tensors of the backbone" in r.getMessage()]
+    size = len(model.backbone.state_dict())
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        f"SOFTPlusPlus: loaded {size - 1} of {size} tensors of the backbone; 3 tensors of the "
+        "model are not in it, or have another size, and are untrained (1 of backbone, 2 of head)"
+    )
+
+
 @pytest.mark.parametrize("others", [None, [dict(type="Constant", layer="Linear", val=3.0)]])
 @pytest.mark.parametrize("library", ["", *LIBRARIES])
 def test_mmengine_logs_where_each_parameter_came_from(library, others, tmp_path):

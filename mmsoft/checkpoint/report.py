@@ -52,15 +52,20 @@ class LoadReport:
         """
         others = [name for name in self._missing if not name.startswith(self.prefix)]
         others = [name for name in others if not name.endswith("num_batches_tracked")]
-        others += re.findall(r"size mismatch for (\S+):", "\n".join(self._errors))
+        mismatched = re.findall(r"size mismatch for (\S+):", "\n".join(self._errors))
+        others += mismatched
+        loaded, resized = (
+            [self.prefix + name for name in names if self.prefix + name not in mismatched]
+            for names in (self.loaded, self.resized)
+        )
         left_out = [*self.left_out, *self._unexpected]
         left = Counter({"stages not built": len(self.not_built)} if self.not_built else {})
         left.update(name.partition(".")[0] for name in left_out)
-        complete = len(self.loaded) == self.size
-        line = f"{what}: loaded {'all ' if complete else f'{len(self.loaded)} of '}{self.size}"
+        complete = len(loaded) == self.size
+        line = f"{what}: loaded {'all ' if complete else f'{len(loaded)} of '}{self.size}"
         line += " tensors of the backbone"
-        if self.resized:
-            line += f", {len(self.resized)} of them resized"
+        if resized:
+            line += f", {len(resized)} of them resized"
         if left:
             line += f"; left out {left.total()} of the checkpoint ({_counts(left)})"
         if others:
@@ -72,8 +77,8 @@ class LoadReport:
         level = logging.WARNING if others or not complete else logging.INFO
         print_log(line, logger="current", level=level)
         names = {
-            "loaded": [self.prefix + name for name in self.loaded],
-            "resized": [self.prefix + name for name in self.resized],
+            "loaded": loaded,
+            "resized": resized,
             "left out": [*self.not_built, *left_out],
             "untrained": [*self.missing, *others],
         }
