@@ -17,7 +17,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmsoft.builder import require
-from mmsoft.integration import LIBRARIES
+from mmsoft.integration import LIBRARIES, check_library
 
 PROGRESS = re.compile(r"INFO - (?:Epoch|Iter)\((train|val|test)\)\s+(.*)")
 NOISE = re.compile(
@@ -48,6 +48,7 @@ def run_of_library(script: str, description: str) -> None:
         )
     try:
         require(library)
+        check_library(library)
     except ImportError as error:
         sys.exit(f"error: {error}")
     spec: Any = find_spec(library)

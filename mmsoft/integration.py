@@ -57,22 +57,41 @@ def check_versions() -> None:
 
 
 def check_libraries() -> None:
-    """Check the versions of the OpenMMLab libraries that are imported, and mmcv for them.
+    """Check the OpenMMLab libraries that are imported.
 
     Raises:
-        ImportError: one is out of range, or mmcv has no operators, which MMDetection and
-            MMSegmentation import. The message has the command that helps. (A RuntimeError as in
-            :func:`check_versions`.)
+        ImportError: see :func:`check_library`.
     """
-    used = [name for name in LIBRARIES if sys.modules.get(name)]
-    for name in used:
-        _check_version(name, *LIBRARIES[name])
-    for name in used:
-        if name in NEED_OPERATORS and not _mmcv_has_operators():
-            raise _error_type()(
-                f"{name} needs mmcv with its compiled operators, and the mmcv that is installed "
-                f"has none.{_mmcv_command()}"
-            )
+    for name in LIBRARIES:
+        if sys.modules.get(name):
+            check_library(name)
+
+
+def check_library(name: str) -> None:
+    """Check an OpenMMLab library's version, and that what it imports is there.
+
+    Args:
+        name: ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
+
+    Raises:
+        ImportError: it is out of range; mmcv has no operators, which MMDetection and MMSegmentation
+            import; there is no torchvision, which MMPreTrain imports. The message has the command
+            that helps. (A RuntimeError as in :func:`check_versions`.)
+    """
+    _check_version(name, *LIBRARIES[name])
+    if name in NEED_OPERATORS and not _mmcv_has_operators():
+        raise _error_type()(
+            f"{name} needs mmcv with its compiled operators, and the mmcv that is installed "
+            f"has none.{_mmcv_command()}"
+        )
+    if name == "mmpretrain" and _installed_version(("torchvision",)) is None:
+        torch = Version(_installed_version(("torch",)) or "0")
+        # torch 2.1.2 and torchvision 0.16.2, and so on.
+        fitting = f"==0.{torch.minor + 15}.{torch.micro}" if torch.major == 2 else ""
+        raise _error_type()(
+            f"{name} needs torchvision, which is not installed. For this torch: pip install "
+            f"torchvision{fitting}"
+        )
 
 
 def _check_version(name: str, distributions: tuple[str, ...], wanted: str) -> None:

@@ -1,5 +1,7 @@
 """Commands of mim as the tools run them."""
 
+from importlib import metadata
+
 import pytest
 
 from mmsoft.commands import CommandError, mim, run_of_library
@@ -51,3 +53,23 @@ def test_arguments_without_a_config_are_an_error(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["train.py", *arguments])
         run_of_library("train.py", "What it does.")
         assert capsys.readouterr().out == "usage: train.py CONFIG [options]\n\nWhat it does.\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "version", "message"),
+    [
+        (["mmcv/__init__.py"], "3.3.0", "mmdet needs mmcv with its compiled operators, .*mmcv==2"),
+        (None, "3.4.0", "mmsoft needs mmdet>=3.3,<3.4, but mmdet 3.4.0 is installed"),
+    ],
+)
+def test_a_library_that_cannot_run_is_said_first(files, version, message, monkeypatch, tmp_path):
+    pytest.importorskip("mmdet")
+    real = metadata.version
+    found = {"mmdet": version}
+    monkeypatch.setattr(metadata, "version", lambda name: found.get(name) or real(name))
+    monkeypatch.setattr(metadata, "files", lambda name: files)
+    monkeypatch.setattr("runpy.run_path", lambda *_, **__: None)
+    (tmp_path / "config.py").write_text("default_scope = 'mmdet'\n")
+    monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "config.py")])
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run_of_library("train.py", "What it does.")

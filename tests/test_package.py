@@ -128,6 +128,18 @@ def test_libraries_are_checked_once_imported(monkeypatch, name, distribution):
         integration.check_libraries()
 
 
+@pytest.mark.parametrize(
+    ("torch", "fitting"), [("2.1.2+cu121", "==0.16.2"), ("2.13.0", "==0.28.0"), ("3.0.0", "")]
+)
+def test_mmpretrain_needs_the_torchvision_of_this_torch(monkeypatch, torch, fitting):
+    fake_versions(monkeypatch, mmpretrain="1.2.0", torch=torch, torchvision=None)
+    message = f"mmpretrain needs torchvision, .* pip install torchvision{fitting}$"
+    with pytest.raises(ImportError, match=message):
+        integration.check_library("mmpretrain")
+    fake_versions(monkeypatch, torchvision="0.16.2")
+    integration.check_library("mmpretrain")
+
+
 @pytest.mark.parametrize("files", [["mmcv/__init__.py", "mmcv/_ext.so"], ["mmcv.egg-link"], None])
 def test_mmcv_with_operators_or_unknown_files_is_accepted(monkeypatch, files):
     monkeypatch.setattr(metadata, "files", lambda name: files)
