@@ -16,7 +16,7 @@ from mmengine.runner.checkpoint import load_from_local as _mmengine_load_from_lo
 from mmsoft.safe_globals import RESTRICTED, load
 
 from .reading import HTTP, check_claims, download, refusals
-from .released import convert_released, is_released
+from .released import NO_WEIGHTS, convert_released, is_released
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
@@ -25,7 +25,13 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
     Raises:
         ValueError: see :func:`read_checkpoint`.
+        FileNotFoundError: there is no such file, or ``pretrained=True`` asked for one of ours.
     """
+    if filename == NO_WEIGHTS:
+        raise FileNotFoundError(
+            "mmsoft publishes no weights: give a file instead, as in pretrained='FILE'; those that "
+            "the authors released are linked from https://github.com/fudan-zvg/SOFT"
+        )
     path = Path(filename).expanduser()
     with refusals(path):
         if path.is_file():  # else MMEngine raises

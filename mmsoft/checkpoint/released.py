@@ -15,6 +15,9 @@ from mmsoft.version import __version__
 
 from .checks import infer_arch, summary
 
+# What our metafiles call their weights: `mim download` fails without any, and downloads nothing for
+# an address that ends in a slash.
+NO_WEIGHTS = "none published/"
 # Applied in order to the released name of a parameter.
 _RENAMES = [
     (r"^module\.", lambda m: ""),

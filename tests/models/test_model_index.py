@@ -97,3 +97,10 @@ def test_inferencer(tmp_path):
     expected, differing = (inference_model(m, image)["pred_scores"] for m in (model, other))
     np.testing.assert_allclose(result["pred_scores"], expected, rtol=1e-5)
     assert np.abs(differing / expected - 1).max() > 0.1  # other random weights
+
+
+def test_weights_that_are_not_published_are_one_clear_line():
+    from mmpretrain import get_model
+
+    with pytest.raises(FileNotFoundError, match=r"^mmsoft publishes no weights: .*='FILE'; .*$"):
+        get_model(TINY, pretrained=True)

@@ -29,6 +29,7 @@ from tabulate import tabulate
 from mmsoft import flops
 from mmsoft.benchmark.report import merge, overview, read_json
 from mmsoft.builder import build_model
+from mmsoft.checkpoint.released import NO_WEIGHTS
 from mmsoft.fileio import write_whole
 from mmsoft.models.backbones.arch import resolve_arch
 from mmsoft.ops import landmark_grid
@@ -37,8 +38,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Folders of configs, and the (height, width) at which their library gives FLOPs.
 SHAPES = dict(soft=(224, 224), retinanet=(800, 1280), mask_rcnn=(800, 1280), upernet=(512, 512))
 HEAD = "# Counts and Weights are written by tools/dev/model_zoo.py, all else by hand.\n"
-# `mim download` fails without the field, and downloads nothing for an address that ends in a slash.
-NO_WEIGHTS = "none published/"
 PUBLISHED = " (published by the authors)"  # ends the name of a metric
 INVERSE = ("newton_raphson_pinv", "tikhonov_solve")  # an operator's part that the table lists apart
 
