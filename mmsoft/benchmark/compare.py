@@ -16,12 +16,14 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[2]
 CASES: tuple[dict[str, Any], ...] = (
     dict(section="backbone", name="softpp-tiny", size=[224, 224]),
-    dict(section="backbone", name="softpp-tiny", size=[512, 512]),
+    dict(section="backbone", name="softpp-small", size=[224, 224]),
     dict(section="backbone", name="softpp-tiny", size=[800, 1344]),
-    dict(section="backbone", name="softpp-tiny", size=[512, 512], mode="train"),
+    dict(section="backbone", name="softpp-tiny", size=[800, 1344], dtype="bfloat16"),
+    dict(section="backbone", name="softpp-tiny", size=[512, 512], batch=2, mode="train"),
     dict(section="backbone", name="softpp-tiny-newton", size=[512, 512]),
     dict(section="operator", name="softpp", size=[128, 128]),
 )
+NOISY = 0.1  # more noise than that hides what a guard is for
 ANSWER = "@@"
 # Runs in either tree, so it knows what both have alone: reads a case's number, answers seconds.
 WORKER = f"""
@@ -119,20 +121,25 @@ class Worker:
 def verdict(tree: np.ndarray, commit: np.ndarray, again: np.ndarray) -> tuple[float, float, str]:
     """The change of the time, the noise, both as shares, and what they mean.
 
+    Ratios are of a round, so that what slows all of a round does not count.
+
     Args:
         tree: seconds of the rounds ``[n]``.
         commit: likewise.
         again: likewise, of a second process of the commit, which differs by noise alone.
+
+    Returns:
+        The last is "slower", "faster", "same", or "too noisy" if more than ``NOISY`` would go
+        unnoticed.
     """
-    base = np.concatenate((commit, again))
-    change = float(np.median(tree) / np.median(base) - 1)
-    between = abs(float(np.median(again) / np.median(commit) - 1))
+    changes = tree / ((commit + again) / 2)
+    change = float(np.median(changes) - 1)
+    between = abs(float(np.median(again / commit) - 1))
     # Twice the standard error of a median, from the quartiles.
-    spans = [np.subtract(*np.quantile(x, (0.75, 0.25))) / np.median(x) for x in (tree, base)]
-    within = 2 * 1.25 * float(np.hypot(*spans)) / 1.35 / len(tree) ** 0.5
-    noise = max(between, within)
+    span = float(np.subtract(*np.quantile(changes, (0.75, 0.25))))
+    noise = max(between, 2 * 1.25 * span / 1.35 / len(tree) ** 0.5)
     word = "slower" if change > noise else "faster" if change < -noise else "same"
-    return change, noise, word
+    return change, noise, "too noisy" if word == "same" and noise > NOISY else word
 
 
 def compare(
@@ -160,9 +167,14 @@ def compare(
     for number, case in enumerate(cases):
         change, noise, word = verdict(*samples[:, number])
         fine &= word != "slower"
-        label = f"{case['name']}, {'x'.join(map(str, case['size']))}, {case.get('mode', 'forward')}"
+        words = [case["name"], "x".join(map(str, case["size"])), case.get("mode", "forward")]
+        words += [f"batch {case.get('batch', 1)}", case.get("dtype", "float32")]
         times = (f"{1e3 * np.median(samples[place, number]):.1f}" for place in (1, 0))
-        rows.append([label, *times, f"{100 * change:+.1f} %", f"{100 * noise:.1f} %", word])
+        rows.append(
+            [", ".join(words), *times, f"{100 * change:+.1f} %", f"{100 * noise:.1f} %", word]
+        )
     head = ["", f"{commit}, ms", "working tree, ms", "change", "noise", ""]
     print(tabulate(rows, head, "github", disable_numparse=True))
+    if any(row[-1] == "too noisy" for row in rows):
+        print("\ntoo noisy: what got slower there cannot be told; repeat it on an idle machine")
     return fine

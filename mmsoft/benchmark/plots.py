@@ -171,6 +171,7 @@ def _legend(entry: Entry) -> str:
     label = label_of(entry)
     if "tokens" in entry:
         return label
+    label = f"{label}, at most 49 landmarks"
     return label if "max_keys" in label else f"{label}, default max_keys=2048"
 
 
@@ -199,7 +200,7 @@ def draw_scaling(entries: Sequence[Entry], landmarks: str) -> Any:
         axis.set_xticks(sorted(names), [names[tick] for tick in sorted(names)])
         axis.minorticks_off()
     figure.axes[0].legend(loc="upper left", fontsize=8, frameon=False)
-    title = f"SOFT++ with at most 49 landmarks, {landmarks}. Flat is linear; {INTERVALS}"
+    title = f"Landmarks {landmarks}. Flat is linear; {INTERVALS}"
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -227,7 +228,7 @@ def draw_tokens(entries: Sequence[Entry]) -> Any:
 def draw_whole(entries: Sequence[Entry], landmarks: str) -> Any:
     """Images per second of the detectors and segmentors."""
     groups = [list(group) for _, group in groupby(entries, of_kind)]
-    figure = new_figure(2 + 2.6 * len(groups), 2.4)
+    figure = new_figure(3 + 2.4 * len(groups), 2.8)
     for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         for y, entry in enumerate(group):
             colour = _colour(entry["backbone"])
@@ -244,21 +245,31 @@ def draw_whole(entries: Sequence[Entry], landmarks: str) -> Any:
         axis.set_xlabel("images/s", fontsize=9)
         axis.locator_params(axis="x", nbins=4)
         axis.set_xlim(0, 1.2 * max(1e3 * e["batch"] / e["min_ms"] for e in group))
-        labels = [label_of(entry) for entry in group]
+        ours = [", ≤ 49 landmarks" * entry["backbone"].startswith("softpp") for entry in group]
+        labels = [label_of(entry) + words for entry, words in zip(group, ours)]
         axis.set_yticks(range(len(group)), labels if axis is figure.axes[0] else [""] * len(group))
         axis.set_ylim(len(group) - 0.5, -0.7)
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
-    title = f"SOFT++ with at most 49 landmarks, {landmarks}; points: medians; lines: 90 % quantile"
-    figure.suptitle(f"{title} of the time to its minimum", fontsize=9)
+    title = (
+        f"Landmarks {landmarks}; points: medians; lines: 90 % quantile of the time to its minimum"
+    )
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _short(tag: re.Match) -> str:
+    """A tag with its coordinates to a tenth of a point."""
+    return re.sub(r"\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}", tag[0])
+
+
+def _save(figure: Any, path: Path, commit: str | None = None) -> Path:
     """Write a PNG, of 64 colours, which make it a third of the size, and an SVG beside it."""
     from matplotlib import rc_context
     from PIL import Image
 
+    if commit:
+        figure.text(0.998, 0.003, f"commit {commit}", ha="right", fontsize=6, color=GREY)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
     with write_whole(path) as partial:
@@ -268,7 +279,7 @@ def _save(figure: Any, path: Path) -> Path:
     drawing = io.StringIO()
     with rc_context(style):
         figure.savefig(drawing, format="svg", metadata=dict(Date=None))
-    short = re.sub(r"\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}", drawing.getvalue())
+    short = re.sub(r"<[^>]*>", _short, drawing.getvalue())  # what is drawn, not what is written
     short = re.sub(r"\n +|(?<=\d) \n", "\n", re.sub(r' transform="rotate\(-0 [^"]*"', "", short))
     with write_whole(path.with_suffix(".svg")) as partial:
         partial.write_text(short)
@@ -285,12 +296,12 @@ def plot(data: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, list
     Each has an SVG beside it.
     """
     names: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    landmarks = landmarks_of(data)
+    landmarks, commit = landmarks_of(data), data.get("commit")
     results = [entry for entry in data["results"] if entry["backbone"] not in LANDMARKS]
     by_variant = sorted(results, key=lambda e: (_variant(e), *of_kind(e)))
     for variant, entries in groupby(by_variant, _variant):
         names["results"].append(f"{prefix}backbones_{variant}.png")
-        _save(draw_backbones(list(entries), landmarks), folder / names["results"][-1])
+        _save(draw_backbones(list(entries), landmarks), folder / names["results"][-1], commit)
     for section, draw in dict(
         scaling=lambda entries: draw_scaling(entries, landmarks),
         whole=lambda entries: draw_whole(entries, landmarks),
@@ -299,7 +310,7 @@ def plot(data: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, list
     ).items():
         if data[section]:
             names[section].append(f"{prefix}{section}.png")
-            _save(draw(data[section]), folder / names[section][-1])
+            _save(draw(data[section]), folder / names[section][-1], commit)
     for section, path in plot_as_papers(data, folder, prefix).items():
         names[section].append(path.name)
     return names
@@ -338,16 +349,18 @@ def plot_as_papers(data: dict[str, Any], folder: Path, prefix: str = "") -> dict
         if entries:
             entries = [e for e in entries if e["dtype"] == entries[0]["dtype"]]
             figure = draw_memory(entries, title=f"Memory of {what}, {data['device']}")
-            written[section] = _save(figure, folder / f"{prefix}{name}")
+            written[section] = _save(figure, folder / f"{prefix}{name}", data.get("commit"))
     passes, accuracies = forward_passes(data), published()
     if any(entry["backbone"] in accuracies for entry in passes):
         first = passes[0]
         title = (
-            f"{data['device']}, {size_of(first)}, batch {first['batch']}, {data['date'][:10]}; "
-            f"SOFT++ with 49 landmarks, {landmarks_of(data)}"
+            f"{data['device']}, {size_of(first)}, batch {first['batch']}, {data['date'][:10]}\n"
+            f"SOFT++: speed with at most 49 landmarks, {landmarks_of(data)}; "
+            "accuracy of the released weights, Newton"
         )
         figure = draw_tradeoff(
             [{**entry, "label": label_of(entry)} for entry in passes], accuracies, title=title
         )
-        written["results"] = _save(figure, folder / f"{prefix}tradeoff.png")
+        path = folder / f"{prefix}tradeoff.png"
+        written["results"] = _save(figure, path, data.get("commit"))
     return written

@@ -67,7 +67,7 @@ def draw_tradeoff(
     axes[0].xaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel("ImageNet-1k top-1 (%),\nas published, not measured here")
     axes[1].legend(frameon=False, loc="lower right")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=10)
     figure.draw_without_rendering()  # places the axes
     for ax, (key, _) in zip(axes, panels):
         points = [(r[key], accuracies[r["backbone"]]) for r in drawn]

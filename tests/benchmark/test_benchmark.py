@@ -1,7 +1,9 @@
 """The benchmark: its command, its arithmetic, and its released algorithm. No timings."""
 
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -466,6 +468,7 @@ def test_forward_passes_of_peers_are_without_batch_norm(name):
 
 def test_targets(data):
     found = {target.claim: target for target in page.targets(data)}
+    bounded = "SOFT++ Tiny, max_keys=2048:"
     answers = {claim: (round(t.measured, 3), t.met) for claim, t in found.items() if t.measured}
     assert answers == {
         "800x1344: Tiny's speed over the released algorithm's": (29.0, False),
@@ -478,10 +481,16 @@ def test_targets(data):
         "800x1344, bfloat16: SOFT++ Small's speed over Swin-T's": (1.39, False),
         "training step, 512x512, batch 2: SOFT++ Tiny's speed over PVTv2-B1's": (0.9, False),
         "training step, 512x512, batch 2: SOFT++ Tiny's peak memory over PVTv2-B1's": (0.9, False),
-        "SOFT++ Tiny: time per pixel at 2048x2048 over 1024x1024": (1.2, True),
-        "SOFT++ Tiny: peak memory per pixel at 2048x2048 over 1024x1024": (1.0, True),
-        "SOFT++ Tiny: time per pixel at 4096x4096 over 1024x1024": (1.5, False),
-        "SOFT++ Tiny: peak memory per pixel at 4096x4096 over 1024x1024": (0.625, True),
+        f"{bounded} time per pixel at 2048x2048 over 1024x1024": (1.2, True),
+        f"{bounded} peak memory per pixel at 2048x2048 over 1024x1024": (
+            1.0,
+            True,
+        ),
+        f"{bounded} time per pixel at 4096x4096 over 1024x1024": (1.5, False),
+        f"{bounded} peak memory per pixel at 4096x4096 over 1024x1024": (
+            0.625,
+            True,
+        ),
         "800x1344: time with released landmarks and Newton over that with those by content": (
             1.5,
             True,
@@ -498,6 +507,32 @@ def test_targets(data):
     assert row == ["-", "-", "≥ 3.2", "not measured"]
 
 
+def test_bounds_of_the_targets(data):
+    """None is lowered without this test."""
+    found = {target.claim: (target.bound, target.at_most) for target in page.targets(data)}
+    faster = "{}: {}'s speed over {}'s".format
+    tiny, small, step = "SOFT++ Tiny", "SOFT++ Small", "training step, 512x512, batch 2"
+    half = "800x1344, bfloat16"
+    speeds = [
+        ("800x1344", tiny, "PVTv2-B1", 3.0), ("800x1344", tiny, "PVT-Tiny", 2.3),
+        ("800x1344", small, "PVTv2-B2", 3.2), ("800x1344", small, "Swin-T", 1.6),
+        ("800x1344", small, "ConvNeXt-T", 1.3), ("800x1344", small, "ResNet-50", 1.15),
+        ("224x224", tiny, "PVT-Tiny", 1.15), ("224x224", small, "ConvNeXt-T", 1.0),
+        ("224x224", small, "Swin-T", 1.1), (step, tiny, "PVTv2-B1", 1.4),
+        (step, small, "ConvNeXt-T", 1.4), (step, small, "Swin-T", 1.4),
+        (step, small, "ResNet-50", 0.9), (half, small, "Swin-T", 1.4),
+        (half, small, "ConvNeXt-T", 1.4), (half, small, "ResNet-50", 1.4),
+    ]  # fmt: skip
+    for where, ours, peer, bound in speeds:
+        assert found[faster(where, ours, peer)] == (bound, False)
+    assert found["800x1344: SOFT++ Tiny's speed in bfloat16 over that in float32"] == (1.8, False)
+    claim = "800x1344: share of the best matrix product that SOFT++ Tiny reaches"
+    assert found[claim] == (0.65, False)
+    assert found[f"{step}: {tiny}'s peak memory over PVTv2-B1's"] == (0.5, True)
+    for task in ("RetinaNet, 800x1344", "Mask R-CNN, 800x1344", "UperNet, 512x2048"):
+        assert found[f"{task}: speed with {small} over Swin-T"] == (1, False)
+
+
 def test_a_ratio_without_a_target_is_given_as_it_is(data):
     claim = "224x224: SOFT++ Small's speed over ResNet-50's"
     pair = (("softpp-small", 10.0), ("resnet-50", 8.0))
@@ -511,7 +546,10 @@ def test_a_ratio_without_a_target_is_given_as_it_is(data):
 def test_targets_of_sequences(data):
     kind = {key: data["results"][0][key] for key in report.KIND} | dict(peak_mib=1.0, label="")
     times = dict(
-        softpp={512: 9.0, 2048: 10.0, 8192: 60.0}, softmax={512: 2.0, 2048: 11.0, 8192: 50.0}
+        softpp={512: 9.0, 2048: 10.0, 8192: 60.0},
+        softmax={512: 2.0, 2048: 11.0, 8192: 50.0},
+        performer={2048: 12.0, 8192: 30.0},
+        nystromformer={512: 1.0, 8192: 24.0},
     )
     data["sequence"] = [
         dict(kind, name=name, tokens=tokens, median_ms=time, min_ms=time, mode="train")
@@ -523,6 +561,9 @@ def test_targets_of_sequences(data):
     assert mine == {
         "2048 tokens, train: SOFT++'s speed over that of softmax attention": (1.1, True),
         "8192 tokens, train: SOFT++'s speed over that of softmax attention": (50 / 60, False),
+        "2048 tokens, train: SOFT++'s speed over the fastest linear one's, Performer": (1.2, None),
+        "8192 tokens, train: SOFT++'s speed over the fastest linear one's, Nyströmformer, "
+        "64 landmarks": (0.4, None),
         "8192 tokens, train: SOFT++'s time per token over that at 2048": (1.5, False),
     }
 
@@ -656,7 +697,18 @@ def test_drawings_beside_the_pictures_are_the_same_every_time(data, tmp_path):
         names = plots.plot(dict(data, whole=[]), folder)
         kept.append({n: Path(folder, n).with_suffix(".svg").read_bytes() for n in names["scaling"]})
     assert kept[0] == kept[1]
-    assert b"SOFT++ Tiny, default max_keys=2048" in kept[0]["scaling.png"]
+    assert b"SOFT++ Tiny, at most 49 landmarks, default max_keys=2048" in kept[0]["scaling.png"]
+
+
+def test_drawings_round_coordinates_and_no_numbers_that_are_read(tmp_path):
+    figure = plots.new_figure(2, 2)
+    axis = figure.subplots()
+    axis.plot([0, 1 / 3], [0, 1 / 7])
+    axis.annotate("0.0625", (0.2, 0.1))
+    plots._save(figure, tmp_path / "a.png")
+    text = (tmp_path / "a.svg").read_text()
+    assert ">0.0625<" in text
+    assert not re.search(r' d="[^"]*\d\.\d\d', text)
 
 
 def test_softmax_with_its_matrix_stored_is_softmax():
@@ -707,6 +759,7 @@ def test_the_page_and_its_plots_are_current(root, tmp_path):
     text = (tmp_path / "benchmarks.md").read_text()
     again = "run python -m mmsoft.benchmark --write-docs docs/benchmarks/*.json"
     assert text == (root / "docs/benchmarks.md").read_text(), again
+    assert "-dirty" not in text
     drawn, kept = (
         {path.name: cv2.imread(str(path)).shape for path in (folder / "benchmarks").glob("*.png")}
         for folder in (tmp_path, root / "docs")
@@ -736,8 +789,8 @@ def test_figures_of_the_papers(command, data, tmp_path):
     assert [picture.shape for picture in pictures] == [(880, 1200, 3), (1080, 2200, 3)]
     assert all(picture.std() > 10 for picture in pictures)
     drawing = (tmp_path / "figures/tradeoff.svg").read_text()
-    assert ">SOFT++ with 49 landmarks, " not in drawing
-    assert "SOFT++ with 49 landmarks, released, with the direct solver<" in drawing
+    words = "SOFT++: speed with at most 49 landmarks, released, with the direct solver; accuracy of"
+    assert f"{words} the released weights, Newton<" in drawing
 
     report.write_json({**data, "operator": [], "results": [uncounted]}, tmp_path / "b.json")
     done = command("plot", "b.json")
@@ -759,15 +812,44 @@ def test_published_accuracies_are_of_our_metafile_and_the_peers_papers():
 
 @pytest.mark.parametrize(
     ("factor", "drift", "word"),
-    [(1.2, 1.0, "slower"), (0.8, 1.0, "faster"), (1.0, 1.0, "same"), (1.2, 1.3, "same")],
+    [
+        *((1.2, 1.0, "slower"), (0.8, 1.0, "faster"), (1.0, 1.0, "same")),
+        *((1.05, 1.08, "same"), (1.2, 1.3, "too noisy")),
+    ],
 )
 def test_a_change_counts_beyond_the_noise_between_equal_processes(factor, drift, word):
     g = np.random.default_rng(0)
-    tree, commit, again = g.normal(1, 0.02, (3, 15))
+    tree, commit, again = g.normal(1, 0.02, (3, 15)) * g.uniform(1, 2, 15)  # rounds differ
     change, noise, found = compare.verdict(factor * tree, commit, drift * again)
     assert found == word
     assert noise >= abs(drift - 1) - 0.03
     assert change == pytest.approx(factor / ((1 + drift) / 2) - 1, abs=0.16)
+
+
+@pytest.mark.parametrize(("factor", "word"), [(1.3, "slower"), (1.0, "same"), (0.7, "faster")])
+def test_what_got_slower_is_told_and_fails(monkeypatch, capsys, tmp_path, factor, word):
+    """Of the working tree, not of the commit."""
+
+    class Worker:
+        def __init__(self, tree, cases, threads):
+            self.factor = factor if tree == compare.ROOT else 1.0
+
+        def answer(self):
+            return ""
+
+        def seconds(self, case):
+            return self.factor * (1 + case)
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(compare, "Worker", Worker)
+    monkeypatch.setattr(compare, "tree_of", lambda commit: nullcontext(tmp_path))
+    assert compare.compare("abc", 5, 1) == (word != "slower")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| softpp")]
+    assert len(rows) == len(compare.CASES)
+    assert all(row.split("|")[-2].strip() == word for row in rows)
+    assert [cell.strip() for cell in rows[0].split("|")[2:4]] == ["1000.0", f"{1000 * factor:.1f}"]
 
 
 def test_comparing_with_no_commit_is_one_line(command):

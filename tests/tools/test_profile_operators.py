@@ -4,7 +4,10 @@ import re
 from functools import partial
 
 import pytest
+import torch
 from loading import load_tool
+
+from mmsoft.models.attention import SoftmaxFreeAttention
 
 profile_operators = load_tool("analysis_tools/profile_operators.py")
 CONFIG = """
@@ -39,8 +42,10 @@ def test_causes_stand_beside_the_best_matrix_product(profile):
     assert head.split() == ["cause", "ms", "share", "GMACs", "ms", "at", "best", "of", "best"]
     assert len(rows) == 7
     times = [float(re.search(r"([\d.]+) +[\d.]+%", row)[1]) for row in rows]
+    assert rows[0].startswith("attention")
+    assert times[0] > 0
     assert sum(times) == pytest.approx(float(total.split()[1]), abs=0.5)
-    assert all(row.rstrip().endswith("%") for row in (*rows[:2], total))
+    assert all(row.rstrip().endswith("%") for row in (*rows[1:3], total))
     assert re.search(r" ms without the profiler: [\d.]+% of [\d.]+ TFLOP/s$", last)
 
 
@@ -50,9 +55,10 @@ def test_causes_stand_beside_the_best_matrix_product(profile):
         ("addmm", "matrix"),
         ("mm", "matrix"),
         ("mkldnn_convolution", "convolutions"),
-        ("bmm", "attention"),
+        ("attention of addmm", "attention"),
+        ("attention of exp_", "attention"),
         ("mmsoft::gaussian_kernel_product", "attention"),
-        ("linalg_vector_norm", "attention"),
+        ("_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("native_layer_norm", "normalization"),
         ("addcmul", "element-wise"),
         ("copy_", "copies"),
@@ -63,6 +69,27 @@ def test_causes_stand_beside_the_best_matrix_product(profile):
 )
 def test_every_operator_has_one_cause(name, first):
     assert profile_operators.cause(name).startswith(first)
+
+
+def test_what_attention_layers_call_is_attention():
+    """All of it, whatever its name, and nothing of what they are given."""
+    layer = SoftmaxFreeAttention(16, 2, 2, 3, normalize=True, landmarks="content").eval()
+    q, v = torch.randn(2, 1, 20, 16)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer.attend(x.exp().log(), v, (4, 5))
+
+    rows = profile_operators.measure(Model(), q, mark=True)
+    outside = {name for name, *_ in rows if not name.startswith("attention of ")}
+    assert {"exp", "log"} <= outside
+    assert not outside & {"bmm", "exp_", "softmax", "_softmax", "clamp_", "sub_", "gather"}
+    assert sum(ms for name, _, ms in rows if name not in outside) > 0
+    assert "attend" not in vars(layer)
 
 
 def test_products_by_cause_are_those_counted():
