@@ -56,13 +56,13 @@ class ConvNormAct(nn.Sequential):
         return self.act(self._convolve(lambda x: conv._conv_forward(x, weight, bias), x))
 
     def _convolve(self, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        weight: Any = self.conv.weight
+        conv: Any = self.conv
         if (
             cpu_shortcut(x)
-            and weight.numel() > 4 * x.numel()
-            and weight.is_contiguous()
+            and is_plain(conv, nn.Conv2d.forward)
+            and conv.weight.numel() > 4 * x.numel()
+            and conv.weight.is_contiguous()
             and not x.is_contiguous()
-            and is_plain(self.conv, nn.Conv2d.forward)
         ):
             # torch copies a weight to the layout of the image, although it is much the larger
             return convolution(x.contiguous()).contiguous(memory_format=torch.channels_last)
