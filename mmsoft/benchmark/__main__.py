@@ -308,10 +308,6 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
     device = groups[0][1][0].device
     dtypes = sorted({case.dtype for _, cases in groups for case in cases})
     data["ceilings"] = ceilings(device, dtypes)
-
-    def at_least(found: dict[str, float]) -> dict[str, float]:
-        return {name: max(value, data["ceilings"][name]) for name, value in found.items()}
-
     meter = PeakMeter(args.threads)
     models: dict[Any, Any] = {}
     described: dict[Any, dict[str, float]] = {}
@@ -321,7 +317,8 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
             models.clear()
         times, skipped = measure_times(cases, models, args.repeats, args.slow_repeats, log)
         if section == "results":  # the machine may have been slower when it was measured before
-            data["ceilings"] = at_least(ceilings(device, dtypes))
+            for name, value in ceilings(device, dtypes).items():
+                data["ceilings"][name] = max(value, data["ceilings"][name])
         if device == "cuda":
             torch.cuda.empty_cache()
         entries = []

@@ -334,7 +334,6 @@ class Whole:
     task: str  # "RetinaNet", "Mask R-CNN" or "UperNet"
     backbone: str
     config: str
-    channels_last: bool = False
 
 
 MASK_RCNN = "mmsoft::mask_rcnn/mask-rcnn_softpp-{}_fpn_1x_coco.py"
@@ -355,13 +354,15 @@ _WHOLE = (
     Whole("UperNet", "pvtv2-b1", UPERNET.format("t")),
     Whole("UperNet", "swin-tiny", UPERNET_SWIN),
 )
-# Peers in both memory formats, ours as a user gets it.
-_IN_BOTH = [w for w in _WHOLE if not w.backbone.startswith("softpp")]
-WHOLE = {
+WHOLE = {  # peers in both memory formats, ours as a user gets it
     f"{whole.task.lower().replace(' ', '-')}_{whole.backbone}": whole
     for whole in (
         *_WHOLE,
-        *(replace(w, backbone=w.backbone + CHANNELS_LAST, channels_last=True) for w in _IN_BOTH),
+        *(
+            replace(w, backbone=w.backbone + CHANNELS_LAST)
+            for w in _WHOLE
+            if "softpp" not in w.backbone
+        ),
     )
 }
 
@@ -378,7 +379,8 @@ def make_whole(name: str) -> Any:
         config.model.backbone = {**peer, "type": f"mmdet.{peer.type}"}
     model = builder.build_model(config)
     fuse_attention(model)
-    return model.to(memory_format=torch.channels_last) if whole.channels_last else model
+    last = BACKBONES[whole.backbone].channels_last
+    return model.to(memory_format=torch.channels_last) if last else model
 
 
 def _samples(task: str, size: tuple[int, int], batch: int) -> list:

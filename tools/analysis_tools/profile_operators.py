@@ -30,19 +30,19 @@ from mmsoft.builder import add_shape, build_model, config_parser, read_config
 from mmsoft.models.attention import SoftmaxFreeAttention
 
 Row = tuple[str, int, float]  # an operator's name, its calls, its milliseconds
+LINEAR, CONVOLUTIONS = "matrix products of linear layers", "convolutions"
 WITHIN = "attention of "  # begins the names of operators between queries and attention term
 # By what is in an operator's name, the first that fits; what fits none are small ones and calls.
 CAUSES = {
     "attention: kernels, softmax, landmarks": (WITHIN, "mmsoft::", "scaled_dot_product"),
-    "matrix products of linear layers": ("addmm",),
-    "convolutions": ("conv2d", "convolution"),
+    LINEAR: ("addmm",),
+    CONVOLUTIONS: ("conv2d", "convolution"),
     "normalization": ("norm",),
     "element-wise: GELU, residual connections": (
         *("sigmoid", "gelu", "relu", "add", "mul", "div", "sub", "clamp", "sqrt", "square"),
     ),
     "copies and changes of layout": ("copy", "clone", "cat", "pad", "index", "fill"),
 }
-LINEAR, CONVOLUTIONS = [*CAUSES][1:3]
 REST = "small operators, views and calls"
 NAMED = {"mm": LINEAR, "linear": LINEAR, "matmul": REST}
 # As MMEngine's analysis names them.
