@@ -1,5 +1,7 @@
 """Attention whose weights are a softmax: PyTorch's fused one, and the one through landmarks."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,10 +9,11 @@ from torch import Tensor
 from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
 from .island import compute_dtype
-from .mode import cpu_shortcut, forward_mode, lacks_batch_rule
+from .mode import forward_mode, lacks_batch_rule, may_decide
 
 # Their products and sums are within float32's range.
 QUERY_MAX, VALUE_MAX = 1e17, 1e30
+_IN_FLOAT64 = {QUERY_MAX: 1e100, VALUE_MAX: 1e300}
 
 
 def softmax_attention(
@@ -72,29 +75,87 @@ def landmark_attention(
     check_tokens(q, v, landmarks)
     check_present(landmarks, present)
     check_mask("mask", mask, q)
-    padding = None
     if mask is not None:
         q, v = leave_out(q, mask[:, None, :, None]), v.masked_fill(~mask[:, None, :, None], 0)
+    q = _bounded(q, QUERY_MAX)
+    out = _read(q, _means(q, v, landmarks, present, mask))
+    return out if mask is None else torch.where(mask[:, None, :, None], out, 0)
+
+
+class LandmarkMeans(NamedTuple):
+    """What tokens read from landmarks: the first half of :func:`landmark_attention`."""
+
+    landmarks: Tensor  # [B, heads, m, d]
+    values: Tensor  # means of the tokens' values, [B, heads, m, d_v]
+    centre: Tensor  # mean of the queries, [B, heads, 1, d]
+    absent: Tensor | None  # added to the logits, [B, heads, 1, m]
+
+    def of(self, sample: int) -> "LandmarkMeans":
+        """Those of one sample of the batch."""
+        of = slice(sample, sample + 1)
+        absent = None if self.absent is None else self.absent[of]
+        return LandmarkMeans(self.landmarks[of], self.values[of], self.centre[of], absent)
+
+
+def landmark_means(
+    q: Tensor, v: Tensor, landmarks: Tensor, present: Tensor | None = None
+) -> LandmarkMeans:
+    """What :func:`landmark_attention` takes from all tokens; arguments and errors are its."""
+    check_tokens(q, v, landmarks)
+    check_present(landmarks, present)
+    return _means(_bounded(q, QUERY_MAX), v, landmarks, present, None)
+
+
+def _means(
+    q: Tensor, v: Tensor, landmarks: Tensor, present: Tensor | None, mask: Tensor | None
+) -> LandmarkMeans:
+    padding = absent = None
+    if mask is not None:
         padding = _bias(mask | ~mask.any(1, keepdim=True), q.dtype)[:, None, None]
         padding = padding.expand(-1, q.shape[1], landmarks.shape[2], -1)
-    landmarks = landmarks.to(q.dtype)
-    if q.dtype != torch.float16:  # which has no number as large
-        limit, most = (1e100, 1e300) if q.dtype == torch.float64 else (QUERY_MAX, VALUE_MAX)
-        q, landmarks = q.clamp(-limit, limit), landmarks.clamp(-limit, limit)
-        v = v.clamp(-most, most)
-    absent = None
     if present is not None:
-        present = present | ~present.any(-1, keepdim=True)
-        absent = _bias(present, q.dtype)[:, :, None].expand(-1, -1, q.shape[2], -1)
-    means = softmax_attention(landmarks, q, v, padding)
-    mean = _mean(q, mask)
+        absent = _bias(present | ~present.any(-1, keepdim=True), q.dtype)[:, :, None]
+    landmarks = _bounded(landmarks.to(q.dtype), QUERY_MAX)
+    values = softmax_attention(landmarks, q, _bounded(v, VALUE_MAX), padding)
+    return LandmarkMeans(landmarks, values, _mean(q, mask), absent)
+
+
+def read_landmarks(q: Tensor, means: LandmarkMeans) -> Tensor:
+    """The second half of :func:`landmark_attention`, in which each token is by itself.
+
+    Args:
+        q: queries ``[B, heads, n, d]``, any of those that the means were taken of.
+        means: from :func:`landmark_means`.
+
+    Returns:
+        ``[B, heads, n, d_v]``.
+    """
+    return _read(_bounded(q, QUERY_MAX), means)
+
+
+def _read(q: Tensor, means: LandmarkMeans) -> Tensor:
+    absent = means.absent
+    if absent is not None:
+        absent = absent.expand(-1, -1, q.shape[2], -1)
+    relative = q - means.centre
     if q.dtype == torch.float16:
         most = torch.finfo(q.dtype).max
-        relative = (q - mean).clamp(-most, most)
-    else:  # in place of the clamped copy, because large fresh memory is slow
-        relative = q.sub_(mean) if cpu_shortcut(q) else q - mean
-    out = softmax_attention(relative, landmarks, means, absent)
-    return out if mask is None else torch.where(mask[:, None, :, None], out, 0)
+        relative = relative.clamp(-most, most)
+    return softmax_attention(relative, means.landmarks, means.values, absent)
+
+
+def _bounded(t: Tensor, limit: float) -> Tensor:
+    """Clamped, without a copy where a look at the values shows that nothing has to be."""
+    if t.dtype == torch.float16:  # which has no number as large
+        return t
+    if t.dtype == torch.float64:
+        limit = _IN_FLOAT64[limit]
+    dense = t.transpose(1, 2)  # of a layer's tokens
+    if may_decide(t) and dense.is_contiguous() and t.numel() > 0:
+        low, high = torch.aminmax(dense.detach())
+        if -limit <= low and high <= limit:
+            return t
+    return t.clamp(-limit, limit)
 
 
 def _mean(q: Tensor, mask: Tensor | None) -> Tensor:

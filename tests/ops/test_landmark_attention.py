@@ -3,10 +3,11 @@
 import pytest
 import torch
 from metrics import error
-from operators import FLOAT16, before_torch
+from operators import FLOAT16, Calls, before_torch
 from torch import Tensor
 
 from mmsoft.ops import choose_landmarks, landmark_attention, reference
+from mmsoft.ops.softmax import landmark_means, read_landmarks
 
 # batch, heads, tokens, landmarks, head dim
 SHAPES = [(2, 3, 63, 9, 16), (1, 2, 1000, 49, 32), (2, 1, 1, 1, 64), (1, 2, 40, 50, 32)]
@@ -81,6 +82,30 @@ def test_autocast(dtype):
     truth = run(reference.landmark_attention, [t.to(dtype).double() for t in tensors], present)
     assert error(ours[0], truth[0]) < (8 if FUSED else 24) * torch.finfo(dtype).eps
     assert all(t.isfinite().all() for t in ours)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tokens_may_read_by_part(dtype, size):
+    """Also where coordinates are beyond those that count."""
+    q, v, landmarks, present = arguments(spread=size, dtype=dtype)
+    means = landmark_means(q, v, landmarks, present)
+    parts = [read_landmarks(part, means) for part in q.split(20, 2)]
+    torch.testing.assert_close(torch.cat(parts, 2), landmark_attention(q, v, landmarks, present))
+    alone = read_landmarks(q[1:], means.of(1))
+    torch.testing.assert_close(alone, torch.cat(parts, 2)[1:])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("value", [1.0, 1e35, -1e35, float("inf"), float("nan")])
+def test_clamped_where_there_is_a_reason(which, value):
+    """A look at the values is faster than a copy of them."""
+    *tensors, present = arguments(dtype=torch.float32)
+    tensors[which].transpose(1, 2)[0, 3, 1, 2] = value  # none of a landmark that is absent
+    with Calls() as calls:
+        out = landmark_attention(*tensors, present)
+    assert ("clamp" in calls.names) is (value != 1.0)
+    assert out.isfinite().all() or not abs(value) <= 1e35
 
 
 def test_any_memory():

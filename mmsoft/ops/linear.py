@@ -1,0 +1,74 @@
+"""Linear layers with the activation that follows, as one operator of oneDNN."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .library import autocast_dtype
+from .mode import transformed
+
+_fused: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # where torch has oneDNN
+
+if _fused is not None:  # as torch has it of other products
+
+    @register_flop_formula(_fused)
+    def _flops(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+
+def fused_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
+    """In which dtype :func:`fused_linear` takes ``x`` and these weights and biases.
+
+    That in which ``F.linear`` computes, float32 or bfloat16; ``None`` if it does not take them.
+    Without a backward pass and on a CPU, which the caller has to see to.
+    """
+    if _fused is None or not torch.backends.mkldnn.enabled or x.numel() == 0 or transformed():
+        return None
+    present = [t for t in parameters if t is not None]
+    if not all(t.layout == torch.strided and t.is_contiguous() for t in present):
+        return None
+    if any(t.device.type != "cpu" for t in present):
+        return None
+    dtypes = {t.dtype for t in (x, *present)}
+    dtype = autocast_dtype("cpu")
+    if dtype is not None and dtypes <= {dtype, torch.float32}:
+        dtypes = {dtype}
+    if dtypes == {torch.float32}:
+        return torch.float32
+    if dtypes == {torch.bfloat16} and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return None
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gelu: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``F.linear``, then GELU, without the latter's pass over memory.
+
+    The product alone is 1.0 to 1.2 times as fast as ``F.linear`` where tokens are few enough for
+    the caches, an MLP of SOFT++ 1.1 to 1.9 times.
+
+    Args:
+        x: ``[..., C_in]``.
+        weight: ``[C_out, C_in]``.
+        bias: ``[C_out]``.
+        gelu: its ``approximate``, ``'none'`` or ``'tanh'``; ``None`` for no activation.
+        dtype: from :func:`fused_dtype`.
+
+    Returns:
+        ``[..., C_out]`` of ``dtype``; no gradient.
+    """
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = bias if bias is None else bias.to(dtype)
+    if gelu is None:
+        return _fused(x, weight, bias, "none", [], "")
+    return _fused(x, weight, bias, "gelu", [], gelu)
