@@ -2,7 +2,8 @@
 
 import logging
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from mmsoft.ops import (
 )
 from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.mode import cpu_shortcut, traced, transformed
+from mmsoft.ops.softmax import LandmarkMeans, landmark_means, read_landmarks
 
 from .plain import is_plain
 
@@ -273,15 +275,45 @@ class SoftmaxFreeAttention(nn.Module):
         Raises:
             ValueError: ``x`` does not have ``H*W`` tokens.
         """
-        if x.shape[1] != hw_shape[0] * hw_shape[1]:
-            raise ValueError(
-                f"x must have H*W = {hw_shape[0]}*{hw_shape[1]} tokens, got {x.shape[1]}"
-            )
+        self._check(x, hw_shape)
         q, v = self.queries_and_values(x)
         out, convolved = self.attend(q, v, hw_shape), self.convolve_values(v, hw_shape)
         # In place where nothing is kept for a backward pass: large fresh memory is slow.
         out = out.add_(convolved) if cpu_shortcut(out) else out + convolved
         return self.drop(self.proj(out))
+
+    def _check(self, x: Tensor, hw_shape: tuple[int, int]) -> None:
+        if x.shape[1] != hw_shape[0] * hw_shape[1]:
+            raise ValueError(
+                f"x must have H*W = {hw_shape[0]}*{hw_shape[1]} tokens, got {x.shape[1]}"
+            )
+
+    def by_token(
+        self, x: Tensor, hw_shape: tuple[int, int]
+    ) -> tuple[list[Callable], Tensor, Tensor]:
+        """:meth:`forward` up to where no token's result needs another's; without a backward pass.
+
+        Landmarks are by content. Arguments and errors are those of :meth:`forward`.
+
+        Returns:
+            For each sample the function that completes it, from any of its tokens of the two
+            tensors that follow, ``[1, n, C]`` each; queries and convolved values ``[B, H*W, C]``.
+        """
+        self._check(x, hw_shape)
+        q, v = self.queries_and_values(x)
+        landmarks, present, _ = self.sample_landmarks(q, hw_shape)
+        means = landmark_means(self._heads(q), self._heads(v), landmarks, present)
+
+        def complete(means: LandmarkMeans, q: Tensor, convolved: Tensor) -> Tensor:
+            out = read_landmarks(self._heads(q), means).transpose(1, 2).flatten(2)
+            return self.drop(self.proj(out.add_(convolved)))
+
+        functions: list[Callable] = [partial(complete, means.of(b)) for b in range(len(x))]
+        return functions, q, self.convolve_values(v, hw_shape)
+
+    def _heads(self, t: Tensor) -> Tensor:
+        """``[B, N, C] -> [B, heads, N, d]``."""
+        return t.unflatten(2, (self.num_heads, self.head_dims)).transpose(1, 2)
 
     def attention_scale(self, landmarks: Tensor, hw_shape: tuple[int, int]) -> float:
         """The factor of the softmax-free term, which keeps its size whatever the image's.
@@ -320,8 +352,7 @@ class SoftmaxFreeAttention(nn.Module):
 
         ``present`` is of landmarks by content, ``landmark_mask`` and ``scale`` of released ones.
         """
-        split = (self.num_heads, self.head_dims)
-        q, v = (t.unflatten(2, split).transpose(1, 2) for t in (q, v))
+        q, v = self._heads(q), self._heads(v)
         if self.by_content:
             out = landmark_attention(q, v, landmarks, present, mask=mask)
         else:

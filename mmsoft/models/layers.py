@@ -1,8 +1,8 @@
 """Patch embeddings, the two kinds of block, and the stage that joins them."""
 
 import math
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
+from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, traced
 
+from .attention import SoftmaxFreeAttention
 from .plain import is_hooked, is_plain
 
 
@@ -45,15 +47,19 @@ class ConvNormAct(nn.Sequential):
             x = self.norm(self._convolve(self.conv, x))
             # The ReLU overwrites what a hook may have kept.
             return self.act(x.clone() if is_hooked(self.norm) else x)
-        # A frozen norm is part of the convolution: one pass over the image less.
+        conv: Any = self.conv
+        weight, bias = self._folded()
+        return self.act(self._convolve(lambda x: conv._conv_forward(x, weight, bias), x))
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """A frozen norm as part of the convolution: one pass over the image less."""
         conv: Any = self.conv
         norm: Any = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = conv.weight * scale[:, None, None, None]
         bias = norm.bias - norm.running_mean * scale
         if conv.bias is not None:
             bias = bias + conv.bias * scale
-        return self.act(self._convolve(lambda x: conv._conv_forward(x, weight, bias), x))
+        return conv.weight * scale[:, None, None, None], bias
 
     def _convolve(self, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         conv: Any = self.conv
@@ -78,13 +84,72 @@ class ConvNormAct(nn.Sequential):
         return not norm.training and bool(norm.affine) and norm.running_mean is not None
 
 
-def stem(in_channels: int, embed_dims: int, norm_cfg: dict) -> nn.Sequential:
-    """Three convolutions to stride 4, through 32 channels."""
-    return nn.Sequential(
-        ConvNormAct(in_channels, 32, 2, norm_cfg),
-        ConvNormAct(32, 32, 1, norm_cfg),
-        ConvNormAct(32, embed_dims, 2, norm_cfg),
-    )
+class Stem(nn.Sequential):
+    """Three convolutions to stride 4, through 32 channels.
+
+    In evaluation on a CPU the large images between them exist a band of rows at a time, which stays
+    in the caches: fresh memory is expensive.
+    """
+
+    band_elements = 1 << 19  # of an image between the convolutions
+
+    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict):
+        super().__init__(
+            ConvNormAct(in_channels, 32, 2, norm_cfg),
+            ConvNormAct(32, 32, 1, norm_cfg),
+            ConvNormAct(32, embed_dims, 2, norm_cfg),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, H, W] -> [B, C, ceil(H / 4), ceil(W / 4)]``."""
+        between = 8 * x.numel() // max(x.shape[1], 1)  # 32 channels of a quarter of the pixels
+        if between <= 2 * self.band_elements or not self._takes_bands(x):
+            return super().forward(x)
+        layers: list[Any] = list(self)
+        folded = [layer._folded() for layer in layers]
+        heights = [x.shape[2]]
+        for layer in layers:
+            heights.append((heights[-1] - 1) // layer.conv.stride[0] + 1)
+
+        def rows_of(depth: int, first: int, last: int) -> Tensor:
+            """Rows of what so many layers give."""
+            if depth == 0:
+                return x[:, :, first:last]
+            layer = layers[depth - 1]
+            stride, height = layer.conv.stride[0], heights[depth - 1]
+            above, below = first * stride - 1, (last - 1) * stride + 2
+            rows = rows_of(depth - 1, max(above, 0), min(below, height))
+            if above < 0 or below > height:
+                rows = F.pad(rows, (0, 0, max(-above, 0), max(below - height, 0)))
+            weight, bias = folded[depth - 1]
+            return layer.act(F.conv2d(rows, weight, bias, stride, (0, 1)))
+
+        step = max(1, heights[-1] * self.band_elements // between)
+        out = None
+        for first in range(0, heights[-1], step):
+            last = min(first + step, heights[-1])
+            band = rows_of(len(layers), first, last)
+            if out is None:  # the first tells the dtype: autocast decides
+                size = (*band.shape[:2], heights[-1], band.shape[3])
+                out = torch.empty(size, dtype=band.dtype, memory_format=torch.channels_last)
+            out[:, :, first:last] = band
+        assert out is not None
+        return out
+
+    def _takes_bands(self, x: Tensor) -> bool:
+        if not cpu_shortcut(x) or any(map(is_hooked, self.modules())):
+            return False
+        layers: list[Any] = list(self)
+        return all(
+            is_plain(layer, ConvNormAct.forward) and layer._foldable(x) and _is_3x3(layer.conv)
+            for layer in layers
+        )
+
+
+def _is_3x3(conv: nn.Conv2d) -> bool:
+    sides = (conv.kernel_size, conv.padding, conv.dilation)
+    square = conv.stride[0] == conv.stride[1] and conv.groups == 1
+    return square and sides == ((3, 3), (1, 1), (1, 1)) and conv.padding_mode == "zeros"
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -144,6 +209,27 @@ class Mlp(nn.Sequential):
             nn.Dropout(drop_rate),
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., C] -> [..., C]``."""
+        dtype = self._fused_dtype(x)
+        if dtype is None:
+            return super().forward(x)
+        first, act, drop, last, last_drop = self._layers()
+        hidden = fused_linear(x, first.weight, first.bias, act.approximate, dtype=dtype)
+        return last_drop(fused_linear(drop(hidden), last.weight, last.bias, dtype=dtype))
+
+    def _layers(self) -> Iterator[Any]:
+        return iter(self)
+
+    def _fused_dtype(self, x: Tensor) -> torch.dtype | None:
+        if not cpu_shortcut(x) or len(self) != 5:
+            return None
+        first, act, _, last, _ = self._layers()
+        linear, gelu = nn.Linear.forward, (nn.GELU.forward, TanhGELU.forward)
+        if is_plain(first, linear) and is_plain(act, *gelu) and is_plain(last, linear):
+            return fused_dtype(x, first.weight, first.bias, last.weight, last.bias)
+        return None
+
 
 class _Block(nn.Module):
     """What the two kinds of block share.
@@ -166,17 +252,30 @@ class _Block(nn.Module):
         A hook sees all tokens at once.
         """
         x = tokens[0]
-        if self.training or not cpu_shortcut(x) or x.numel() <= self.part_elements:
+        if not self._takes_parts(x, x.numel()):
             return function(*tokens)
-        if any(map(is_hooked, self.modules())):
-            return function(*tokens)
+        out = self._by_part([function], *(t.flatten(0, 1)[None] for t in tokens))
+        return out.view(*x.shape[:2], -1)
+
+    def _takes_parts(self, x: Tensor, elements: int) -> bool:
+        if self.training or not cpu_shortcut(x) or elements <= self.part_elements:
+            return False
+        return not any(map(is_hooked, self.modules()))
+
+    def _by_part(self, functions: list[Callable[..., Tensor]], *tokens: Tensor) -> Tensor:
+        """The function of each sample, of a part of its tokens at a time."""
+        x = tokens[0]
         rows = max(1, self.part_elements // x.shape[-1])
-        parts = zip(*(t.flatten(0, 1).split(rows) for t in tokens))
-        results = (function(*(t[None] for t in part))[0] for part in parts)
-        first = next(results)  # which tells the dtype: autocast decides
-        out = first.new_empty((*x.shape[:2], first.shape[1]))
-        for target, result in zip(out.flatten(0, 1).split(rows), chain([first], results)):
-            target.copy_(result)
+        out = None
+        for sample, function in enumerate(functions):
+            done = 0
+            for part in zip(*(t[sample : sample + 1].split(rows, 1) for t in tokens)):
+                result = function(*part)
+                if out is None:  # the first tells the dtype: autocast decides
+                    out = result.new_empty((*x.shape[:2], result.shape[2]))
+                out[sample, done : done + result.shape[1]] = result[0]
+                done += result.shape[1]
+        assert out is not None
         return out
 
 
@@ -193,7 +292,21 @@ class SOFTBlock(_Block):
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """``[B, H*W, C] -> [B, H*W, C]``."""
-        return self.tokenwise(self._after_attention, x, self.attn(x, hw_shape))
+        if not self._attends_by_part(x):
+            return self.tokenwise(self._after_attention, x, self.attn(x, hw_shape))
+        attn: Any = self.attn
+        functions, *tokens = attn.by_token(x, hw_shape)
+        return self._by_part([partial(self._complete, f) for f in functions], x, *tokens)
+
+    def _attends_by_part(self, x: Tensor) -> bool:
+        """Whether what the tokens read from landmarks, too, never exists as a whole."""
+        if not self._takes_parts(x, x[0].numel()):
+            return False
+        attn: Any = self.attn
+        return is_plain(attn, SoftmaxFreeAttention.forward) and bool(attn.by_content)
+
+    def _complete(self, attention: Callable[..., Tensor], x: Tensor, *tokens: Tensor) -> Tensor:
+        return self._after_attention(x, attention(*tokens))
 
     def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.norm1(x + self.drop_path(attended))

@@ -9,9 +9,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mmsoft.models import attention as attention_module
 from mmsoft.models.attention import SoftmaxFreeAttention
-from mmsoft.models.layers import ConvNormAct, SOFTBlock, TanhGELU, as_image
-from mmsoft.ops import landmark_attention, landmark_candidates, softmax_free_attention
+from mmsoft.models.layers import ConvNormAct, Mlp, SOFTBlock, Stem, TanhGELU, as_image
+from mmsoft.ops import landmark_candidates, softmax_free_attention
 
 
 class Module(nn.Module):
@@ -35,6 +36,12 @@ def block():
     return block
 
 
+def banded_stem():
+    stem = Stem(3, 8, dict(type="BN"))
+    stem.band_elements = 100
+    return stem
+
+
 # What computes, with which module; shape of x, where the shortcut is taken, and the operation that
 # then is called or not.
 EVALUATION, CPU, EAGER = ("eval",), ("eval", "grad"), ("eval", "grad", "meta")
@@ -56,9 +63,14 @@ SHORTCUTS = {
     "scaled product": (
         lambda m, x: torch.cat(m.queries_and_values(x)), attention, TOKENS, EAGER, "mul", False,
     ),
-    "relative in place": (
-        lambda m, x: landmark_attention(x, x, x[:, :, :3]), lambda: None,
-        (2, 2, 30, 8), EVALUATION, "sub_", True,
+    "fused linear": (
+        lambda m, x: m(x), lambda: Mlp(16, TanhGELU(), 0.1),
+        TOKENS, EVALUATION, "_linear_pointwise", True,
+    ),
+    "bands": (
+        # as below
+        lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)), banded_stem,
+        (2, 3, 20, 20), EVALUATION, "constant_pad_nd", True,
     ),
     "candidates in bands": (
         lambda m, x: landmark_candidates(x, (5, 6), 2, 2, x.mean(1).view(2, 2, 8)), lambda: None,
@@ -175,6 +187,77 @@ def test_training_without_gradients_takes_all_tokens_at_once(monkeypatch):
     )
     block().train()(torch.randn(TOKENS), (5, 6))
     assert shapes == [TOKENS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_read_landmarks_by_part(monkeypatch, batch, autocast):
+    """Of one sample at a time; whole where a block is hooked, trains, or has released landmarks."""
+    sizes, read = [], attention_module.read_landmarks
+    monkeypatch.setattr(
+        attention_module, "read_landmarks", lambda q, m: sizes.append(q.shape) or read(q, m)
+    )
+    torch.manual_seed(0)
+    layer = SoftmaxFreeAttention(
+        16, 2, 2, 3, normalize=True, landmarks="content", max_landmarks=3, solver="direct"
+    )
+    block = SOFTBlock(16, layer, 0.0, 0.0).eval()
+    block.part_elements = 16 * 8
+    x = torch.randn(batch, 30, 16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = block(x, (5, 6))
+        assert sizes == batch * [(1, 2, n, 8) for n in (8, 8, 8, 6)]
+        hook = layer.register_forward_hook(lambda *args: None)
+        whole = block(x, (5, 6))
+        hook.remove()
+        block.train()(x, (5, 6))
+        layer.use_landmarks("released")
+        block.eval()(x, (5, 6))
+    assert len(sizes) == 4 * batch
+    assert out.dtype == whole.dtype
+    tolerance = dict(rtol=2e-2, atol=2e-2) if autocast else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, whole, **tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(33, 47), (64, 5), (5, 64), (1, 90), (90, 1), (66, 66)])
+@pytest.mark.parametrize("elements", [1, 700])  # bands of one row, and of several
+def test_bands_join(size, elements):
+    torch.manual_seed(0)
+    stem = Stem(3, 8, dict(type="BN")).eval()
+    for layer in stem:
+        nn.init.uniform_(layer.norm.running_mean)
+        nn.init.uniform_(layer.norm.running_var, 0.5, 2)
+        nn.init.uniform_(layer.norm.bias)
+    x = torch.randn(2, 3, *size).to(memory_format=torch.channels_last)
+    whole = stem(x)
+    stem.band_elements = elements
+    with Calls() as calls:
+        out = stem(x)
+    assert "constant_pad_nd" in calls.names
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
+
+
+CHANGES = {  # of the stem's second layer
+    "dilation": lambda layer: setattr(layer.conv, "dilation", (2, 2)),
+    "padding": lambda layer: setattr(layer.conv, "padding", (0, 0)),
+    "padding_mode": lambda layer: setattr(layer.conv, "padding_mode", "circular"),
+    "norm in training": lambda layer: layer.norm.train(),
+    "hook": lambda layer: layer.act.register_forward_hook(lambda *args: None),
+    "other norm": lambda layer: setattr(layer, "norm", nn.GroupNorm(4, 32)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_bands_of_other_convolutions(change):
+    stem = banded_stem().eval()
+    CHANGES[change](stem[1])
+    with Calls() as calls:
+        stem(torch.randn(1, 3, 40, 40))
+    assert "constant_pad_nd" not in calls.names
 
 
 def test_every_shortcut_is_here(root):
