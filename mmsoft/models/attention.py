@@ -301,15 +301,22 @@ class SoftmaxFreeAttention(nn.Module):
         """
         self._check(x, hw_shape)
         q, v = self.queries_and_values(x)
-        landmarks, present, _ = self.sample_landmarks(q, hw_shape)
-        means = landmark_means(self._heads(q), self._heads(v), landmarks, present)
+        means = self.gather(q, v, hw_shape)
 
         def complete(means: LandmarkMeans, q: Tensor, convolved: Tensor) -> Tensor:
-            out = read_landmarks(self._heads(q), means).transpose(1, 2).flatten(2)
-            return self.drop(self.proj(out.add_(convolved)))
+            return self.drop(self.proj(self.read(q, means).add_(convolved)))
 
         functions: list[Callable] = [partial(complete, means.of(b)) for b in range(len(x))]
         return functions, q, self.convolve_values(v, hw_shape)
+
+    def gather(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> LandmarkMeans:
+        """What :meth:`attend` takes from all tokens, landmarks by content."""
+        landmarks, present, _ = self.sample_landmarks(q, hw_shape)
+        return landmark_means(self._heads(q), self._heads(v), landmarks, present)
+
+    def read(self, q: Tensor, means: LandmarkMeans) -> Tensor:
+        """What it gives to any of the queries, ``[1, n, C]``."""
+        return read_landmarks(self._heads(q), means).transpose(1, 2).flatten(2)
 
     def _heads(self, t: Tensor) -> Tensor:
         """``[B, N, C] -> [B, heads, N, d]``."""

@@ -303,7 +303,9 @@ class SOFTBlock(_Block):
         if not self._takes_parts(x, x[0].numel()):
             return False
         attn: Any = self.attn
-        return is_plain(attn, SoftmaxFreeAttention.forward) and bool(attn.by_content)
+        if not is_plain(attn, SoftmaxFreeAttention.forward) or "attend" in vars(attn):
+            return False
+        return type(attn).attend is SoftmaxFreeAttention.attend and attn.by_content
 
     def _complete(self, attention: Callable[..., Tensor], x: Tensor, *tokens: Tensor) -> Tensor:
         return self._after_attention(x, attention(*tokens))

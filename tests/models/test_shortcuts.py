@@ -214,6 +214,9 @@ def test_tokens_read_landmarks_by_part(monkeypatch, batch, autocast):
         block.train()(x, (5, 6))
         layer.use_landmarks("released")
         block.eval()(x, (5, 6))
+        layer.use_landmarks("content")
+        layer.attend = layer.attend  # as who changes it does
+        block(x, (5, 6))
     assert len(sizes) == 4 * batch
     assert out.dtype == whole.dtype
     tolerance = dict(rtol=2e-2, atol=2e-2) if autocast else dict(rtol=1e-5, atol=1e-5)

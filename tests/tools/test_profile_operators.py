@@ -8,6 +8,7 @@ import torch
 from loading import load_tool
 
 from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.models.layers import SOFTBlock
 
 profile_operators = load_tool("analysis_tools/profile_operators.py")
 CONFIG = """
@@ -74,6 +75,7 @@ def test_every_operator_has_one_cause(name, first):
 def test_what_attention_layers_call_is_attention():
     """All of it, whatever its name, and nothing of what they are given."""
     layer = SoftmaxFreeAttention(16, 2, 2, 3, normalize=True, landmarks="content").eval()
+    methods = dict(vars(SoftmaxFreeAttention))
     q, v = torch.randn(2, 1, 20, 16)
 
     class Model(torch.nn.Module):
@@ -89,7 +91,30 @@ def test_what_attention_layers_call_is_attention():
     assert {"exp", "log"} <= outside
     assert not outside & {"bmm", "exp_", "softmax", "_softmax", "clamp_", "sub_", "gather"}
     assert sum(ms for name, _, ms in rows if name not in outside) > 0
-    assert "attend" not in vars(layer)
+    assert vars(SoftmaxFreeAttention) == methods
+
+
+def test_attention_by_part_is_attention():
+    """Where a block reads from landmarks part by part, and its MLP is fused."""
+    layer = SoftmaxFreeAttention(16, 2, 2, 3, normalize=True, landmarks="content")
+    block = SOFTBlock(16, layer, 0.0, 0.0).eval()
+    block.part_elements = 16 * 8
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return self.block(x, (4, 5))
+
+    rows = profile_operators.measure(Model(), torch.randn(1, 20, 16), mark=True)
+    calls = {name: count for name, count, _ in rows}
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert calls["attention of " + fused] == 1 + 3  # gathered once, read for 8, 8 and 4 tokens
+    assert fused not in calls
+    products = [n for n in calls if n.endswith("_linear_pointwise")]
+    assert [profile_operators.cause(n) for n in products] == ["matrix products of linear layers"]
 
 
 def test_products_by_cause_are_those_counted():

@@ -35,7 +35,7 @@ WITHIN = "attention of "  # begins the names of operators between queries and at
 # By what is in an operator's name, the first that fits; what fits none are small ones and calls.
 CAUSES = {
     "attention: kernels, softmax, landmarks": (WITHIN, "mmsoft::", "scaled_dot_product"),
-    LINEAR: ("addmm",),
+    LINEAR: ("addmm", "linear_pointwise"),  # the latter with GELU in it
     CONVOLUTIONS: ("conv2d", "convolution"),
     "normalization": ("norm",),
     "element-wise: GELU, residual connections": (
@@ -65,25 +65,25 @@ def built(
 
 
 @contextmanager
-def marked(model: nn.Module) -> Iterator[None]:
+def marked() -> Iterator[None]:
     """Give the profiler a name for what our attention layers do with queries and values."""
-    layers = [layer for layer in model.modules() if isinstance(layer, SoftmaxFreeAttention)]
 
-    def recorded(attend: Callable) -> Callable:
-        @wraps(attend)
+    def recorded(method: Callable) -> Callable:
+        @wraps(method)
         def call(*arguments: Any) -> Any:
             with record_function(WITHIN):
-                return attend(*arguments)
+                return method(*arguments)
 
         return call
 
-    for layer in layers:
-        layer.attend = recorded(layer.attend)  # type: ignore[method-assign]
+    kept = {name: getattr(SoftmaxFreeAttention, name) for name in ("attend", "gather", "read")}
+    for name, method in kept.items():
+        setattr(SoftmaxFreeAttention, name, recorded(method))
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.attend
+        for name, method in kept.items():
+            setattr(SoftmaxFreeAttention, name, method)
 
 
 def within(event: Any) -> bool:
@@ -103,7 +103,7 @@ def measure(model: nn.Module, images: Tensor, *, mark: bool = False) -> list[Row
         activities.append(ProfilerActivity.CUDA)
     for _ in range(2):
         model(images)
-    with marked(model), profile(activities=activities) as found:
+    with marked(), profile(activities=activities) as found:
         model(images)
     spent = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
     calls: Counter[str] = Counter()
