@@ -55,12 +55,13 @@ def train_two_steps(command, folder, *options):
 
 @pytest.mark.long
 def test_the_readmes_commands_install_and_train(wheel, root, tmp_path):
-    """From the package index: torch, what `.[all]` names, and nothing of this environment's.
+    """From the package index: torch, torchvision, what `.[all]` names, and nothing from here.
 
-    mmcv, which the README wants in place, is the one that the set-up compiled for this torch.
+    mmcv, which the README wants in place too, is the one that the set-up compiled for this torch.
     """
     setup_env = load_tool("dev/setup_env.py")
-    torch = next(x for x in (root / "requirements/build.txt").read_text().split() if "torch==" in x)
+    words = " ".join(path.read_text() for path in (root / "requirements").glob("*.txt")).split()
+    torch = [word for word in words if word.startswith(("torch==", "torchvision=="))]
     setup_env.PYTHON = Path(sys.executable)
     compiled = [p for p in setup_env.wheel_folder().glob("mmcv-*.whl") if setup_env.is_sound(p)]
     if not compiled:
@@ -76,7 +77,11 @@ def test_the_readmes_commands_install_and_train(wheel, root, tmp_path):
     run([sys.executable, "-m", "venv", tmp_path / "venv"], tmp_path)
     programs = tmp_path / "venv" / "bin"
     pip = [programs / "pip", "install", "--quiet"]
-    run([*pip, torch], tmp_path)
+    run([*pip, *torch], tmp_path)
+    # As the set-up does: the index may have torchvision for CUDA only.
+    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    shutil.copy(root / "tools/dev/torchvision_schemas.py", site_packages)
+    (site_packages / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
     run([*pip, compiled[0]], tmp_path)
     (source,) = filter(Path.is_dir, wheel.parent.glob("mmsoft-*"))  # the source distribution
     run([programs / install[0], *install[1:], "--quiet"], source)
