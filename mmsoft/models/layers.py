@@ -300,7 +300,7 @@ class SOFTBlock(_Block):
 
     def _attends_by_part(self, x: Tensor) -> bool:
         """Whether what the tokens read from landmarks, too, never exists as a whole."""
-        if not self._takes_parts(x, x[0].numel()):
+        if len(x) == 0 or not self._takes_parts(x, x[0].numel()):
             return False
         attn: Any = self.attn
         if not is_plain(attn, SoftmaxFreeAttention.forward) or "attend" in vars(attn):
