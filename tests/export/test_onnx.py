@@ -7,9 +7,10 @@ from mmengine.config import Config, ConfigDict
 from operators import needs_torch_2_6
 from released import SMALL
 
-from mmsoft.analysis import load_model
+from mmsoft.analysis import attention_blocks, load_model
 from mmsoft.builder import build_model
 from mmsoft.export import Input, export_onnx, exportable
+from mmsoft.export.onnx import start
 from mmsoft.export.program import Difference, compare, refuse
 from mmsoft.models import SOFT, SOFTPlusPlus
 
@@ -60,6 +61,18 @@ def check(module, inputs, path, tolerance=2e-5):
     return file, differences
 
 
+def far(path, module, sizes):
+    """The largest difference between a file and its module at some sizes, which none else chose."""
+    session, found = start(path), []
+    for size in sizes:
+        images = Input().images(1, size)
+        with torch.no_grad():
+            expected = module(images)
+        outputs = session.run(None, {"images": images.numpy()})
+        found += compare(module.names, images, expected, outputs)
+    return max(difference.error for difference in found)
+
+
 def test_backbone_of_one_size(tmp_path):
     module = exportable(Model(SOFT(SMALL, newton_steps=7)).eval(), "backbone")
     file, differences = check(module, Input((64, 97)), tmp_path / "soft.onnx")
@@ -105,6 +118,43 @@ def test_direct_solver(tmp_path, monkeypatch, backbone):
     file, _ = check(exportable(model, "backbone"), inputs, tmp_path / "direct.onnx", 1e-4)
     assert len(solved) == 3  # in each layer of stages 1 to 3
     assert "Loop" not in {node.op_type for node in file.graph.node}
+
+
+RELEASED_SIZES = [(64, 64), (96, 256), (320, 288)]  # 4, 24 and 90 patches
+
+
+EVERY_STAGE = (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("solver", "budget", "stages"),
+    [
+        ("direct", None, (0,)),
+        pytest.param("direct", None, EVERY_STAGE, marks=long),
+        pytest.param("direct", 9, EVERY_STAGE, marks=long),
+        pytest.param("newton", None, EVERY_STAGE, marks=long),
+        pytest.param("newton", 9, EVERY_STAGE, marks=long),
+    ],
+)
+def test_released_landmarks_of_any_size(tmp_path, solver, budget, stages):
+    """As many as an image has patches, or at most a budget; the file has the solver asked for."""
+    options = dict(landmarks="released", max_landmarks=budget, out_indices=stages)
+    model = Model(SOFTPlusPlus(SMALL, solver=solver, **options)).eval()
+    module = exportable(model, "backbone")
+    path = tmp_path / "released.onnx"
+    check(module, Input((128, 160), dynamic_size=True), path)
+    assert far(path, module, RELEASED_SIZES) < 2e-5  # 4e-6 measured
+    layers = attention_blocks(model).values()
+    for name, other in (
+        ("solver", {"newton": "direct", "direct": "newton"}[solver]),
+        ("max_landmarks", {None: 9, 9: None}[budget]),
+    ):
+        before = [getattr(layer, name) for layer in layers]
+        for layer in layers:
+            setattr(layer, name, other)
+        assert far(path, module, RELEASED_SIZES) > 5e-5  # 1e-4 and more measured
+        for layer, value in zip(layers, before):
+            setattr(layer, name, value)
 
 
 @long
