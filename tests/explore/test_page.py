@@ -78,6 +78,107 @@ def pixel(browser, x, y):
     return left + (x + 0.5) / 64 * width, top + (y + 0.5) / 64 * height
 
 
+def canvas_of(browser, canvas):
+    """What a canvas shows, RGB ``[height, width, 3]``."""
+    url = browser.evaluate(f"{canvas}.toDataURL()")
+    content = np.frombuffer(base64.b64decode(url.partition(",")[2]), np.uint8)
+    return cv2.imdecode(content, cv2.IMREAD_COLOR)[..., ::-1].astype(float)
+
+
+def levels(colours, alpha):
+    """Which of viridis' 256 colours lies over a grey picture, in which R, G and B are alike."""
+    from matplotlib import colormaps
+
+    def differences(rgb):
+        return np.stack((rgb[..., 0] - rgb[..., 1], rgb[..., 1] - rgb[..., 2]), -1)
+
+    bar = differences((colormaps["viridis"](np.linspace(0, 1, 256))[:, :3] * 255).round())
+    return np.linalg.norm(differences(colours)[:, None] / alpha - bar, axis=-1).argmin(1)
+
+
+def well_inside(captured, grid, ringed, away):
+    """Pixels of the file that are all of one token, outside the ring, and their tokens."""
+    pixels, tokens = [], []
+    for y in range(1, 63):
+        for x in range(1, 63):
+            corners = {
+                captured.image.token_at(x + dx, y + dy, grid)
+                for dx in (-0.4, 0.4)
+                for dy in (-0.4, 0.4)
+            }
+            if len(corners) == 1 and np.hypot(x - ringed[0], y - ringed[1]) > away:
+                pixels.append((x, y))
+                tokens += corners
+    return np.array(pixels), np.array(tokens)
+
+
+def off(shown, alpha, row, pixels, tokens):
+    """How far the colours of a canvas are from a row of numbers, of 255, on average."""
+    at = ((pixels + 0.5) * shown.shape[1] / 64).astype(int)
+    seen = levels(shown[at[:, 1], at[:, 0]], alpha)
+    expected = np.clip(row / row.max(), 0, 1) * 255
+    return np.abs(seen - expected[tokens]).mean(), tokens[seen.argmax()]
+
+
+def test_the_painted_maps_are_the_numbers(browser, address, explorer):
+    """After a click, token by token: the large map, and the small one of each head."""
+    from mmsoft.explore.looking import View
+
+    browser.open(f"{address}?stage=1&x=50&y=50")
+    after(browser, "x=50")
+    browser.click(*pixel(browser, *PIXEL))
+    after(browser, f"x={PIXEL[0]}&y={PIXEL[1]}")
+    view = View("000000000001.jpg", explorer.own, 1, 0, -1, *PIXEL)
+    captured, found = explorer.captured(view.image, explorer.own), explorer.attention(view)
+    inside = well_inside(captured, found["grid"], PIXEL, 5)
+    assert len(set(inside[1])) > 50
+    ours, softmax = found["rows"].numpy(), found["softmax"].numpy()
+    cases = []
+    for kind, rows in (("attention", ours), ("softmax", softmax)):
+        for head, row in enumerate(rows):
+            small = f"document.querySelectorAll('[data-kind={kind}] canvas')[{head}]"
+            cases.append((canvas_of(browser, small), 0.75, row))
+    cases.append((canvas_of(browser, "document.getElementById('picture')"), 0.65, ours.mean(0)))
+    browser.press("o")
+    after(browser, "over=softmax")
+    large = canvas_of(browser, "document.getElementById('picture')")
+    cases.append((large, 0.65, softmax.mean(0)))
+    for shown, alpha, row in cases:
+        difference, brightest = off(shown, alpha, row, *inside)
+        assert difference < 3
+        assert row[brightest] > row[inside[1]].max() - 0.03 * row.max()
+    half = len(cases) // 2 - 1
+    for (shown, alpha, _), (_, _, other) in zip(cases[:half], cases[half : 2 * half]):
+        assert off(shown, alpha, other, *inside)[0] > 10  # softmax is another picture
+
+
+def test_dots_are_where_the_landmarks_are(browser, address, explorer):
+    """White, at the middle of the patches, to a tenth of a pixel of the file."""
+    from mmsoft.explore.looking import View
+
+    browser.open(f"{address}?stage=1&x=0&y=0&over=landmarks")
+    after(browser, "over=landmarks")
+    shown = canvas_of(browser, "document.getElementById('picture')")
+    view = View("000000000001.jpg", explorer.own, 1, 0, -1, 0, 0)
+    captured, found = explorer.captured(view.image, explorer.own), explorer.landmarks(view)
+    white = (shown > 250).all(-1).astype(np.uint8)
+    _, _, sizes, middles = cv2.connectedComponentsWithStats(white)
+    dots = (middles[1:][sizes[1:, cv2.CC_STAT_AREA] > 30] + 0.5) / shown.shape[1] * 64 - 0.5
+    # The middle of a patch lies between two tokens, and the image says of a pixel which holds it.
+    grid, fine = found["grid"], np.arange(0, 63, 0.05)
+    across = np.array([captured.image.token_at(at, 0, grid) % grid[1] for at in fine])
+    down = np.array([captured.image.token_at(0, at, grid) // grid[1] for at in fine])
+
+    def middle(tokens, at):
+        return fine[np.isin(tokens, (at - 0.5, at + 0.5))].mean()
+
+    expected = np.array([(middle(across, x), middle(down, y)) for y, x in found["centres"]])
+    distances = np.linalg.norm(dots[:, None] - expected, axis=-1)
+    away, kept = np.hypot(*dots.T) > 4, np.hypot(*expected.T) > 4  # the ring is white too
+    assert away.sum() == kept.sum() > 20
+    assert (distances[away].min(1) < 0.1).all()
+
+
 def after(browser, part):
     """Wait for the view whose address has some part, complete."""
     browser.until(f"location.search.includes('{part}') && {COMPLETE}")

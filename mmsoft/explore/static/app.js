@@ -250,7 +250,8 @@ function drawRegions(context, found, scale) {
   context.lineWidth = scale / 2;
   for (let i = 0; i < centres.length; i += 2) {
     context.beginPath();
-    context.arc(left + (centres[i + 1] + 0.5) / columns * (right - left), top + (centres[i] + 0.5) / rows * (bottom - top), 2 * scale, 0, 2 * Math.PI);
+    const x = left + (centres[i + 1] + 0.5) / columns * (right - left), y = top + (centres[i] + 0.5) / rows * (bottom - top);
+    context.arc(x + 0.5, y + 0.5, 2 * scale, 0, 2 * Math.PI);  // as `place`: a pixel's middle is at 0.5
     context.fill();
     context.stroke();
   }
