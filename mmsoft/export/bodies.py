@@ -60,16 +60,16 @@ def patches(
     if isinstance(height, int) and isinstance(width, int):
         return landmarks.gather(q, height, width, heads, stride, max_landmarks, index)
     rows, cols = landmark_grid(height, width, stride)
-    image = q.reshape(q.shape[0], height, width, heads, q.shape[2] // heads)
-    image = image[:, : rows * stride, : cols * stride]
-    image = image.unflatten(2, (cols, stride)).unflatten(1, (rows, stride))
-    if max_landmarks is not None:
-        kept = landmark_grid(height, width, stride, max_landmarks)
-        image = image.index_select(1, spread(rows, kept[0], q.device))
-        image = image.index_select(3, spread(cols, kept[1], q.device))
-        rows, cols = kept
-    blocks = image.permute(0, 1, 3, 5, 2, 4, 6)
-    every = blocks.reshape(q.shape[0], rows * cols, heads, stride * stride, -1)
+    kept = landmark_grid(height, width, stride, max_landmarks)
+    side = torch.arange(stride, device=q.device)
+    down, across = (
+        spread(n, k, q.device)[:, None] * stride + side for n, k in zip((rows, cols), kept)
+    )
+    # By number: torch cannot tell that patches fit into the tokens, which a slice would have to.
+    tokens = (down[:, None, :, None] * width + across[:, None]).flatten()
+    every = q.index_select(1, tokens)
+    every = every.reshape(q.shape[0], kept[0] * kept[1], stride * stride, heads, -1)
+    every = every.transpose(2, 3)  # [B, m, heads, r*r, d]
     if index is None:
         return every
     every = every.transpose(1, 2)  # [B, heads, m, r*r, d]

@@ -34,8 +34,8 @@ class Input:
         shape: (height, width) in pixels, of the sample that the program is recorded with.
         batch: images in it.
         dynamic_batch: take any number of images.
-        dynamic_size: take heights and widths that are multiples of 32, from 64 pixels, or more than
-            the stride of a detector's coarsest level, to 4096.
+        dynamic_size: take any height and width from 64 pixels, or 32 more than the stride of a
+            detector's coarsest level, to 4096.
     """
 
     shape: tuple[int, int] = (224, 224)
@@ -65,7 +65,7 @@ class Input:
         batch = 7 if self.dynamic_batch else self.batch
         shape = self.shape
         if self.dynamic_size:
-            shape = (11 * STRIDE, 13 * STRIDE)
+            shape = (11 * STRIDE + 5, 13 * STRIDE + 9)
         return self.images(batch, shape)
 
     def checked(self, sizes: "Sizes") -> list[Tensor]:
@@ -75,7 +75,7 @@ class Input:
             height, width = (side + STRIDE for side in self.shape)
             wide = max(width + 2 * STRIDE, sizes.turn + STRIDE)
             shapes.append((sizes.smallest, min(wide, LARGEST)))
-            shapes.append((min(height, LARGEST), sizes.smallest + STRIDE))
+            shapes.append((min(height, LARGEST) - 3, sizes.smallest + STRIDE + 5))
         batches = [self.batch, self.batch + 1] if self.dynamic_batch else [self.batch]
         return [self.images(batch, shape) for batch in batches for shape in shapes]
 
@@ -85,10 +85,8 @@ class Input:
         if self.dynamic_batch:
             dims[0] = torch.export.Dim("batch", min=1, max=1024)
         if self.dynamic_size:
-            low, high = smallest // STRIDE, LARGEST // STRIDE
-            # Of other sizes torch cannot tell that patches of landmarks fit into the tokens.
-            dims[2] = STRIDE * torch.export.Dim("rows", min=low, max=high)
-            dims[3] = STRIDE * torch.export.Dim("columns", min=low, max=high)
+            dims[2] = torch.export.Dim("height", min=smallest, max=LARGEST)
+            dims[3] = torch.export.Dim("width", min=smallest, max=LARGEST)
         return dims
 
 
@@ -192,10 +190,10 @@ def record(
     smallest = sizes_of(module).smallest
     if inputs.dynamic_size:
         for side in inputs.shape:
-            if side % STRIDE or not smallest <= side <= LARGEST:
+            if not smallest <= side <= LARGEST:
                 raise ValueError(
-                    f"a program of any size takes multiples of {STRIDE} pixels from {smallest} to "
-                    f"{LARGEST} a side, but shape is {inputs.shape}: change it, or fix the size"
+                    f"a program of any size takes from {smallest} to {LARGEST} pixels a side, but "
+                    f"shape is {inputs.shape}: change it, or fix the size"
                 )
     dims = inputs.dims(smallest)
     with one_error(module):
