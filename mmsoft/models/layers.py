@@ -11,9 +11,10 @@ import torch.utils.checkpoint
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mmsoft.ops.linear import fused_dtype, fused_linear
-from mmsoft.ops.mode import cpu_shortcut, traced
+from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
 
 from .attention import SoftmaxFreeAttention
 from .plain import is_hooked, is_plain
@@ -85,25 +86,17 @@ class ConvNormAct(nn.Sequential):
 
 
 class Stem(nn.Sequential):
-    """Three convolutions to stride 4, through 32 channels.
+    """Convolutions with stride, norm and ReLU at the size of the image.
 
-    In evaluation on a CPU the large images between them exist a band of rows at a time, which stays
-    in the caches: fresh memory is expensive.
+    In evaluation on a CPU the large images between them exist a band of rows of a sample at a time,
+    which stays in the caches: fresh memory is expensive.
     """
 
     band_elements = 1 << 19  # of an image between the convolutions
 
-    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict):
-        super().__init__(
-            ConvNormAct(in_channels, 32, 2, norm_cfg),
-            ConvNormAct(32, 32, 1, norm_cfg),
-            ConvNormAct(32, embed_dims, 2, norm_cfg),
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W] -> [B, C, ceil(H / 4), ceil(W / 4)]``."""
-        between = 8 * x.numel() // max(x.shape[1], 1)  # 32 channels of a quarter of the pixels
-        if between <= 2 * self.band_elements or not self._takes_bands(x):
+        if not self._takes_bands(x):
             return super().forward(x)
         layers: list[Any] = list(self)
         folded = [layer._folded() for layer in layers]
@@ -111,45 +104,67 @@ class Stem(nn.Sequential):
         for layer in layers:
             heights.append((heights[-1] - 1) // layer.conv.stride[0] + 1)
 
-        def rows_of(depth: int, first: int, last: int) -> Tensor:
+        def rows_of(depth: int, sample: int, first: int, last: int) -> Tensor:
             """Rows of what so many layers give."""
             if depth == 0:
-                return x[:, :, first:last]
+                return x[sample : sample + 1, :, first:last]
             layer = layers[depth - 1]
             stride, height = layer.conv.stride[0], heights[depth - 1]
             above, below = first * stride - 1, (last - 1) * stride + 2
-            rows = rows_of(depth - 1, max(above, 0), min(below, height))
+            rows = rows_of(depth - 1, sample, max(above, 0), min(below, height))
             if above < 0 or below > height:
                 rows = F.pad(rows, (0, 0, max(-above, 0), max(below - height, 0)))
             weight, bias = folded[depth - 1]
             return layer.act(F.conv2d(rows, weight, bias, stride, (0, 1)))
 
-        step = max(1, heights[-1] * self.band_elements // between)
+        step = max(1, heights[-1] * self.band_elements // self._between(x))
         out = None
-        for first in range(0, heights[-1], step):
-            last = min(first + step, heights[-1])
-            band = rows_of(len(layers), first, last)
-            if out is None:  # the first tells the dtype: autocast decides
-                size = (*band.shape[:2], heights[-1], band.shape[3])
-                out = torch.empty(size, dtype=band.dtype, memory_format=torch.channels_last)
-            out[:, :, first:last] = band
+        for sample in range(len(x)):
+            for first in range(0, heights[-1], step):
+                last = min(first + step, heights[-1])
+                band = rows_of(len(layers), sample, first, last)
+                if out is None:  # the first tells the dtype: autocast decides
+                    size = (len(x), band.shape[1], heights[-1], band.shape[3])
+                    like: Any = dict(dtype=band.dtype, device=band.device)
+                    out = torch.empty(size, **like, memory_format=torch.channels_last)
+                out[sample, :, first:last] = band[0]
         assert out is not None
         return out
 
+    def _between(self, x: Tensor) -> int:
+        """Numbers that a sample has between the first two convolutions, at least 1."""
+        first: Any = self[0]
+        return max(1, first.conv.out_channels * x.shape[2] * x.shape[3] // 4)
+
     def _takes_bands(self, x: Tensor) -> bool:
-        if not cpu_shortcut(x) or any(map(is_hooked, self.modules())):
+        if not cpu_shortcut(x) or transformed() or not is_ordinary(x) or len(self) == 0:
             return False
         layers: list[Any] = list(self)
-        return all(
-            is_plain(layer, ConvNormAct.forward) and layer._foldable(x) and _is_3x3(layer.conv)
+        if any(map(is_hooked, self.modules())) or not all(
+            is_plain(layer, ConvNormAct.forward)
+            and is_plain(layer.act, nn.ReLU.forward)
+            and layer._foldable(x)
+            and _is_3x3(layer.conv)
             for layer in layers
-        )
+        ):
+            return False
+        enough = len(x) * self._between(x) > 2 * self.band_elements
+        return enough and x.shape[1] == layers[0].conv.in_channels
 
 
 def _is_3x3(conv: nn.Conv2d) -> bool:
     sides = (conv.kernel_size, conv.padding, conv.dilation)
     square = conv.stride[0] == conv.stride[1] and conv.groups == 1
     return square and sides == ((3, 3), (1, 1), (1, 1)) and conv.padding_mode == "zeros"
+
+
+def stem(in_channels: int, embed_dims: int, norm_cfg: dict) -> Stem:
+    """Three convolutions to stride 4, through 32 channels."""
+    return Stem(
+        ConvNormAct(in_channels, 32, 2, norm_cfg),
+        ConvNormAct(32, 32, 1, norm_cfg),
+        ConvNormAct(32, embed_dims, 2, norm_cfg),
+    )
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -226,9 +241,12 @@ class Mlp(nn.Sequential):
             return None
         first, act, _, last, _ = self._layers()
         linear, gelu = nn.Linear.forward, (nn.GELU.forward, TanhGELU.forward)
-        if is_plain(first, linear) and is_plain(act, *gelu) and is_plain(last, linear):
-            return fused_dtype(x, first.weight, first.bias, last.weight, last.bias)
-        return None
+        if not (is_plain(first, linear) and is_plain(act, *gelu) and is_plain(last, linear)):
+            return None
+        # A parametrized weight may count how often it is asked for.
+        if is_parametrized(first) or is_parametrized(last) or x.shape[-1] != first.in_features:
+            return None
+        return fused_dtype(x, first.weight, first.bias, last.weight, last.bias)
 
 
 class _Block(nn.Module):
@@ -303,9 +321,10 @@ class SOFTBlock(_Block):
         if len(x) == 0 or not self._takes_parts(x, x[0].numel()):
             return False
         attn: Any = self.attn
-        if not is_plain(attn, SoftmaxFreeAttention.forward) or "attend" in vars(attn):
+        if type(attn) is not SoftmaxFreeAttention or not attn.by_content:
             return False
-        return type(attn).attend is SoftmaxFreeAttention.attend and attn.by_content
+        changed = {"attend", "operate"} & vars(attn).keys()
+        return not changed and is_plain(attn, SoftmaxFreeAttention.forward)
 
     def _complete(self, attention: Callable[..., Tensor], x: Tensor, *tokens: Tensor) -> Tensor:
         return self._after_attention(x, attention(*tokens))

@@ -1,23 +1,15 @@
 """Linear layers with the activation that follows, as one operator of oneDNN."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .library import autocast_dtype
-from .mode import transformed
+from .mode import is_ordinary, transformed
 
 _fused: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # where torch has oneDNN
-
-if _fused is not None:  # as torch has it of other products
-
-    @register_flop_formula(_fused)
-    def _flops(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * math.prod(x) * weight[0]
+FEW_TOKENS = 128  # for which casting the weights takes longer than the rest
 
 
 def fused_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
@@ -29,13 +21,15 @@ def fused_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
     if _fused is None or not torch.backends.mkldnn.enabled or x.numel() == 0 or transformed():
         return None
     present = [t for t in parameters if t is not None]
-    if not all(t.layout == torch.strided and t.is_contiguous() for t in present):
+    if not is_ordinary(x, *present) or not all(t.is_contiguous() for t in present):
         return None
     if any(t.device.type != "cpu" for t in present):
         return None
     dtypes = {t.dtype for t in (x, *present)}
     dtype = autocast_dtype("cpu")
     if dtype is not None and dtypes <= {dtype, torch.float32}:
+        if x.numel() < FEW_TOKENS * x.shape[-1]:
+            return None
         dtypes = {dtype}
     if dtypes == {torch.float32}:
         return torch.float32

@@ -97,3 +97,9 @@ def cpu_shortcut(x: Tensor, *, backward: bool = False) -> bool:
     if torch.is_grad_enabled() and not backward:
         return False
     return not traced(x) and x.device.type == "cpu"
+
+
+def is_ordinary(*tensors: Tensor) -> bool:
+    """Whether tensors and parameters are dense and no subclasses, which may compute differently."""
+    kinds = (Tensor, torch.nn.Parameter)
+    return all(type(t) in kinds and t.layout == torch.strided for t in tensors)

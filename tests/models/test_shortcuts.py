@@ -11,8 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmsoft.models import attention as attention_module
 from mmsoft.models.attention import SoftmaxFreeAttention
-from mmsoft.models.layers import ConvNormAct, Mlp, SOFTBlock, Stem, TanhGELU, as_image
-from mmsoft.ops import landmark_candidates, softmax_free_attention
+from mmsoft.models.layers import ConvNormAct, Mlp, SOFTBlock, TanhGELU, as_image, stem
+from mmsoft.ops import landmark_attention, landmark_candidates, softmax_free_attention
 
 
 class Module(nn.Module):
@@ -37,9 +37,16 @@ def block():
 
 
 def banded_stem():
-    stem = Stem(3, 8, dict(type="BN"))
-    stem.band_elements = 100
-    return stem
+    banded = stem(3, 8, dict(type="BN"))
+    banded.band_elements = 100
+    return banded
+
+
+def by_content():
+    layer = SoftmaxFreeAttention(16, 2, 2, 3, normalize=True, landmarks="content", max_landmarks=3)
+    block = SOFTBlock(16, layer, 0.0, 0.0)
+    block.part_elements = 100
+    return block
 
 
 # What computes, with which module; shape of x, where the shortcut is taken, and the operation that
@@ -62,6 +69,13 @@ SHORTCUTS = {
     "sum in place": (lambda m, x: m(x, (5, 6)), attention, TOKENS, EVALUATION, "add_", True),
     "scaled product": (
         lambda m, x: torch.cat(m.queries_and_values(x)), attention, TOKENS, EAGER, "mul", False,
+    ),
+    "attention by part": (
+        lambda m, x: m(x, (5, 6)), by_content, TOKENS, EVALUATION, "split", True,
+    ),
+    "no clamped copy": (
+        lambda m, x: landmark_attention(*(t.transpose(1, 2) for t in (x, x, x[:, :3]))),
+        lambda: None, (1, 30, 2, 8), CPU, "clamp", False,
     ),
     "fused linear": (
         lambda m, x: m(x), lambda: Mlp(16, TanhGELU(), 0.1),
@@ -215,7 +229,11 @@ def test_tokens_read_landmarks_by_part(monkeypatch, batch, autocast):
         layer.use_landmarks("released")
         block.eval()(x, (5, 6))
         layer.use_landmarks("content")
-        layer.attend = layer.attend  # as who changes it does
+        for method in ("attend", "operate"):  # as who changes them does
+            setattr(layer, method, getattr(layer, method))
+            block(x, (5, 6))
+            delattr(layer, method)
+        layer.__class__ = type("Other", (SoftmaxFreeAttention,), {})
         block(x, (5, 6))
     assert len(sizes) == 4 * batch
     assert out.dtype == whole.dtype
@@ -228,22 +246,53 @@ def test_tokens_read_landmarks_by_part(monkeypatch, batch, autocast):
 @pytest.mark.parametrize("elements", [1, 700])  # bands of one row, and of several
 def test_bands_join(size, elements):
     torch.manual_seed(0)
-    stem = Stem(3, 8, dict(type="BN")).eval()
-    for layer in stem:
+    module = stem(3, 8, dict(type="BN")).eval()
+    for layer in module:
         nn.init.uniform_(layer.norm.running_mean)
         nn.init.uniform_(layer.norm.running_var, 0.5, 2)
         nn.init.uniform_(layer.norm.bias)
     x = torch.randn(2, 3, *size).to(memory_format=torch.channels_last)
-    whole = stem(x)
-    stem.band_elements = elements
+    whole = module(x)
+    module.band_elements = elements
     with Calls() as calls:
-        out = stem(x)
+        out = module(x)
     assert "constant_pad_nd" in calls.names
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_band_is_of_one_sample():
+    """However many there are: a band of all would be a row or less."""
+    module = stem(3, 8, dict(type="BN")).eval()
+    module.band_elements = 32 * 20 * 20
+    x, sizes = torch.randn(7, 3, 40, 40), []
+    relu = nn.ReLU.forward
+    with pytest.MonkeyPatch.context() as patch:
+
+        def noted(self, x):
+            sizes.append(tuple(x.shape[:3]))
+            return relu(self, x)
+
+        noted_layer = module[2].act
+        patch.setattr(type(noted_layer), "forward", noted)
+        whole = torch.cat([module(sample[None]) for sample in x])
+        sizes.clear()
+        out = module(x)
+    assert sizes == 7 * [(1, 32, 20), (1, 32, 20), (1, 8, 10)]
+    torch.testing.assert_close(out, whole)
+    with torch.device("meta"):
+        assert module(x).device.type == "cpu"
+    assert len(module[:2]) == 2
+
+
 CHANGES = {  # of the stem's second layer
+    "groups": lambda layer: setattr(layer, "conv", nn.Conv2d(32, 32, 3, padding=1, groups=2)),
+    "kernel": lambda layer: setattr(layer, "conv", nn.Conv2d(32, 32, 5, padding=1)),
+    "strides": lambda layer: setattr(layer, "conv", nn.Conv2d(32, 32, 3, (1, 2), padding=1)),
+    "other activation": lambda layer: setattr(
+        layer, "act", nn.Sequential(nn.ReLU(), nn.InstanceNorm2d(32))
+    ),
     "dilation": lambda layer: setattr(layer.conv, "dilation", (2, 2)),
     "padding": lambda layer: setattr(layer.conv, "padding", (0, 0)),
     "padding_mode": lambda layer: setattr(layer.conv, "padding_mode", "circular"),
@@ -256,20 +305,23 @@ CHANGES = {  # of the stem's second layer
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_bands_of_other_convolutions(change):
-    stem = banded_stem().eval()
-    CHANGES[change](stem[1])
+    module = banded_stem().eval()
+    CHANGES[change](module[1])
     with Calls() as calls:
-        stem(torch.randn(1, 3, 40, 40))
+        module(torch.randn(1, 3, 40, 40))
     assert "constant_pad_nd" not in calls.names
 
 
 def test_every_shortcut_is_here(root):
     sources = (path for path in (root / "mmsoft").rglob("*.py") if path.name != "mode.py")
     texts = [path.read_text() for path in sources]
-    asking = [re.findall(r"\b(?:cpu_shortcut|traced)\(", text) for text in texts]
-    # The warning of many landmarks, the gradients of those that are idle, and the two forms of the
-    # choice inside its operator, which tests/ops/test_choice.py compares.
-    others = 3
-    assert sum(map(len, asking)) == len(SHORTCUTS) + others
+    asks = r"\b(?:cpu_shortcut|traced|may_decide)\("
+    asking = [re.findall(asks, text) for text in texts]
+    # The warning of many landmarks, the gradients of those that are idle, of the choice inside its
+    # operator, which tests/ops/test_choice.py compares, the two forms and when it stops, and of
+    # sequences whether there is padding and whether tokens are known.
+    others = 6
+    twice = 1  # tokens by part, with and without what they read from landmarks
+    assert sum(map(len, asking)) == len(SHORTCUTS) - twice + others
     # by another condition
     assert not [text for text in texts if re.search(r"is_compiling|is_dynamo|\.is_cpu", text)]

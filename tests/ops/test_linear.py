@@ -9,6 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmsoft.models.layers import Mlp, TanhGELU
 from mmsoft.ops.linear import fused_dtype, fused_linear
 
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN"),
+    # what torch says of its own settings
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
+]
+
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
     out = F.linear(x, weight, bias)
@@ -38,17 +44,14 @@ def test_float64_is_its_definition(shape, dtype, size, with_bias, gelu):
     assert error <= max(1.5 * (plain(x, weight, bias, gelu).double() - truth).norm(), floor)
 
 
-@pytest.mark.parametrize("value", [1e30, -1e30, 3e38, float("nan")])
+@pytest.mark.parametrize("width", [1, 64])
+@pytest.mark.parametrize("value", [1e30, -1e30, 1e38, -1e38, float("nan")])
 @pytest.mark.parametrize("gelu", [None, "none", "tanh"])
-def test_large_numbers(gelu, value):
-    """Also where torch's own exact GELU overflows."""
-    x, weight = torch.tensor([[value], [1.0]]), torch.ones(1, 1)
+def test_large_numbers(gelu, value, width):
+    x, weight = torch.tensor([[value], [1.0]]), torch.ones(width, 1)
     expected = plain(x.double(), weight.double(), None, gelu).float()
     torch.testing.assert_close(fused_linear(x, weight, None, gelu), expected, equal_nan=True)
 
-
-# What torch says of its own settings.
-pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 
 X, WEIGHT, BIAS = torch.randn(5, 8), torch.randn(4, 8), torch.randn(4)
 REFUSED = {
@@ -74,41 +77,97 @@ def test_refused_by_settings():
     with torch.autocast("cpu", torch.float16):
         assert fused_dtype(X, WEIGHT, BIAS) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused_dtype(X, WEIGHT, BIAS) == torch.bfloat16
-        assert fused_dtype(X.bfloat16(), WEIGHT, None) == torch.bfloat16
+        many = X.repeat(30, 1)
+        assert fused_dtype(many, WEIGHT, BIAS) == torch.bfloat16
+        assert fused_dtype(many.bfloat16(), WEIGHT, None) == torch.bfloat16
         assert fused_dtype(X.double(), WEIGHT, None) is None
     found = []
     torch.func.vmap(lambda x: found.append(fused_dtype(x, WEIGHT, BIAS)) or x)(X)
     assert found == [None]
 
 
-def evaluate(module: nn.Module, x: Tensor, fused: bool) -> tuple[Tensor, int]:
-    """The result, and how many multiply-adds torch counts, twice."""
-    onednn = torch.backends.mkldnn.flags(enabled=fused)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), onednn:
-        out = module(x)
-    return out, counter.get_total_flops()
+class Wrapped(Tensor):
+    """As quantized weights are: a subclass that computes by itself."""
+
+
+def test_subclasses_compute_by_themselves():
+    assert fused_dtype(X.as_subclass(Wrapped), WEIGHT, BIAS) is None
+    assert fused_dtype(X, nn.Parameter(WEIGHT.as_subclass(Wrapped)), BIAS) is None
+    assert fused_dtype(X, nn.Parameter(WEIGHT), nn.Parameter(BIAS)) == torch.float32
+
+
+def calls(monkeypatch) -> list[str | None]:
+    """The activations of the calls that follow."""
+    found: list[str | None] = []
+
+    def noted(x, weight, bias, gelu=None, **options):
+        found.append(gelu)
+        return fused_linear(x, weight, bias, gelu, **options)
+
+    monkeypatch.setattr("mmsoft.models.layers.fused_linear", noted)
+    return found
 
 
 @pytest.mark.parametrize("act", [TanhGELU, nn.GELU])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_mlp(act, autocast):
-    """The same result, dtype, and FLOPs with and without."""
+def test_mlp(monkeypatch, act, autocast):
+    """The same result and dtype with and without."""
     torch.manual_seed(0)
-    mlp, x = Mlp(16, act(), 0.5, 40).eval(), torch.randn(2, 30, 16)
+    mlp, x = Mlp(16, act(), 0.5, 40).eval(), torch.randn(2, 80, 16)
+    found = calls(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        (ours, flops), (expected, expected_flops) = (evaluate(mlp, x, f) for f in (True, False))
-    assert flops == expected_flops == 2 * 2 * 60 * 16 * 40
+        with torch.no_grad():
+            ours = mlp(x)
+        assert found == [act().approximate, None]
+        expected = mlp(x)
+    assert len(found) == 2
     tolerance = dict(rtol=2e-2, atol=2e-2) if autocast else dict(rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours, expected, **tolerance)
+    torch.testing.assert_close(ours, expected.detach(), **tolerance)
 
 
-def test_dropout_asked_for_in_evaluation():
-    """As Monte Carlo dropout does: between the two layers and after them."""
-    mlp = Mlp(16, TanhGELU(), 0.5).eval()
-    for module in mlp.modules():
-        module.train(isinstance(module, nn.Dropout))
-    x = torch.randn(2, 30, 16)
-    with torch.no_grad():
-        assert (mlp(x) == 0).any()
-        assert not torch.equal(mlp[2](torch.ones(100)), torch.ones(100))
+OTHER_MLPS = {
+    "hooked layer": lambda mlp: mlp[3].register_forward_hook(lambda *args: None),
+    "other activation": lambda mlp: mlp.__setitem__(1, nn.ReLU()),
+    "spectral norm": lambda mlp: nn.utils.parametrizations.spectral_norm(mlp[0]),
+    "one layer more": lambda mlp: mlp.append(nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MLPS)
+@torch.no_grad()
+def test_other_mlps(monkeypatch, name):
+    mlp = Mlp(16, TanhGELU(), 0.0)
+    OTHER_MLPS[name](mlp)
+    found = calls(monkeypatch)
+    assert mlp(torch.randn(2, 30, 16)).shape == (2, 30, 16)
+    assert not found
+
+
+@torch.no_grad()
+def test_few_tokens_do_not_cast_weights(monkeypatch):
+    mlp, found = Mlp(16, TanhGELU(), 0.0).eval(), calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mlp(torch.randn(1, 49, 16))
+        assert not found
+        mlp(torch.randn(4, 49, 16))
+    assert len(found) == 2
+
+
+@torch.no_grad()
+def test_flops_are_counted():
+    """By torch, which hooks modules."""
+    with FlopCounterMode(display=False) as counter:
+        Mlp(16, TanhGELU(), 0.0, 40).eval()(torch.randn(2, 30, 16))
+    assert counter.get_total_flops() == 2 * 2 * 60 * 16 * 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [2, 4])
+def test_dropout_asked_for_in_evaluation(monkeypatch, layer):
+    """As Monte Carlo dropout does: between the two layers, or after them."""
+    mlp, found = Mlp(16, TanhGELU(), 1.0).eval(), calls(monkeypatch)
+    mlp[layer].train()
+    out = mlp(torch.randn(2, 30, 16))
+    expected = mlp[3].bias if layer == 2 else torch.zeros(16)
+    torch.testing.assert_close(out, expected.expand(2, 30, 16))
+    assert len(found) == 2

@@ -16,7 +16,7 @@ from mmsoft.ops.library import autocast_enabled
 from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention
-from ..layers import ConvNormAct, SOFTBlock, SoftmaxBlock, Stage, Stem, as_image
+from ..layers import ConvNormAct, SOFTBlock, SoftmaxBlock, Stage, as_image, stem
 from .arch import (
     STAGES,
     check_choice,
@@ -165,7 +165,7 @@ class SOFT(Backbone):
                 for rate in drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
             ]
             if i == 0:
-                patch_embed: nn.Module = Stem(in_channels, dims[0], norm_cfg)
+                patch_embed: nn.Module = stem(in_channels, dims[0], norm_cfg)
             else:
                 patch_embed = nn.Sequential(ConvNormAct(dims[i - 1], dims[i], 2, norm_cfg))
             self.stages.append(
