@@ -74,7 +74,9 @@ SHORTCUTS = {
         lambda m, x: m(x, (5, 6)), by_content, TOKENS, EVALUATION, "split", True,
     ),
     "no clamped copy": (
-        lambda m, x: landmark_attention(*(t.transpose(1, 2) for t in (x, x, x[:, :3]))),
+        lambda m, x: landmark_attention(
+            *(t.transpose(1, 2) for t in (x, x, x[:, :3]))
+        ).contiguous(),
         lambda: None, (1, 30, 2, 8), CPU, "clamp", False,
     ),
     "fused linear": (
