@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode
 
 from .library import autocast_dtype
 from .mode import is_ordinary, transformed
@@ -20,6 +22,8 @@ def fused_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
     """
     if _fused is None or not torch.backends.mkldnn.enabled or x.numel() == 0 or transformed():
         return None
+    if any(isinstance(mode, FlopCounterMode) for mode in _get_current_dispatch_mode_stack()):
+        return None  # which does not know the operator
     present = [t for t in parameters if t is not None]
     if not is_ordinary(x, *present) or not all(t.is_contiguous() for t in present):
         return None

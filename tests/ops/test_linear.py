@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from operators import before_torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,8 +75,9 @@ def test_refused_by_settings():
     assert fused_dtype(X, WEIGHT, BIAS) == torch.float32
     with torch.backends.mkldnn.flags(enabled=False):
         assert fused_dtype(X, WEIGHT, BIAS) is None
-    with torch.autocast("cpu", torch.float16):
-        assert fused_dtype(X, WEIGHT, BIAS) is None
+    if not before_torch("2.3"):
+        with torch.autocast("cpu", torch.float16):
+            assert fused_dtype(X, WEIGHT, BIAS) is None
     with torch.autocast("cpu", torch.bfloat16):
         many = X.repeat(30, 1)
         assert fused_dtype(many, WEIGHT, BIAS) == torch.bfloat16
@@ -155,7 +157,7 @@ def test_few_tokens_do_not_cast_weights(monkeypatch):
 
 @torch.no_grad()
 def test_flops_are_counted():
-    """By torch, which hooks modules."""
+    """By torch, which does not know the fused operator."""
     with FlopCounterMode(display=False) as counter:
         Mlp(16, TanhGELU(), 0.0, 40).eval()(torch.randn(2, 30, 16))
     assert counter.get_total_flops() == 2 * 2 * 60 * 16 * 40
