@@ -86,6 +86,7 @@ def test_clusters_have_one_landmark_each():
 
 
 def test_lapack_refuses_what_it_is_not_for(monkeypatch):
+    pytest.importorskip("scipy")
     candidates = normal(1, 1, choice.FEW + 1, 4)
     with use_backend("lapack"):
         choose_landmarks(candidates[:, :, 1:], 3)
