@@ -270,15 +270,16 @@ class _Block(nn.Module):
         A hook sees all tokens at once.
         """
         x = tokens[0]
-        if not self._takes_parts(x, x.numel()):
+        if not self._takes_parts(x):
             return function(*tokens)
         out = self._by_part([function], *(t.flatten(0, 1)[None] for t in tokens))
         return out.view(*x.shape[:2], -1)
 
-    def _takes_parts(self, x: Tensor, elements: int) -> bool:
-        if self.training or not cpu_shortcut(x) or elements <= self.part_elements:
+    def _takes_parts(self, x: Tensor, of_samples: bool = False) -> bool:
+        if self.training or not cpu_shortcut(x):  # before any size is looked at: it may be traced
             return False
-        return not any(map(is_hooked, self.modules()))
+        elements = x.numel() // max(len(x), 1) if of_samples else x.numel()
+        return elements > self.part_elements and not any(map(is_hooked, self.modules()))
 
     def _by_part(self, functions: list[Callable[..., Tensor]], *tokens: Tensor) -> Tensor:
         """The function of each sample, of a part of its tokens at a time."""
@@ -318,7 +319,7 @@ class SOFTBlock(_Block):
 
     def _attends_by_part(self, x: Tensor) -> bool:
         """Whether what the tokens read from landmarks, too, never exists as a whole."""
-        if len(x) == 0 or not self._takes_parts(x, x[0].numel()):
+        if not self._takes_parts(x, of_samples=True):
             return False
         attn: Any = self.attn
         if type(attn) is not SoftmaxFreeAttention or not attn.by_content:
