@@ -17,15 +17,13 @@ def autocast_enabled(device: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of autocast on a type of device, ``None`` if it is not at work."""
-    if not autocast_enabled(device):
+def cpu_autocast_dtype() -> torch.dtype | None:
+    """The dtype of autocast on a CPU, ``None`` if it is not at work."""
+    if not autocast_enabled("cpu"):
         return None
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(device)
-    if device == "cpu":
-        return torch.get_autocast_cpu_dtype()
-    return torch.get_autocast_gpu_dtype()
+    if HAS_CUSTOM_OPERATORS:
+        return torch.get_autocast_dtype("cpu")
+    return torch.get_autocast_cpu_dtype()
 
 
 def has_fp32_precision() -> bool:
