@@ -43,5 +43,5 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
             ax.set_xlabel("iteration")
             ax.set_ylabel(axis)
             ax.grid(alpha=0.3)
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    panels[0][-1].legend(framealpha=0.9, fontsize=8)  # curves may pass behind it
     return figure
