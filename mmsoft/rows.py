@@ -74,6 +74,7 @@ def measure_row(
     timed: bool = True,
     changes: Iterable[str] = (),
     training: Iterable[str] = (),
+    testing: Iterable[str] = (),
     packages: Iterable[str] = (),
     extra: Callable[[list[Row]], Row] = lambda scalars: {},
 ) -> Path:
@@ -90,6 +91,7 @@ def measure_row(
         timed: False where other work shares the machine: the row has no times.
         changes: ``--cfg-options`` of ``mim train`` and ``mim test``.
         training: more of them, of ``mim train`` alone.
+        testing: other arguments of ``mim test``.
         packages: whose versions belong to the row.
         extra: what else belongs to it, from the entries of the training's log.
 
@@ -115,7 +117,7 @@ def measure_row(
         work_dir.absolute(),
         Path.cwd(),
         training=["--cfg-options", *changes, *training],
-        testing=["--cfg-options", *changes] if changes else [],
+        testing=[*testing, *(["--cfg-options", *changes] if changes else [])],
     )
     scalars = read_scalars(work_dir)
     seconds, total = timings(scalars, iterations)

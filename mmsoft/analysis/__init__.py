@@ -1,10 +1,11 @@
-"""Inputs, attention rows and spectra of the attention layers of a model, from its images.
+"""Inputs, attention rows and spectra of a model's attention layers; where a detector goes wrong.
 
 Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from them.
 """
 
 from .capture import BlockState, KeptRows, attention_blocks, capture, choose_block
 from .inference import ModelImage, capture_image, load_image, load_model
+from .precision import average_precisions, by_side
 from .rows import (
     attention_rows,
     landmark_rows,
@@ -23,6 +24,8 @@ __all__ = [
     "attention_blocks",
     "attention_rows",
     "attention_usage",
+    "average_precisions",
+    "by_side",
     "capture",
     "capture_image",
     "choose_block",

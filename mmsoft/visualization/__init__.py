@@ -6,7 +6,7 @@ from .convergence import draw_convergence
 from .landmarks import draw_landmarks
 from .learning import draw_learning
 from .memory import draw_memory
-from .predictions import draw_predictions
+from .predictions import draw_comparison, draw_predictions
 from .spectrum import draw_spectrum
 from .style import save_figure
 from .tradeoff import draw_tradeoff
@@ -14,6 +14,7 @@ from .tradeoff import draw_tradeoff
 __all__ = [
     "draw_attention",
     "draw_budgets",
+    "draw_comparison",
     "draw_convergence",
     "draw_landmarks",
     "draw_learning",

@@ -130,7 +130,9 @@ def step(library, path):
 
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     updated = [p for group in wrapper.optimizer.param_groups for p in group["params"]]
-    if sorted(map(id, updated)) != sorted(map(id, model.parameters())):
+    # With paramwise_cfg, MMEngine leaves out those that are frozen.
+    wanted = (trained.values(), model.parameters())
+    if sorted(map(id, updated)) not in [sorted(map(id, parameters)) for parameters in wanted]:
         problems.append("the optimizer does not have every parameter once")
 
     model.eval()
@@ -176,7 +178,7 @@ def build(library, path):
         model = MODELS.build(config.model)
     groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-    settings = {name: settings[id(p)] for name, p in model.named_parameters()}
+    settings = {name: settings[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     norms = [
         f"{name}.{parameter}"
         for name, module in model.named_modules()

@@ -38,7 +38,9 @@ def tool():
 
 
 def test_the_page_is_current(tool):
-    text = tool.render(tool.read(tool.ROWS), tool.read_times(tool.TIMES))
+    text = tool.render(
+        tool.read(tool.ROWS), tool.read_times(tool.TIMES), tool.read_budgets(tool.BUDGETS)
+    )
     assert tool.PAGE.read_text() == text, "run real_data.py table"
 
 
@@ -249,7 +251,15 @@ def run_row(run_outside, tmp_path, config, iterations):
 @pytest.mark.long
 def test_a_row_from_drawn_images(tool, drawn, run_outside, name):
     found = run_row(run_outside, drawn, MINI[name], 2)
-    assert set(found) == {*tool.FIELDS, "loss"}
+    detects = name != "upernet"
+    assert set(found) == {*tool.FIELDS, "loss", *["where"][:detects]}
+    if detects:
+        parts = ["RBC", "WBC", "Platelets"] if name == "retinanet" else ["0 to 340", "340 to 700"]
+        assert list(found["where"])[: len(parts) + 1] == ["all", *parts]
+    sheet = ["draw", "work", "--number", 1, "--out", "sheet.png"]
+    done = run_outside(ROOT / "tools/dev/real_data.py", *sheet)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (drawn / "sheet.png").stat().st_size > 10_000
     assert found["iterations"] == 2
     assert found["seed"] == 1
     assert found["parameters"] > 8e5

@@ -9,9 +9,11 @@ import pytest
 from mmsoft.visualization import (
     draw_attention,
     draw_budgets,
+    draw_comparison,
     draw_convergence,
     draw_landmarks,
     draw_memory,
+    draw_predictions,
     draw_spectrum,
     draw_tradeoff,
     save_figure,
@@ -192,3 +194,55 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         memory()
+
+
+def found(kind):
+    """Two objects, the second in the right half."""
+    masks = np.zeros((2, *PICTURE.shape[:2]), bool)
+    masks[0, :10, :10] = masks[1, 40:, 60:] = True
+    names = ("zero", "one")
+    return {
+        "boxes": dict(boxes=[(0, 0, 9, 9), (60, 40, 79, 59)], labels=[0, 1], scores=[0.9, 0.5]),
+        "instances": dict(masks=masks),
+        "classes": dict(map=masks[1].astype(int)),
+        "scores": dict(labels=[1, 0], scores=[0.7, 0.3]),
+    }[kind] | dict(kind=kind, names=names)
+
+
+@pytest.mark.parametrize("kind", ["boxes", "instances", "classes", "scores"])
+def test_predictions_are_painted_where_they_are(kind):
+    """The panel of the truth differs from the empty one at the objects alone."""
+    figure = draw_predictions(PICTURE, found(kind))
+    words = " ".join(
+        text.get_text() for text in figure.findobj(match=lambda o: hasattr(o, "get_text"))
+    )
+    assert ("one 0.50" in words) == (kind == "boxes")
+    assert ("one 0.70" in words) == (kind == "scores")
+    assert ("one" in words) == (kind != "instances")
+    (shown,) = figure.axes[0].images[-1:]
+    painted = np.asarray(shown.get_array(), float)[..., :3].sum(-1) > 0
+    expected = {
+        "instances": [True, True, False],
+        "classes": [True, True, True],  # every pixel has a class
+    }.get(kind, [False] * 3)
+    assert [bool(painted[y, x]) for y, x in ((5, 5), (50, 70), (30, 30))] == expected
+
+
+def test_comparisons_have_a_row_for_each_image():
+    wide = np.zeros((30, 90, 3), np.uint8)
+    boxes = found("boxes")
+    rows = [
+        (PICTURE, dict(truth=boxes, ours=boxes), "first"),
+        (wide, dict(truth=boxes, ours=boxes), ""),
+    ]
+    figure = draw_comparison(rows)
+    assert len(figure.axes) == 6
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["image", "truth", "ours"]
+    assert [len(axes.lines) for axes in figure.axes[1:3]] == [2, 2]
+    assert figure.axes[0].get_xlabel() == "first"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["zero", "one"]
+    assert not draw_comparison([(PICTURE, dict(a=found("instances")), "")]).legends
+    for wrong in ([], [rows[0], (wide, dict(truth=boxes), "")]):
+        with pytest.raises(ValueError, match="all of the same columns"):
+            draw_comparison(wrong)

@@ -8,33 +8,39 @@ For each data root, of the layout that the config tests on, and each solver: the
 measures (mIoU, AP), beside the number of landmarks that the first images had in the head with most
 of them. `--blocks` prints the relative error of each block's attention term instead: that of a
 budget against all landmarks and Newton's iteration, on the first test images, with the inputs that
-all landmarks give. `--by-size 300 600` tests images
-of less than 300 x 300 pixels, of less than 600 x 600 and the others apart, where annotations are
-COCO's. `--json` collects the rows of several models, for the figure of docs/method.md
-(`make figures`).
+all landmarks give. `--by-size 300 600` adds AP on images
+of less than 300 x 300 pixels, of less than 600 x 600 and the others, where annotations are COCO's;
+it counts all detections of an image, COCO's mAP the best 100. `--json` collects the rows of several
+models, for the figure of docs/method.md (`make figures`).
 
 The solver matters for released landmarks alone: those by content need none.
 """
 
-import copy
+import io
 import json
-import math
 import sys
 import tempfile
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine import load
 from mmengine.config import Config
 from mmengine.runner import Runner
+from pycocotools.coco import COCO
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from mmsoft.analysis import BlockState, attention_blocks, capture
+from mmsoft.analysis import (
+    BlockState,
+    attention_blocks,
+    average_precisions,
+    by_side,
+    capture,
+)
 from mmsoft.builder import config_parser, read_config, tool_main
 from mmsoft.fileio import write_whole
 
@@ -88,10 +94,20 @@ def loaded(config: Config) -> Iterator[Runner]:
         yield runner
 
 
-def test(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]) -> list[dict]:
-    """The rows of one data root, each a stock test."""
+def test(
+    config: Config,
+    budgets: Sequence[int | None],
+    solvers: Sequence[str],
+    sides: Sequence[float] | None,
+) -> list[dict]:
+    """The rows of one data root, each a stock test; with ``sides`` one for each size of images."""
     rows = []
-    with loaded(config) as runner:
+    with tempfile.TemporaryDirectory() as folder, loaded(config) as runner:
+        kept = Path(folder, "predictions.pkl")
+        if sides:
+            from mmdet.evaluation import DumpDetResults
+
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(kept)))
         first = next(iter(runner.test_dataloader))
         by_content = any(layer.by_content for layer in attention_blocks(runner.model).values())
         about = dict(
@@ -102,10 +118,25 @@ def test(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]) 
         for setting in settings(runner.model, budgets, solvers):
             measured = runner.test()
             found = {name: float(measured[name]) for name in MEASURES if name in measured}
-            rows.append(
-                about | setting | dict(landmarks=most_landmarks(runner.model, first)) | found
-            )
+            row = about | setting | dict(landmarks=most_landmarks(runner.model, first)) | found
+            rows.append(row | (of_sizes(runner, kept, sides) if sides else {}))
     return rows
+
+
+def of_sizes(runner: Runner, predictions: Path, sides: Sequence[float]) -> dict[str, Any]:
+    """AP of the images between two sides each, square roots of numbers of pixels."""
+    dataset = runner.test_dataloader.dataset
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(dataset.ann_file)
+    classes = dataset.metainfo["classes"]
+    parts = average_precisions(truth, load(predictions), classes, by_side(sides))
+    return {
+        f"{kind} {side}": part[kind]
+        for side, part in parts.items()
+        if side not in ("all", *classes)
+        for kind in ("bbox", "segm")
+        if kind in part
+    }
 
 
 @torch.no_grad()
@@ -135,22 +166,6 @@ def blocks(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]
     return rows
 
 
-def of_sizes(config: Config, edges: Sequence[int], folder: Path) -> Iterator[tuple[str, Config]]:
-    """The config on the images between two edges each, square roots of numbers of pixels."""
-    whole = json.loads(Path(config.test_evaluator.ann_file).read_text())
-    for low, high in pairwise((0, *edges, math.inf)):
-        images = [i for i in whole["images"] if low**2 <= i["height"] * i["width"] < high**2]
-        kept = {image["id"] for image in images}
-        boxes = [a for a in whole["annotations"] if a["image_id"] in kept]
-        if not boxes:
-            continue
-        path = (folder / f"{low}.json").absolute()
-        path.write_text(json.dumps(whole | dict(images=images, annotations=boxes)))
-        part = copy.deepcopy(config)
-        part.test_dataloader.dataset.ann_file = part.test_evaluator.ann_file = str(path)
-        yield f"{low} to {high}, {len(images)} images", part
-
-
 @tool_main
 def main() -> None:
     """Run the command line."""
@@ -177,15 +192,13 @@ def main() -> None:
             if "ann_file" in config.test_evaluator:
                 name = config.test_evaluator.ann_file
                 config.test_evaluator.ann_file = name.replace(former.rstrip("/"), root.rstrip("/"))
-        measure = blocks if args.blocks else test
         data = {} if root is None else {"data": root}
-        with tempfile.TemporaryDirectory() as folder:
-            parts: Iterable[tuple[str, Config]] = [("", config)]
-            if args.by_size:
-                parts = of_sizes(config, args.by_size, Path(folder))
-            for name, part in parts:
-                label = data | ({"images": name} if name else {})
-                rows += [label | row for row in measure(part, args.budgets, args.solvers)]
+        budgets, solvers = args.budgets, args.solvers
+        if args.blocks:
+            found = blocks(config, budgets, solvers)
+        else:
+            found = test(config, budgets, solvers, args.by_size)
+        rows += [data | row for row in found]
     print(tabulate(rows, "keys", "github", floatfmt=".3f"))
     if args.json:
         rows = (json.loads(args.json.read_text()) if args.json.exists() else []) + rows

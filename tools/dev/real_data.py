@@ -4,6 +4,8 @@ r"""Train and test a config on real images, and make docs/real_data.md from all 
         --seed 0 --work-dir work_dirs/upernet_softpp-mini_seed0
     python tools/dev/real_data.py time configs/nuclei/upernet_{softpp-mini,pvtv2-b0}_nuclei.py \
         --work-dir work_dirs/times
+    python tools/dev/real_data.py draw work_dirs/upernet_{softpp-mini,pvtv2-b0}_seed0 \
+        --out sheet.jpg
     python tools/dev/real_data.py table
 
 `run` calls `mim train` and `mim test` in the current folder, whose `data/` has the converted data,
@@ -11,20 +13,25 @@ and writes the row to `docs/real_data/CONFIG_seedN.json` when both have ended. W
 schedule is that much longer or shorter, warm-up excepted, and the name says so. `time` trains
 several configs for a few iterations in turns, on an otherwise idle machine, writes their seconds
 per iteration to `docs/real_data/times/`, which the table then has for all rows of these configs,
-and prints how many iterations of each take as long as the first one's schedule. `table --check`
-only compares.
+and prints how many iterations of each take as long as the first one's schedule. `draw` paints what
+runs found on test images beside what is there. `table --check` only compares.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import mmcv
 from mmengine.config import Config
 from tabulate import tabulate
 
@@ -44,6 +51,7 @@ from mmsoft.rows import (
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "real_data"
 TIMES = ROWS / "times"  # a file for each config
+BUDGETS = ROWS / "budgets/mask-rcnn_nuclei.json"
 FIGURE = ROWS / "learning.png"
 PAGE = ROOT / "docs" / "real_data.md"
 # Nothing of the validation images is seen before the test.
@@ -53,6 +61,8 @@ TASKS = {  # by folder and first word of a config's name, in the order of the pa
     ("nuclei", "upernet"): "Nuclei, UperNet",
     ("bccd", "retinanet"): "Blood cells, RetinaNet",
 }
+SCORE = 0.4  # detections below this score are not painted
+SIDES = (340, 700)  # edges between sizes of images, square roots of pixels
 METRICS = {  # of the tests: heading, and the scale to 0..1
     "coco/bbox_mAP": ("box AP", 1),
     "coco/segm_mAP": ("mask AP", 1),
@@ -60,6 +70,7 @@ METRICS = {  # of the tests: heading, and the scale to 0..1
 }
 BACKBONES = {
     "softpp-mini": "SOFT++ mini",
+    "softpp-mini-no-attention": "SOFT++ mini without its attention term",
     "softpp-t": "SOFT++ Tiny",
     "pvtv2-b0": "PVTv2-B0",
     "pvtv2-b1": "PVTv2-B1",
@@ -75,8 +86,16 @@ NAME = re.compile(r"(?P<model>mask-rcnn|upernet|retinanet)_(?P<backbone>[^_]+)_\
 
 def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path) -> Path:
     """Train and test one row; gives the file of its figures."""
+    config = Config.fromfile(path, import_custom_modules=False)
+    detects = config.default_scope == "mmdet"
+    predictions = work_dir.absolute() / ("predictions.pkl" if detects else "predictions")
+
+    def extra(scalars: Sequence[Row]) -> Row:
+        where = dict(where=where_it_is_right(config, predictions)) if detects else {}
+        return dict(loss=loss_curve(scalars), **where)
+
     return measure_row(
-        Config.fromfile(path, import_custom_modules=False),
+        config,
         path.stem,
         work_dir,
         out,
@@ -85,9 +104,24 @@ def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path
         iterations=iterations,
         timed=False,  # configs that are compared take turns, see `time_in_turns`
         training=NO_VALIDATION,
+        testing=["--out", str(predictions)],
         packages=PACKAGES,
-        extra=lambda scalars: dict(loss=loss_curve(scalars)),
+        extra=extra,
     )
+
+
+def where_it_is_right(config: Config, predictions: Path) -> Row:
+    """Average precision by size of the image or class, of all detections."""
+    from mmengine import load
+    from pycocotools.coco import COCO
+
+    from mmsoft.analysis import average_precisions, by_side
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(config.test_evaluator.ann_file)
+    classes = config.test_dataloader.dataset.metainfo.classes
+    parts = by_side(SIDES) if len(classes) == 1 else {}  # the photographs of cells are of one size
+    return average_precisions(truth, load(predictions), classes, parts)
 
 
 def loss_curve(scalars: Sequence[Row]) -> list[list[float]]:
@@ -137,6 +171,113 @@ def time_in_turns(
         print(f"{path.stem}: {median:.3f} s, {equal:.0f} iterations in the time of {paths[0].stem}")
 
 
+# ------------------------------------------------------------------------------------ the pictures
+
+
+@dataclass
+class Tested:
+    """An image that a run was tested on: what is there, what was found, and how well it agrees."""
+
+    path: Path
+    truth: dict[str, Any]
+    found: dict[str, Any]
+    score: float
+    about: str
+
+
+def tested(work_dir: Path) -> dict[str, Tested]:
+    """The images of a run, by name without suffix."""
+    config = Config.fromfile(
+        min(work_dir.glob("*/vis_data/config.py")), import_custom_modules=False
+    )
+    return dict((detected if config.default_scope == "mmdet" else segmented)(config, work_dir))
+
+
+def detected(config: Config, work_dir: Path) -> Iterator[tuple[str, Tested]]:
+    """Of a detector; an image's score is its AP, of masks where there are some."""
+    from mmengine import load
+    from pycocotools.coco import COCO
+    from pycocotools.mask import decode
+
+    from mmsoft.analysis import average_precisions
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(config.test_evaluator.ann_file)
+    dataset = config.test_dataloader.dataset
+    names = dataset.metainfo.classes
+    results = load(work_dir / "predictions.pkl")
+    numbers = {category["name"]: category["id"] for category in truth.dataset["categories"]}
+    labels = {numbers[name]: label for label, name in enumerate(names)}
+    parts = {str(i): (lambda image, i=i: image["id"] == i) for i in truth.imgs}
+    scores = average_precisions(truth, results, names, parts)
+    for result in results:
+        image, own = truth.imgs[result["img_id"]], truth.imgToAnns[result["img_id"]]
+        found = result["pred_instances"]
+        kept = [n for n, score in enumerate(found["scores"]) if score >= SCORE]
+        if "masks" in found:
+            there = dict(kind="instances", masks=[truth.annToMask(one) for one in own])
+            said = dict(kind="instances", masks=[decode(found["masks"][n]) for n in kept])
+        else:
+            corners = [(x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in own)]
+            there = dict(boxes=corners, labels=[labels[one["category_id"]] for one in own])
+            said = dict(boxes=found["bboxes"][kept], labels=found["labels"][kept])
+            there, said = (dict(kind="boxes", names=names, **part) for part in (there, said))
+        score = scores[str(image["id"])]
+        path = Path(dataset.data_root, dataset.data_prefix.img, image["file_name"])
+        about = f"{path.stem[:8]}, {image['width']}x{image['height']}, {len(own)} objects"
+        value = score.get("segm", score["bbox"]) or 0.0
+        yield path.stem, Tested(path, there, said, value, about)
+
+
+def segmented(config: Config, work_dir: Path) -> Iterator[tuple[str, Tested]]:
+    """Of a segmentor; an image's score is its IoU, mean over the classes in it."""
+    dataset = config.test_dataloader.dataset
+    names = dataset.metainfo.classes
+    root = Path(dataset.data_root)
+    for path in sorted((root / dataset.data_prefix.img_path).iterdir()):
+        maps = [
+            mmcv.imread(folder / f"{path.stem}.png", "grayscale")
+            for folder in (root / dataset.data_prefix.seg_map_path, work_dir / "predictions")
+        ]
+        there, said = maps
+        both = [((there == n) & (said == n)).sum() for n in range(len(names))]
+        either = [((there == n) | (said == n)).sum() for n in range(len(names))]
+        score = statistics.mean(float(b / e) for b, e in zip(both, either) if e)
+        truth, found = (dict(kind="classes", names=names, map=one) for one in maps)
+        about = f"{path.stem[:8]}, {there.shape[1]}x{there.shape[0]}"
+        yield path.stem, Tested(path, truth, found, score, about)
+
+
+def paint(work_dirs: Sequence[Path], number: int, names: Sequence[str], out: Path) -> None:
+    """Truth and predictions of runs on the same images, from the first run's best to its worst."""
+    from mmsoft.visualization import draw_comparison, save_figure
+
+    runs = {work_dir: tested(work_dir) for work_dir in work_dirs}
+    first = next(iter(runs.values()))
+    if unknown := [name for name in names if name not in first]:
+        raise ValueError(f"no image {unknown[0]} was tested in {work_dirs[0]}")
+    ranked = sorted(first, key=lambda name: -first[name].score)
+    steps = max(number - 1, 1)
+    chosen = names or [ranked[n * (len(ranked) - 1) // steps] for n in range(number)]
+    titles = [title_of(work_dir) for work_dir in work_dirs]
+    rows = []
+    for name in chosen:
+        images = [run[name] for run in runs.values()]
+        columns = {"truth": images[0].truth}
+        columns |= {title: image.found for title, image in zip(titles, images)}
+        scores = ", ".join(f"{image.score:.2f}" for image in images)
+        picture = mmcv.imread(images[0].path, channel_order="rgb")
+        rows.append((picture, columns, f"{images[0].about}: {scores}"))
+    save_figure(draw_comparison(rows), out)
+
+
+def title_of(work_dir: Path) -> str:
+    """The backbone of a run."""
+    (path,) = work_dir.glob("*.py")
+    match = NAME.match(path.stem)
+    return BACKBONES.get(match["backbone"] if match else "", path.stem)
+
+
 # ---------------------------------------------------------------------------------------- the page
 
 HEAD = """# Real images
@@ -162,6 +303,20 @@ EMPTY = "\nNothing has been measured yet.\n"
 SAME_TIME = """
 Other lengths of the same schedule, for about the same time instead of the same number of
 iterations, beside SOFT++ at its own length:
+"""
+WHERE = """
+Where they are right and where wrong: {measure} of all detections by {parts}, which for images with
+more than 100 objects is more than COCO's mAP above, which counts the best 100 of each image.
+
+"""
+ACROSS = """
+### Across sizes of images
+
+The Mask R-CNN with SOFT++ mini was trained on crops of 256x256; here its mask AP on whole images,
+by the square root of their numbers of pixels, with budgets of landmarks that it was not trained
+with (49 is the default, `all` the grid's). The last line is the same model trained without the
+attention term. `tools/analysis_tools/landmark_budgets.py --by-size {sides}` measured it.
+
 """
 
 
@@ -200,6 +355,11 @@ def read_times(folder: Path) -> dict[str, Row]:
     return {times["config"]: times for times in found}
 
 
+def read_budgets(path: Path) -> list[Row]:
+    """What `landmark_budgets.py` has written."""
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
 def cells(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
     """The table's line of the same config and length with several seeds."""
     first = rows[0]
@@ -236,7 +396,50 @@ def table(rows: Sequence[Row], key: Callable[[Row], Any], times: Mapping[str, Ro
     return tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
 
 
-def render(rows: Sequence[Row], times: Mapping[str, Row]) -> str:
+def where_table(rows: Sequence[Row]) -> str:
+    """Precision by part of the data, a line for each config; of masks where there are some."""
+    kind = "segm" if "segm" in rows[0]["where"]["all"] else "bbox"
+    parts = rows[0]["where"]
+    header = ["backbone", "seeds"]
+    header += [f"{n} ({of['images']} images, {of['objects']} objects)" for n, of in parts.items()]
+    body = []
+    rows = sorted(rows, key=lambda row: (row["parameters"], row["config"], row["seed"]))
+    for _, own in groupby(rows, lambda row: row["config"]):
+        group = list(own)
+        seeds = ", ".join(str(row["seed"]) for row in group)
+        values = [spread([row["where"][part][kind] for row in group], 3) for part in parts]
+        body.append([BACKBONES[backbone_of(group[0])], seeds, *values])
+    align = ["left"] + ["right"] * (len(header) - 1)
+    measure = dict(segm="mask AP", bbox="box AP")[kind]
+    by = "size of the image" if any(part.endswith("inf") for part in parts) else "class"
+    head = WHERE.format(measure=measure, parts=by)
+    return head + tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
+
+
+def across(rows: Sequence[Row], budgets: Sequence[Row]) -> str:
+    """Mask AP by size of the image and budget of landmarks."""
+    parts = [name for name in budgets[0] if name.startswith("segm ")]
+    lines: dict[str, list[Row]] = defaultdict(list)
+    for row in budgets:
+        lines[str(row["budget"])].append(row)
+    body = []
+    for most, group in lines.items():
+        had = max(row["landmarks"] for row in group)
+        values = [spread([row[part] for row in group], 3) for part in parts]
+        body.append([most, ", ".join(str(row["seed"]) for row in group), str(had), *values])
+    without = [row for row in rows if "no-attention" in row["config"] and "where" in row]
+    if without:
+        seeds = ", ".join(str(row["seed"]) for row in without)
+        names = [part.removeprefix("segm ") for part in parts]
+        values = [spread([row["where"][name]["segm"] for row in without], 3) for name in names]
+        body.append(["trained without attention", seeds, "-", *values])
+    header = ["landmarks at most", "seeds", "of the first image", *parts]
+    align = ["left"] + ["right"] * (len(header) - 1)
+    head = ACROSS.format(sides=" ".join(map(str, SIDES)))
+    return head + tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
+
+
+def render(rows: Sequence[Row], times: Mapping[str, Row], budgets: Sequence[Row] = ()) -> str:
     """The page."""
     text = HEAD + (conditions(rows) if rows else EMPTY)
     for task, title in TASKS.items():
@@ -251,6 +454,11 @@ def render(rows: Sequence[Row], times: Mapping[str, Row]) -> str:
             ours = [row for row in scheduled if "softpp" in row["config"]]
             others = [row for row in own if row["iterations"] != row["scheduled_iterations"]]
             text += SAME_TIME + "\n" + table(ours + others, lambda row: row["parameters"], times)
+        known = [row for row in scheduled if "where" in row]
+        if known:
+            text += where_table(known)
+        if budgets and task == ("nuclei", "mask-rcnn"):
+            text += across(scheduled, budgets)
     if any("loss" in row for row in rows):
         text += f"\n## Learning\n\n![Training loss of every run](real_data/{FIGURE.name})\n"
     return text
@@ -287,12 +495,20 @@ def main() -> None:
     turns.add_argument("--rounds", type=int, default=3)
     turns.add_argument("--iters", type=int, default=12, help="of each run, at least 3")
     turns.add_argument("--out", type=Path, default=TIMES, help="folder of the times")
+    sheet = commands.add_parser("draw", help="paint what runs found beside the truth")
+    sheet.add_argument("runs", type=Path, nargs="+", help="work dirs of one task's `run`s")
+    sheet.add_argument("--number", type=int, default=6, help="of images, best to worst")
+    sheet.add_argument("--image", nargs="+", default=[], help="these instead, without suffix")
+    sheet.add_argument("--out", type=Path, required=True)
     page = commands.add_parser("table", help="write docs/real_data.md")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     args = parser.parse_args()
     try:
-        if args.command != "table" and args.work_dir.exists():
+        if args.command in ("run", "time") and args.work_dir.exists():
             sys.exit(f"error: {args.work_dir} exists; name a new folder")
+        if args.command == "draw":
+            paint(args.runs, args.number, args.image, args.out)
+            return
         if args.command == "time":
             if args.iters < 3 or args.rounds < 1:
                 sys.exit("error: --iters must be at least 3 and --rounds at least 1")
@@ -302,7 +518,7 @@ def main() -> None:
             print(run(args.config, args.seed, args.work_dir, args.iters, args.out))
             return
         rows = read(ROWS)
-        text = render(rows, read_times(TIMES))
+        text = render(rows, read_times(TIMES), read_budgets(BUDGETS))
     except (CommandError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if args.check:
