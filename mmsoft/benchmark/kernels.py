@@ -6,17 +6,18 @@
 Prints a table and writes `kernels.json`, kept current after every case. The error is against the
 definition in float64: no time counts where it is larger than plain torch's allows. The roofline of
 a product is the larger of two times, of reading and writing every argument and result once, and of
-its products of three TF32 parts, at the measured speeds of a copy and of a TF32 matrix product.
+its products of three TF32 parts, at the measured speeds of a copy and of a TF32 matrix product. The
+error of a choice of landmarks is that of their Gram matrix's volume: any of equal ones will do.
 On a CPU there is no Triton, and the command only shows that it runs.
 """
 
 import argparse
 import datetime
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mmsoft.benchmark.__main__ import positive
 from mmsoft.benchmark.measure import ceilings, device_name, reason, seconds_of, versions
 from mmsoft.benchmark.report import write_json
 from mmsoft.ops import (
+    choose_landmarks,
     gaussian_kernel_product,
     newton_raphson_pinv,
     reference,
@@ -39,6 +41,7 @@ from mmsoft.ops import (
 
 BATCH, HEADS, DIMS = 2, 2, 32
 MATRICES = 20  # heads of a batch of two in stage 3
+CANDIDATES = (256, 1050)  # of landmarks: stage 1 of 512x512 and of 800x1344
 WAYS = ("triton", "eager", "compiled")
 TOLERANCE = {"forward": 2, "backward": 3}  # times the error of plain torch
 FLOOR = 1e-6
@@ -48,7 +51,7 @@ FLOOR = 1e-6
 class KernelCase:
     """One operation at one size."""
 
-    operation: str  # "spread", K w; "gather", K^T v; "newton"; "direct"
+    operation: str  # "spread", K w; "gather", K^T v; "newton"; "direct"; "choice", of tokens
     tokens: int  # 0 for the inverses
     landmarks: int
     mode: str  # "forward", or "backward" alone
@@ -69,7 +72,8 @@ def plan(tokens: list[int], landmarks: list[int]) -> list[KernelCase]:
         for m in landmarks
         for mode in TOLERANCE
     ]
-    return products + inverses
+    choices = [KernelCase("choice", n, m, "forward") for m in landmarks for n in CANDIDATES]
+    return products + inverses + choices
 
 
 def _definition(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -92,12 +96,33 @@ def _exact_solve(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.inv(a @ a + mu.square() * eye) @ a @ b
 
 
-def functions(operation: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def _exact_choice(candidates: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    index, present = reference.choose_landmarks(candidates.cpu(), budget)
+    return index.to(candidates.device), present.to(candidates.device)
+
+
+def volume(candidates: Tensor, index: Tensor, present: Tensor) -> Tensor:
+    """What each step of a choice makes largest, the log-determinant of the chosen's Gram matrix.
+
+    In float64, ``[B, heads]``.
+    """
+    points = candidates.detach().double()
+    chosen = points.gather(2, index[..., None].expand(*index.shape, points.shape[-1]))
+    gram = reference.gaussian_kernel(chosen, chosen) * (present[..., None] & present[..., None, :])
+    return torch.logdet(gram + torch.diag_embed((~present).double()))
+
+
+def functions(case: KernelCase) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Ours, and the definition."""
-    if operation in ("spread", "gather"):
+    if case.operation == "choice":
+        budget = case.landmarks
+        return partial(choose_landmarks, budget=budget), partial(_exact_choice, budget=budget)
+    if case.operation in ("spread", "gather"):
         return gaussian_kernel_product, _definition
     return (
-        (_newton, _exact_newton) if operation == "newton" else (tikhonov_pinv_product, _exact_solve)
+        (_newton, _exact_newton)
+        if case.operation == "newton"
+        else (tikhonov_pinv_product, _exact_solve)
     )
 
 
@@ -109,6 +134,8 @@ def arguments(case: KernelCase, device: str) -> list[Tensor]:
         t = scale * torch.randn(BATCH, n, HEADS, DIMS, generator=generator)
         return t.to(device).transpose(1, 2)
 
+    if case.operation == "choice":
+        return [points(case.tokens, 0.2)]  # farther apart, one choice is as good as another
     if case.tokens:
         tokens, landmarks = points(case.tokens, 0.4), points(case.landmarks, 0.4)
         if case.operation == "spread":
@@ -126,11 +153,12 @@ def arguments(case: KernelCase, device: str) -> list[Tensor]:
 
 def steps_of(case: KernelCase, way: str, tensors: list[Tensor]) -> tuple[Callable[[], Any], Any]:
     """A function to time, and the context it runs in."""
-    ours, definition = functions(case.operation)
+    ours, definition = functions(case)
     function = ours
     if way == "compiled":
-        function = torch.compile(definition if case.tokens else ours, dynamic=False)
-    context = nullcontext if way == "compiled" else functools.partial(use_backend, way)
+        product = case.operation in ("spread", "gather")
+        function = torch.compile(definition if product else ours, dynamic=False)
+    context = nullcontext if way == "compiled" else partial(use_backend, way)
     if case.mode == "forward":
         return lambda: function(*(t.detach() for t in tensors)), context
     with context():
@@ -140,8 +168,8 @@ def steps_of(case: KernelCase, way: str, tensors: list[Tensor]) -> tuple[Callabl
 
 
 def roofline_ms(case: KernelCase, limits: dict[str, float]) -> float | None:
-    """The least time of a product; ``None`` for the inverses, which wait for each other's steps."""
-    if not case.tokens:
+    """The least time of a product; ``None`` for the others, whose steps wait for each other."""
+    if case.operation not in ("spread", "gather"):
         return None
     n, m, heads = case.tokens, case.landmarks, BATCH * HEADS
     # Forward: x, y, w, result. Backward: grad, x, y, w, and three gradients.
@@ -160,10 +188,12 @@ def measured(
     """Time and error of each way; those that cannot run give their reason."""
     tensors = arguments(case, device)
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    truth: Any = functions(case.operation)[1](*exact)
+    truth: Any = functions(case)[1](*exact)
     if case.mode == "backward":
         truth = torch.autograd.grad(truth, exact, torch.ones_like(truth))
     truth = truth if isinstance(truth, tuple) else (truth,)
+    if case.operation == "choice":
+        truth = (volume(*tensors, *truth),)
     for way in ways:
         found: dict[str, Any] = dict(asdict(case), way=way)
         try:
@@ -171,6 +201,8 @@ def measured(
             with context():
                 result = step()
                 result = result if isinstance(result, tuple) else (result,)
+                if case.operation == "choice":
+                    result = (volume(*tensors, *result),)
                 errors = [(a.double() - b).norm() / b.norm() for a, b in zip(result, truth)]
                 found["error"] = float(torch.stack(errors).max().detach())
                 once = seconds_of(step, 1, device)

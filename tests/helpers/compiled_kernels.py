@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES |= {torch.int64: "*i64", torch.int8: "*i8"}
 
 
 class Recorder:
@@ -142,6 +143,22 @@ def _inverses(name, m):
 for _name in ("step_size", "newton", "solve"):
     for _m in (25, 49) if _name == "solve" else (25, 49, 128):
         CASES[f"{_name}-{_m}"] = "inverse", _name, _inverses(_name, _m)
+
+
+def _choice(budget, dtype=torch.float32, d=32, masked=False):
+    """Arguments of the choice: an image of 800x1344."""
+
+    def arguments():
+        candidates = torch.empty(2, 5, 1050, d, dtype=dtype, device="meta")
+        mask = torch.empty(2, 1050, dtype=torch.bool, device="meta") if masked else None
+        return candidates, budget, 0.1, mask
+
+    return arguments
+
+
+CASES["choice-49"] = "landmarks", "choose", _choice(49)
+CASES["choice-49-masked"] = "landmarks", "choose", _choice(49, masked=True)
+CASES["choice-128-wide"] = "landmarks", "choose", _choice(128, torch.bfloat16, 64)
 
 
 def main():

@@ -13,7 +13,14 @@ from mmsoft.ops import launch
 # What every GPU from compute capability 8.0 on has for a block of threads.
 SHARED_MEMORY = 99 * 1024
 # The usual number of landmarks, and what needs the most.
-SOON = ("spread-49", "gather-backward-49", "gather-backward-wide", "newton-49", "solve-49")
+SOON = (
+    "spread-49",
+    "gather-backward-49",
+    "gather-backward-wide",
+    "newton-49",
+    "solve-49",
+    "choice-49",
+)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from metrics import error
 
 from mmsoft.ops import (
+    choose_landmarks,
     gaussian_kernel_product,
     newton_raphson_pinv,
     reference,
@@ -325,3 +326,93 @@ def test_inverses_say_why_they_refuse(device):
         tikhonov_pinv_product(eye[..., :9, :9], eye[..., :9, :80])
     with pytest.raises(RuntimeError, match="triton: there are more than 64 landmarks"):
         tikhonov_pinv_product(eye[..., :65, :65], eye[..., :65, :8])
+
+
+# candidates, budget, tolerance: one block of candidates and several, none beyond the budget
+CHOICES = [
+    ((2, 3, 40, 8), 12, 0.03),
+    ((1, 2, 63, 16), 49, 0.0),
+    ((1, 2, 130, 32), 16, 0.03),
+    ((1, 2, 5, 8), 12, 0.03),
+    ((3, 1, 1, 4), 3, 0.03),
+    ((1, 1, 30, 64), 1, 0.0),
+    ((1, 2, 130, 3), 40, 0.1),  # enough before the budget is spent
+    pytest.param((2, 2, 1000, 32), 49, 0.1, marks=pytest.mark.long),
+    pytest.param((1, 1, 300, 24), 128, 0.0, marks=pytest.mark.long),
+]
+
+
+def same_choice(candidates, budget, mask=None, **options):
+    ours = choose_landmarks(candidates, budget, mask=mask, **options)
+    exact = candidates.detach().cpu().double()
+    mask = None if mask is None else mask.cpu()
+    truth = reference.choose_landmarks(exact, budget, mask=mask, **options)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, truth))
+    return ours
+
+
+@pytest.mark.parametrize(("shape", "budget", "tolerance"), CHOICES, ids=str)
+def test_the_choice_is_that_of_the_definition(shape, budget, tolerance, device):
+    candidates = normal(*shape, seed=0, scale=0.4, device=device)
+    same_choice(candidates, budget, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_choice_of_low_precision_candidates(dtype, device):
+    same_choice(normal(1, 2, 120, 16, seed=0, scale=0.5, device=device, dtype=dtype), 30)
+
+
+def test_the_choice_of_candidates_that_are_strided_or_far_away(device):
+    """The first one is nearest the mean, wherever the origin is."""
+    candidates = normal(2, 70, 3, 8, seed=0, scale=0.3, device=device).detach()
+    candidates *= 1 + normal(2, 70, 3, 1, seed=1, scale=0.5, device=device).detach().abs()
+    for shift in (0, 30):
+        same_choice((candidates + shift).transpose(1, 2), 9)
+    same_choice(candidates.permute(0, 3, 1, 2), 5)
+    same_choice(candidates[:, :1].expand(-1, 70, -1, -1).transpose(1, 2), 4)
+
+
+def test_the_choice_looks_at_no_padding(device):
+    """Whatever it holds, in every sample its own; none that is there is one landmark less."""
+    candidates = 3 + normal(3, 2, 90, 8, seed=0, scale=0.5, device=device).detach()
+    mask = torch.arange(90, device=device) < torch.tensor([[90], [65], [0]], device=device)
+    clean = same_choice(candidates, 20, mask)
+    assert not clean[1][2].any()
+    candidates[1, :, 65:] = torch.tensor([torch.nan, torch.inf, 1e30, 1, 2, 3, 4, 5])
+    candidates[2] = torch.nan
+    dirty = choose_landmarks(candidates, 20, mask=mask.T.contiguous().T)
+    assert all(map(torch.equal, clean, dirty))
+
+
+def test_the_choice_of_equal_huge_and_lonely_candidates(device):
+    index, present = choose_landmarks(torch.full((1, 2, 70, 4), 1.5, device=device), 5, tolerance=0)
+    assert (index.any(), present.sum()) == (False, 2)
+    for magnitude in (1e19, 3e38):
+        signs = normal(1, 1, 70, 3, seed=0, device=device).detach().sign()
+        index, present = choose_landmarks(signs * magnitude, 12)
+        assert present.sum() == 8  # as many as there are corners
+        assert signs[0, 0, index[0, 0, :8]].unique(dim=0).shape[0] == 8
+    candidates = normal(1, 1, 200, 8, seed=0, scale=0.1, device=device).detach()
+    candidates[0, 0, 137] += 3
+    assert choose_landmarks(candidates, 4)[0][0, 0, 1] == 137
+
+
+def test_the_choice_takes_the_first_of_equal_candidates_and_none_twice(device):
+    places = 4 * torch.eye(4, 8, device=device)
+    candidates = places.repeat_interleave(torch.tensor([300, 200, 150, 9], device=device), 0)
+    index, present = choose_landmarks(candidates[None, None], 4)
+    assert present.all()
+    assert sorted(index[0, 0].tolist()) == [0, 300, 500, 650]
+    candidates = normal(1, 1, 30, 4, seed=0, device=device).detach().repeat(1, 1, 3, 1)
+    index, present = choose_landmarks(candidates, 90, tolerance=0)
+    assert index[present].unique().numel() == present.sum() >= 30
+
+
+def test_the_choice_says_why_it_refuses(device):
+    candidates = torch.zeros(1, 1, 200, 65, device=device)
+    with pytest.raises(RuntimeError, match="triton: more than 128 landmarks are to be chosen"):
+        choose_landmarks(candidates, 129)
+    with pytest.raises(RuntimeError, match="triton: there are more than 64 channels"):
+        choose_landmarks(candidates, 4)
+    with pytest.raises(RuntimeError, match="triton: an argument is float64"):
+        choose_landmarks(candidates.double(), 4)

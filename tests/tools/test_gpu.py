@@ -9,6 +9,7 @@ import torch
 from loading import load_tool
 
 from mmsoft.benchmark import kernels
+from mmsoft.ops import reference
 
 EVERY = ["tests", "kernels", "data", "detector", "segmentor", "backbones"]
 
@@ -33,7 +34,7 @@ def test_dry_run(steps, root, tmp_path):
         (operation, mode)
         for operation in ("spread", "gather", "newton", "direct")
         for mode in ("forward", "backward")
-    }
+    } | {("choice", "forward")}
     assert all(entry["right"] and entry["median_ms"] > 0 for entry in eager)
     assert all("on cpu" in e["reason"] for e in kernels if e["way"] == "triton")
     if "backbones" in steps:
@@ -87,6 +88,21 @@ def test_roofline(operation, mode, tokens, landmarks, products):
     compute = dict(copy_gb_s=1e9, float32_tflops=1e9, tf32_tflops=1e-6)
     seconds = 3 * products * 4 * 2 * 1000 * 49 * 32 / 1e6
     assert kernels.roofline_ms(case, compute) == pytest.approx(1e3 * seconds)
+
+
+def test_a_worse_choice_has_less_volume():
+    case = kernels.KernelCase("choice", 60, 5, "forward")
+    (candidates,) = kernels.arguments(case, "cpu")
+    ours, exact = (function(candidates.detach()) for function in kernels.functions(case))
+    most = kernels.volume(candidates, *exact)
+    assert most.shape == (2, 2)
+    torch.testing.assert_close(kernels.volume(candidates, *ours), most)
+    first = torch.arange(5).expand(2, 2, -1)
+    assert (kernels.volume(candidates, first, exact[1]) < most - 0.01 * most.abs()).all()
+    chosen = candidates.detach()[0, 0, exact[0][0, 0, :3]].double()
+    three = torch.logdet(reference.gaussian_kernel(chosen, chosen))
+    fewer = exact[1] & (torch.arange(5) < 3)
+    assert kernels.volume(candidates, exact[0], fewer)[0, 0] == pytest.approx(float(three))
 
 
 def test_what_is_wrong_is_called_so():

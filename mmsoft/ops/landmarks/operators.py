@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
-from ..launch import lazily
+from ..launch import TRITON, lazily, refusal
 from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import choice, eager
 from .grid import landmark_grid
 
 _LAPACK = "mmsoft.ops.landmarks.lapack"
+_TRITON = "mmsoft.ops.landmarks.triton"
 PATCHES = Operation("landmark_patches", Implementation(EAGER, eager.gather))
 BACKWARD = Operation("landmark_patches_backward", Implementation(EAGER, eager.scatter))
 
@@ -37,8 +38,18 @@ def _lapack_refusal(candidates: Tensor, *_: Any) -> str | None:
     return _lacking()
 
 
+def _triton_refusal(candidates: Tensor, budget: int, *_: Any) -> str | None:
+    reason = refusal(candidates)
+    if reason is None and min(candidates.shape[2], budget) > 128:
+        return "more than 128 landmarks are to be chosen"
+    if reason is None and candidates.shape[3] > 64:
+        return "there are more than 64 channels"
+    return reason
+
+
 CHOICE = Operation(
     "landmark_choice",
+    Implementation(TRITON, lazily(_TRITON, "choose"), _triton_refusal, on_request=True),
     # It factorizes whatever the budget, and has a tenth of the calls of a step by step choice.
     Implementation("lapack", lazily(_LAPACK, "choose"), _lapack_refusal),
     Implementation(EAGER, choice.choose),
