@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -45,7 +45,8 @@ def average_precisions(
     numbers = [ids[name] for name in classes]
     with_masks = any("masks" in image["pred_instances"] for image in found)
     results = {
-        kind: list(_entries(found, numbers, kind)) for kind in ("bbox", "segm")[: 1 + with_masks]
+        kind: {image["img_id"]: _entries(image, numbers, kind) for image in found}
+        for kind in ("bbox", "segm")[: 1 + with_masks]
     }
     images = {"all": list(truth.imgs)}
     images |= {name: [i for i, of in truth.imgs.items() if has(of)] for name, has in parts.items()}
@@ -77,29 +78,34 @@ def by_side(edges: Sequence[float]) -> dict[str, Callable[[Image], bool]]:
     return {f"{low} to {high}": between(low, high) for low, high in pairwise((0, *edges, inf))}
 
 
-def _entries(
-    found: Sequence[Mapping[str, Any]], numbers: Sequence[int], kind: str
-) -> Iterable[dict[str, Any]]:
+def _entries(image: Mapping[str, Any], numbers: Sequence[int], kind: str) -> list[dict[str, Any]]:
     """Detections as COCO has them."""
-    for image in found:
-        own = image["pred_instances"]
-        boxes = np.asarray(own["bboxes"], float).reshape(-1, 4)
-        boxes[:, 2:] -= boxes[:, :2]
-        places = boxes.tolist() if kind == "bbox" else own["masks"]
-        name = "bbox" if kind == "bbox" else "segmentation"
-        for label, score, place in zip(own["labels"], own["scores"], places):
-            number, score = numbers[int(label)], float(score)
-            yield {"image_id": image["img_id"], "category_id": number, "score": score, name: place}
+    own = image["pred_instances"]
+    boxes = np.array(own["bboxes"], float).reshape(-1, 4)
+    boxes[:, 2:] -= boxes[:, :2]
+    name, places = ("bbox", boxes.tolist()) if kind == "bbox" else ("segmentation", own["masks"])
+    return [
+        {
+            "image_id": image["img_id"],
+            "category_id": numbers[int(label)],
+            "score": float(score),
+            name: place,
+        }
+        for label, score, place in zip(own["labels"], own["scores"], places)
+    ]
 
 
 def _precision(
-    truth: Any, entries: list, images: Sequence[int], numbers: Sequence[int], kind: str
+    truth: Any,
+    entries: Mapping[int, Sequence[Mapping[str, Any]]],
+    images: Sequence[int],
+    numbers: Sequence[int],
+    kind: str,
 ) -> np.ndarray:
     """Precision by IoU threshold, recall and class; -1 where there is no object."""
     from pycocotools.cocoeval import COCOeval
 
-    kept = set(images)
-    own = [dict(entry) for entry in entries if entry["image_id"] in kept]
+    own = [dict(entry) for image in images for entry in entries[image]]
     if not own:
         return np.array([[[0.0 if _objects(truth, images, [n]) else -1.0 for n in numbers]]])
     with contextlib.redirect_stdout(io.StringIO()):

@@ -86,7 +86,7 @@ NAME = re.compile(r"(?P<model>mask-rcnn|upernet|retinanet)_(?P<backbone>[^_]+)_\
 
 def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path) -> Path:
     """Train and test one row; gives the file of its figures."""
-    config = Config.fromfile(path, import_custom_modules=False)
+    config = Config.fromfile(path)
     detects = config.default_scope == "mmdet"
     predictions = work_dir.absolute() / ("predictions.pkl" if detects else "predictions")
 
