@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.models.padding import Inside
 from mmsoft.ops import gaussian_kernel
 
 from .rows import attention_rows, landmark_matrix, landmark_rows
@@ -34,6 +35,17 @@ class BlockState:
     landmarks: Tensor
     present: Tensor | None = None  # which landmarks by content there are, [B, heads, m]
     index: Tensor | None = None  # of their patches, [B, heads, m]
+    inside: Inside | None = None  # what is not padding, if there is some
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens are not padding, ``[B, N]``; ``None`` for all."""
+        return None if self.inside is None or not self.layer.by_content else self.inside.tokens()
+
+    def attend(self) -> Tensor:
+        """The layer's attention term, ``[B, H*W, C]``."""
+        q, v = (t.transpose(1, 2).flatten(2) for t in (self.q, self.v))
+        return self.layer.attend(q, v, self.hw_shape, self.inside)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,7 +60,7 @@ class BlockState:
         content, those of :func:`mmsoft.analysis.landmark_rows`.
         """
         if self.layer.by_content:
-            return landmark_rows(self.q, self.landmarks, queries, self.present)
+            return landmark_rows(self.q, self.landmarks, queries, self.present, self.mask)
         rows = attention_rows(self.q, self.landmarks, queries, **self.options)
         return rows * self.layer.attention_scale(self.landmarks, self.hw_shape)
 
@@ -85,8 +97,14 @@ class KeptRows:
         dtype = torch.float64 if elements <= self.float64_elements else torch.float32
         q, landmarks = state.q.to(dtype), state.landmarks.to(dtype)
         if state.layer.by_content:
-            self.mean = state.q.double().mean(2, keepdim=True)
-            self.kernel = (landmarks @ q.mT).softmax(-1).mT  # [B, heads, N, m]
+            logits, points = landmarks @ q.mT, state.q.double()
+            if (mask := state.mask) is None:
+                self.mean = points.mean(2, keepdim=True)
+            else:
+                there = mask[:, None, :, None]
+                self.mean = (points * there).sum(2, keepdim=True) / there.sum(2, keepdim=True)
+                logits = logits.masked_fill(~there.mT, -torch.inf)
+            self.kernel = logits.softmax(-1).mT  # [B, heads, N, m]
         else:
             self.kernel = gaussian_kernel(q, landmarks)
             self.middle = landmark_matrix(self.landmarks, **state.options)
@@ -174,7 +192,7 @@ def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[Bloc
         blocks = {block: blocks[block]}
 
     def record(block: BlockId, layer: SoftmaxFreeAttention, args: tuple) -> None:
-        x, hw_shape = args
+        x, hw_shape, *padding = args
         split = (layer.num_heads, layer.head_dims)
         with torch.no_grad():
             q, v = layer.queries_and_values(x)
@@ -183,7 +201,8 @@ def capture(model: nn.Module, only: BlockId | None = None) -> Iterator[dict[Bloc
                 hw_shape,
                 q.unflatten(2, split).transpose(1, 2),
                 v.unflatten(2, split).transpose(1, 2),
-                *layer.sample_landmarks(q, hw_shape),
+                *layer.sample_landmarks(q, hw_shape, *padding),
+                *padding,
             )
 
     handles = [

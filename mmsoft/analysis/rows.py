@@ -14,13 +14,13 @@ from torch import Tensor
 from mmsoft.builder import require
 from mmsoft.ops import (
     gaussian_gram,
-    landmark_attention,
     newton_raphson_pinv,
     softmax_free_attention,
     step_size,
     tikhonov_pinv_product,
 )
 from mmsoft.ops.inverse import RIDGE_SOFT
+from mmsoft.ops.softmax import landmark_means, read_landmarks
 
 
 def _check_queries(q: Tensor, queries: Sequence[int]) -> list[int]:
@@ -48,7 +48,11 @@ def _rows(q: Tensor, queries: Sequence[int], attend: Callable[[Tensor, Tensor], 
 
 
 def landmark_rows(
-    q: Tensor, landmarks: Tensor, queries: Sequence[int], present: Tensor | None = None
+    q: Tensor,
+    landmarks: Tensor,
+    queries: Sequence[int],
+    present: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Rows of the matrix of :func:`mmsoft.ops.landmark_attention`: not negative, sums of 1.
 
@@ -57,12 +61,17 @@ def landmark_rows(
         landmarks: ``[B, heads, m, d]``.
         queries: token numbers, row by row of the grid.
         present: ``[B, heads, m]``, which landmarks there are.
+        mask: ``[B, N]``, False for tokens that are padding: no row reads from them.
 
     Raises:
         ValueError: a query is not a token, or the shapes do not match.
     """
     landmarks = landmarks.detach().double()
-    return _rows(q, queries, lambda q, v: landmark_attention(q, v, landmarks, present))
+
+    def attend(q: Tensor, v: Tensor) -> Tensor:
+        return read_landmarks(q, landmark_means(q, v, landmarks, present, mask=mask))
+
+    return _rows(q, queries, attend)
 
 
 def attention_rows(

@@ -34,34 +34,48 @@ class Usage:
 
 @torch.no_grad()
 def attention_usage(state: BlockState) -> Usage:
-    """Measure a layer that :func:`mmsoft.analysis.capture` has recorded, in float64."""
-    points, landmarks = state.q.double(), state.landmarks.double()
+    """Measure a layer that :func:`mmsoft.analysis.capture` has recorded, in float64.
+
+    Tokens that are padding do not count.
+    """
+    heads = (state.q.shape[1], -1)
+    convolved = state.layer.convolve_values(state.v.transpose(1, 2).flatten(2), state.hw_shape)
+    terms = (t.unflatten(2, heads).transpose(1, 2) for t in (state.attend(), convolved))
+    images = [t.double().unbind() for t in (state.q, state.landmarks, *terms)]
+    present, mask = (
+        len(state.q) * [None] if t is None else t.unbind() for t in (state.present, state.mask)
+    )
+    found = [_of_image(*each) for each in zip(*images, present, mask)]
+    return Usage(*(torch.stack(values).mean(0) for values in zip(*found)))
+
+
+def _of_image(
+    points: Tensor,
+    landmarks: Tensor,
+    term: Tensor,
+    convolved: Tensor,
+    present: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The values of :class:`Usage` from ``[heads, N, d]`` of tokens and ``[heads, m, d]``."""
+    if mask is not None:
+        points, term, convolved = (t[:, mask] for t in (points, term, convolved))
     rows = kernel = gaussian_kernel(points, landmarks)
-    count = kernel.new_full(kernel.shape[:2], kernel.shape[-1])
-    if state.present is not None:
-        missing = ~state.present[:, :, None]
-        kernel, count = kernel.masked_fill(missing, 0), state.present.double().sum(-1)
-        relative = points - points.mean(2, keepdim=True)
+    count = kernel.new_full(kernel.shape[:1], kernel.shape[-1])
+    if present is not None:
+        missing = ~present[:, None]
+        kernel, count = kernel.masked_fill(missing, 0), present.double().sum(-1)
+        relative = points - points.mean(1, keepdim=True)
         rows = (relative @ landmarks.mT).masked_fill(missing, -torch.inf).softmax(-1)
     energy = torch.linalg.eigvalsh(rows.mT @ rows).clamp(min=0)
     rank = energy.sum(-1).square() / energy.square().sum(-1)
-    q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
-    heads = (state.q.shape[1], -1)
-    term, convolved = (
-        out.unflatten(2, heads).transpose(1, 2).double()
-        for out in (
-            state.layer.attend(q, v, state.hw_shape),
-            state.layer.convolve_values(v, state.hw_shape),
-        )
-    )
     size = term.std((-2, -1))
     around = (term - term.mean(-2, keepdim=True)).std((-2, -1))
     tiny = torch.finfo(size.dtype).tiny
-    values = (
+    return (
         count,
         kernel.amax(-1).median(-1).values,
         rank,
         size / convolved.std((-2, -1)).clamp(min=tiny),
         around / size.clamp(min=tiny),
     )
-    return Usage(*(value.mean(0) for value in values))

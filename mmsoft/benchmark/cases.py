@@ -274,7 +274,7 @@ class MaterialisedSoftmax(SoftmaxAttention):
             raise ValueError(f"its matrices of {tokens} tokens would take {gib:.0f} GiB")
         super().__init__(DIMS, HEADS)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], *_: Any) -> Tensor:
         """Attend from all tokens of ``x [B, N, C]``."""
         q, k, v = (
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

@@ -38,7 +38,7 @@ class ReleasedAttention(SoftmaxFreeAttention):
     memory; the inverse multiplied from the left, before the values.
     """
 
-    def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int], *_: Any) -> Tensor:
         """The attention term, from scaled queries and values ``[B, H*W, C]``."""
         assert isinstance(self.landmark_conv, nn.Conv2d)
         with no_autocast(q):

@@ -24,6 +24,7 @@ from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.mode import cpu_shortcut, traced, transformed
 from mmsoft.ops.softmax import LandmarkMeans, landmark_means, read_landmarks
 
+from .padding import Inside
 from .plain import is_plain
 
 MANY_LANDMARKS = 256
@@ -209,10 +210,12 @@ class SoftmaxFreeAttention(nn.Module):
         q = torch.addmm(bias, x.flatten(0, 1), weight.mT, beta=scale, alpha=scale)
         return q.unflatten(0, x.shape[:2]), self.value(x)
 
+    takes_padding = True
+
     def sample_landmarks(
-        self, q: Tensor, hw_shape: tuple[int, int]
+        self, q: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Landmarks of the queries ``[B, H*W, C]``.
+        """Landmarks of the queries ``[B, H*W, C]``; those by content are not of padding.
 
         ``'released'``: GELU of LayerNorm of a strided convolution; a budget keeps patches at even
         distances. ``'content'``: the :func:`~mmsoft.ops.salient_mean` of a patch;
@@ -228,17 +231,26 @@ class SoftmaxFreeAttention(nn.Module):
             sampled = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
             return F.gelu(self.landmark_norm(sampled)).transpose(1, 2), None, None
         with torch.no_grad():
-            centre = q.to(compute_dtype(q)).mean(1).unflatten(1, (self.num_heads, self.head_dims))
+            centre = self._centre(q, inside).unflatten(1, (self.num_heads, self.head_dims))
             valid = self._inside(hw_shape, q.device)
             every = landmark_candidates(q, *grid, centre, valid)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
-            index, present = choose_landmarks(every, budget)
+            there = None if inside is None else inside.patches(self.landmark_stride)
+            index, present = choose_landmarks(every, budget, mask=there)
         if q.requires_grad or transformed():
             chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
             landmarks = chosen.transpose(1, 2)
         else:
             landmarks = every.gather(2, index[..., None].expand(-1, -1, -1, self.head_dims))
         return landmarks + self._nothing(q), present, index
+
+    def _centre(self, q: Tensor, inside: Inside | None) -> Tensor:
+        """The mean of the queries ``[B, C]``."""
+        q = q.to(compute_dtype(q))
+        if inside is None:
+            return q.mean(1)
+        there = inside.tokens()[:, :, None]
+        return q.masked_fill(~there, 0).sum(1) / there.sum(1)
 
     def _nothing(self, q: Tensor) -> Tensor | float:
         """0 that depends on the parameters of released landmarks, which those by content lack.
@@ -262,12 +274,13 @@ class SoftmaxFreeAttention(nn.Module):
         image = v.view(-1, *hw_shape, v.shape[-1]).permute(0, 3, 1, 2)  # channels-last memory
         return self.value_conv(image).permute(0, 2, 3, 1).reshape(v.shape)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: tokens ``[B, H*W, C]``, row by row.
             hw_shape: ``(H, W)``.
+            inside: which of them are not padding, from which nothing is read by content.
 
         Returns:
             ``[B, H*W, C]``.
@@ -277,7 +290,8 @@ class SoftmaxFreeAttention(nn.Module):
         """
         self._check(x, hw_shape)
         q, v = self.queries_and_values(x)
-        out, convolved = self.attend(q, v, hw_shape), self.convolve_values(v, hw_shape)
+        padding = () if inside is None else (inside,)
+        out, convolved = self.attend(q, v, hw_shape, *padding), self.convolve_values(v, hw_shape)
         # In place where nothing is kept for a backward pass: large fresh memory is slow.
         out = out.add_(convolved) if cpu_shortcut(out) else out + convolved
         return self.drop(self.proj(out))
@@ -289,7 +303,7 @@ class SoftmaxFreeAttention(nn.Module):
             )
 
     def by_token(
-        self, x: Tensor, hw_shape: tuple[int, int]
+        self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
     ) -> tuple[list[Callable], Tensor, Tensor]:
         """:meth:`forward` up to where no token's result needs another's; without a backward pass.
 
@@ -301,7 +315,7 @@ class SoftmaxFreeAttention(nn.Module):
         """
         self._check(x, hw_shape)
         q, v = self.queries_and_values(x)
-        means = self.gather(q, v, hw_shape)
+        means = self.gather(q, v, hw_shape, inside)
 
         def complete(means: LandmarkMeans, q: Tensor, convolved: Tensor) -> Tensor:
             return self.drop(self.proj(self.read(q, means).add_(convolved)))
@@ -309,10 +323,13 @@ class SoftmaxFreeAttention(nn.Module):
         functions: list[Callable] = [partial(complete, means.of(b)) for b in range(len(x))]
         return functions, q, self.convolve_values(v, hw_shape)
 
-    def gather(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> LandmarkMeans:
+    def gather(
+        self, q: Tensor, v: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
+    ) -> LandmarkMeans:
         """What :meth:`attend` takes from all tokens, landmarks by content."""
-        landmarks, present, _ = self.sample_landmarks(q, hw_shape)
-        return landmark_means(self._heads(q), self._heads(v), landmarks, present)
+        landmarks, present, _ = self.sample_landmarks(q, hw_shape, inside)
+        mask = None if inside is None else inside.tokens()
+        return landmark_means(self._heads(q), self._heads(v), landmarks, present, mask=mask)
 
     def read(self, q: Tensor, means: LandmarkMeans) -> Tensor:
         """What it gives to any of the queries, ``[1, n, C]``."""
@@ -335,8 +352,12 @@ class SoftmaxFreeAttention(nn.Module):
         rows, cols = landmark_grid(*hw_shape, self.landmark_stride)
         return landmarks.shape[2] / (rows * cols)
 
-    def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def attend(
+        self, q: Tensor, v: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
+    ) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
+        if self.by_content and inside is not None:
+            return self.read(q, self.gather(q, v, hw_shape, inside))
         landmarks, present, _ = self.sample_landmarks(q, hw_shape)
         newton = self.solver == "newton" and not self.by_content
         if newton and not traced(q) and landmarks.shape[2] > MANY_LANDMARKS:
@@ -407,9 +428,14 @@ class SoftmaxAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, max_keys={self.max_keys}"
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Attend from all tokens of ``x [B, 1 + H*W, C]``, class token first."""
-        keys, bias = self._keys(x, hw_shape)
+    takes_padding = True
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None) -> Tensor:
+        """Attend from all tokens of ``x [B, 1 + H*W, C]``, class token first.
+
+        Those that are not ``inside`` are no keys.
+        """
+        keys, bias = self._keys(x, hw_shape, inside)
         q, k, v = (
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
@@ -417,20 +443,29 @@ class SoftmaxAttention(nn.Module):
         out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5)
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
-    def _keys(self, x: Tensor, hw_shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def _keys(
+        self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The tokens that keys are made from, and what their number adds to the logits."""
-        if self.max_keys is None:
-            return x, None
-        (height, width), side = hw_shape, math.isqrt(self.max_keys)
+        (height, width), side = hw_shape, math.isqrt(self.max_keys or 0)
         # A program of torch.export for any size is on both sides of the limit.
         known = not isinstance(height, torch.SymInt) and not isinstance(width, torch.SymInt)
-        if known and height <= side and width <= side:
-            return x, None
+        there = None if inside is None else inside.tokens()[:, None].to(x.dtype)  # [B, 1, H*W]
+        if self.max_keys is None or (known and height <= side and width <= side):
+            if there is None:
+                return x, None
+            return x, F.pad(there, (1, 0), value=1.0)[:, :, None].log()
         rows, cols = torch.sym_min(height, side), torch.sym_min(width, side)
-        image = x[:, 1:].transpose(1, 2).unflatten(2, hw_shape)
-        image = F.adaptive_avg_pool2d(image, (rows, cols))
-        keys = torch.cat((x[:, :1], image.flatten(2).transpose(1, 2)), 1)
+        image = x[:, 1:].transpose(1, 2)
+        if there is not None:
+            image = torch.cat((image.masked_fill(there == 0, 0), there), 1)
+        image = F.adaptive_avg_pool2d(image.unflatten(2, hw_shape), (rows, cols)).flatten(2)
         # A mean stands for several tokens: so many times its exponential enters the softmax.
-        tokens = x.new_full((1, 1, 1, keys.shape[1]), height * width / (rows * cols))
+        tokens = x.new_full((1, 1, 1, image.shape[2] + 1), height * width / (rows * cols))
         tokens[..., 0] = 1
+        if there is not None:
+            share = image[:, -1:]
+            image = image[:, :-1] / share.clamp(min=torch.finfo(share.dtype).tiny)
+            tokens = tokens * F.pad(share, (1, 0), value=1.0)[:, :, None]
+        keys = torch.cat((x[:, :1], image.transpose(1, 2)), 1)
         return keys, tokens.log()

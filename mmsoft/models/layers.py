@@ -17,6 +17,7 @@ from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
 
 from .attention import SoftmaxFreeAttention
+from .padding import Inside
 from .plain import is_hooked, is_plain
 
 
@@ -260,6 +261,12 @@ class _Block(nn.Module):
     """
 
     part_elements = 1 << 18  # of the tokens treated at once, in evaluation on a CPU
+    attn: nn.Module
+
+    def _padding(self, inside: Inside | None) -> tuple[Inside, ...]:
+        """The argument for ``attn``, if it takes one: another's attention may not."""
+        takes = inside is not None and getattr(self.attn, "takes_padding", False)
+        return (inside,) if takes and inside is not None else ()
 
     def tokenwise(self, function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
         """``function(*tokens)`` of ``[B, N, C]`` each, where no token's result needs another's.
@@ -309,12 +316,13 @@ class SOFTBlock(_Block):
         self.norm2 = nn.LayerNorm(embed_dims)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """``[B, H*W, C] -> [B, H*W, C]``."""
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None) -> Tensor:
+        """``[B, H*W, C] -> [B, H*W, C]``; ``inside`` tells what is not padding."""
+        padding = self._padding(inside)
         if not self._attends_by_part(x):
-            return self.tokenwise(self._after_attention, x, self.attn(x, hw_shape))
+            return self.tokenwise(self._after_attention, x, self.attn(x, hw_shape, *padding))
         attn: Any = self.attn
-        functions, *tokens = attn.by_token(x, hw_shape)
+        functions, *tokens = attn.by_token(x, hw_shape, *padding)
         return self._by_part([partial(self._complete, f) for f in functions], x, *tokens)
 
     def _attends_by_part(self, x: Tensor) -> bool:
@@ -356,9 +364,12 @@ class SoftmaxBlock(_Block):
         self.mlp = Mlp(embed_dims, nn.GELU(), drop_rate, hidden_dims)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, where: tuple[int, int] | Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, where: tuple[int, int] | Tensor | None, inside: Inside | None = None
+    ) -> Tensor:
         """``[B, N, C] -> [B, N, C]``; ``where`` is the grid (H, W), or the mask ``[B, N]``."""
-        return self.tokenwise(self._after_attention, x, self.attn(self.norm1(x), where))
+        attended = self.attn(self.norm1(x), where, *self._padding(inside))
+        return self.tokenwise(self._after_attention, x, attended)
 
     def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.drop_path(attended)
@@ -432,8 +443,11 @@ class Stage(nn.Module):
     def extra_repr(self) -> str:
         return f"pos_embed={tuple(self.pos_embed.shape)}, with_cp={self.with_cp}"
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return the tokens ``[B, (1 +) H'*W', C]`` and ``(H', W')``."""
+    def forward(self, x: Tensor, inside: Inside | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Return the tokens ``[B, (1 +) H'*W', C]`` and ``(H', W')``.
+
+        ``inside`` tells which of the ``H' x W'`` are not padding.
+        """
         x = self.patch_embed(x)
         hw_shape = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view of channels-last memory
@@ -444,9 +458,12 @@ class Stage(nn.Module):
             cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
             x = torch.cat((cls_token.to(x.dtype), x + grid.to(x.dtype)), 1)
         x = self.pos_drop(x)
+        more = () if inside is None else (inside,)
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, hw_shape, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(
+                    block, x, hw_shape, *more, use_reentrant=False
+                )
             else:
-                x = block(x, hw_shape)
+                x = block(x, hw_shape, *more)
         return x, hw_shape

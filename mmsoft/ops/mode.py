@@ -72,6 +72,12 @@ def traced(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or get_proxy_mode() is not None
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether a program is being recorded to run elsewhere: :func:`traced`, but not compiled."""
+    compiled = is_compiling() and not getattr(torch.compiler, "is_exporting", lambda: False)()
+    return traced(x) and not compiled
+
+
 def may_set() -> bool:
     """Whether settings of the process may be changed: ``torch.compile`` cannot record it."""
     return not is_compiling()

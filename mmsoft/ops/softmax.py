@@ -98,12 +98,21 @@ class LandmarkMeans(NamedTuple):
 
 
 def landmark_means(
-    q: Tensor, v: Tensor, landmarks: Tensor, present: Tensor | None = None
+    q: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    present: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
 ) -> LandmarkMeans:
-    """What :func:`landmark_attention` takes from all tokens; arguments and errors are its."""
+    """What :func:`landmark_attention` takes from all tokens; arguments and errors are its.
+
+    Tokens that are padding must be finite here.
+    """
     check_tokens(q, v, landmarks)
     check_present(landmarks, present)
-    return _means(_bounded(q, QUERY_MAX), v, landmarks, present, None)
+    check_mask("mask", mask, q)
+    return _means(_bounded(q, QUERY_MAX), v, landmarks, present, mask)
 
 
 def _means(

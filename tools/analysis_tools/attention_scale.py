@@ -41,8 +41,8 @@ def attention_scale(model: SOFT, image: Tensor) -> list[tuple[float, float]]:
     with capture(model) as states:
         model(image)
     for state in states.values():
-        q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
-        attended = state.layer.attend(q, v, state.hw_shape)
+        v = state.v.transpose(1, 2).flatten(2)
+        attended = state.attend()
         convolved = state.layer.convolve_values(v, state.hw_shape)
         scales.append((attended.std().item(), convolved.std().item()))
     return scales

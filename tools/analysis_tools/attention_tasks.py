@@ -39,7 +39,7 @@ Batch = tuple[tuple[Tensor, ...], Tensor, Tensor]  # inputs, tokens [B, n], thei
 class NoAttention(SoftmaxFreeAttention):
     """The layer without its attention term."""
 
-    def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, v: Tensor, *where: Any) -> Tensor:
         """Nothing."""
         return torch.zeros_like(v)
 

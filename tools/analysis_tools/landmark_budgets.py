@@ -32,10 +32,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from pycocotools.coco import COCO
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
 from mmsoft.analysis import (
-    BlockState,
     attention_blocks,
     average_precisions,
     by_side,
@@ -149,16 +148,12 @@ def blocks(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]
         with capture(model) as states:
             model.test_step(next(iter(runner.test_dataloader)))
 
-    def attend(state: BlockState) -> Tensor:
-        q, v = (t.transpose(1, 2).flatten(2) for t in (state.q, state.v))
-        return state.layer.attend(q, v, state.hw_shape)
-
-    truth = {block: attend(state) for block, state in states.items()}
+    truth = {block: state.attend() for block, state in states.items()}
     rows = []
     for setting in settings(model, budgets, solvers):
         errors = {
             f"{stage + 1}.{block + 1}": float(
-                (attend(state) - truth[stage, block]).norm() / truth[stage, block].norm()
+                (state.attend() - truth[stage, block]).norm() / truth[stage, block].norm()
             )
             for (stage, block), state in states.items()
         }

@@ -25,7 +25,7 @@ class ValueConvolution(SoftmaxFreeAttention):
             if part is not None:  # averaged landmarks have no convolution
                 part.requires_grad_(False)
 
-    def attend(self, q: Tensor, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, v: Tensor, *where: Any) -> Tensor:
         """Zeros ``[B, H*W, C]``."""
         return torch.zeros_like(v)
 

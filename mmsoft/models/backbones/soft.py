@@ -17,6 +17,7 @@ from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention
 from ..layers import ConvNormAct, SOFTBlock, SoftmaxBlock, Stage, as_image, stem
+from ..padding import inside
 from .arch import (
     STAGES,
     check_choice,
@@ -68,6 +69,8 @@ class SOFT(Backbone):
         norm_eval: keep BatchNorm in evaluation mode while training. Needs trained statistics, hence
             loaded weights; from scratch it would normalize nothing, of which the log warns.
         norm_cfg: norm of the patch embeddings' convolutions, e.g. ``dict(type='SyncBN')``.
+        ignore_padding: whether landmarks by content, and stage 4's keys beside them, are of the
+            images alone, not of what fills up a batch; see :func:`mmsoft.models.padding.inside`.
         with_cp: gradient checkpointing of every block.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.
 
@@ -98,6 +101,7 @@ class SOFT(Backbone):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         norm_cfg: dict | None = None,
+        ignore_padding: bool = True,
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ):
@@ -109,6 +113,7 @@ class SOFT(Backbone):
         self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.ignore_padding = ignore_padding
         self._statistics_checked = False
         check_choice("solver", solver, SOLVERS)
         if landmarks is None:
@@ -124,7 +129,11 @@ class SOFT(Backbone):
                 check_int(name, budget, 1)
         check_rate("drop_rate", drop_rate)
         check_rate("drop_path_rate", drop_path_rate)
-        for name, flag in (("norm_eval", norm_eval), ("with_cp", with_cp)):
+        for name, flag in (
+            ("norm_eval", norm_eval),
+            ("ignore_padding", ignore_padding),
+            ("with_cp", with_cp),
+        ):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")
         size = check_img_size(img_size)
@@ -291,10 +300,12 @@ class SOFT(Backbone):
             TypeError, ValueError: ``x`` is not a batch of images, or not of the model's dtype.
         """
         self._check_images(x)
+        within = inside(x) if self.ignore_padding and self._reads_by_content() else None
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, stage in enumerate(self.stages):
-            tokens, hw_shape = stage(x)
+            padding = () if within is None else (within.every(4 << i),)
+            tokens, hw_shape = stage(x, *padding)
             if stage.cls_token is not None:
                 tokens = self.norm(tokens)
                 if self.out_type == "cls_token":
@@ -304,6 +315,11 @@ class SOFT(Backbone):
                 outs.append(as_image(tokens, hw_shape))
             x = tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)  # a channels-last view
         return tuple(outs)
+
+    def _reads_by_content(self) -> bool:
+        """Whether padding matters: released landmarks see it, as released."""
+        attention: Any = self.stages[0].get_submodule("blocks.0.attn")
+        return getattr(attention, "by_content", False)
 
     def _check_images(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -1,0 +1,71 @@
+"""Which part of a batch of images is not padding."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmsoft.ops.mode import may_decide, recorded
+
+
+class Inside(NamedTuple):
+    """Of each sample the rows ``[B, H]`` and columns ``[B, W]`` of a grid that are its image's.
+
+    Both are True up to the image's lower and right border, and False beyond.
+    """
+
+    rows: Tensor
+    cols: Tensor
+
+    def every(self, step: int) -> "Inside":
+        """On the grid of every ``step``-th row and column."""
+        return Inside(self.rows[:, ::step], self.cols[:, ::step])
+
+    def tokens(self) -> Tensor:
+        """``[B, H*W]``, row by row."""
+        return (self.rows[:, :, None] & self.cols[:, None]).flatten(1)
+
+    def patches(self, side: int) -> Tensor:
+        """Which patches of ``side x side`` tokens lie inside, ``[B, M]``, row by row.
+
+        Where an image is smaller than a patch, the one that it is part of.
+        """
+        rows, cols = (_whole(along, side) for along in self)
+        return (rows[:, :, None] & cols[:, None]).flatten(1)
+
+
+def inside(images: Tensor) -> Inside | None:
+    """The images that a batch ``[B, C, H, W]`` has been filled up around.
+
+    OpenMMLab's preprocessors fill up with 0, at the bottom and on the right, after they have
+    normalized: rows and columns from which on everything is exactly 0 are padding. An image that is
+    0 everywhere has none.
+
+    Returns:
+        ``None`` where a look at the images shows that there is no padding; on a GPU, which a look
+        would stop, never. ``None`` in programs that are recorded to run elsewhere, too: those take
+        images of any size, without padding.
+    """
+    if recorded(images):
+        return None
+    with torch.no_grad():
+        if may_decide(images):
+            last_row, last_col = (images.select(dim, -1) != 0 for dim in (2, 3))
+            if bool((last_row.flatten(1).any(1) & last_col.flatten(1).any(1)).all()):
+                return None
+        there = (images != 0).any(1)
+        return Inside(_up_to_the_last(there.any(2)), _up_to_the_last(there.any(1)))
+
+
+def _up_to_the_last(there: Tensor) -> Tensor:
+    """``[B, n]``, True up to the last True; everywhere where there is none."""
+    after = there.flip(1).cumsum(1).flip(1) > 0
+    return after | ~after[:, :1]
+
+
+def _whole(along: Tensor, side: int) -> Tensor:
+    """Which parts of ``side`` are inside to their end; at least the first one is."""
+    count = torch.sym_max(along.shape[1] // side, 1)
+    whole = along[:, side - 1 :: side][:, :count]
+    first = torch.ones_like(along[:, :1])
+    return torch.cat((first, whole[:, 1:]), 1)

@@ -1,0 +1,308 @@
+"""What fills up a batch is not read: by landmarks, the mean of the queries, keys of stage 4."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from operators import before_torch
+
+from mmsoft.models import SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
+from mmsoft.models.padding import Inside, inside
+
+ARCH = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4])
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(sizes, height, width, seed=0):
+    """A batch of images of such sizes, filled up as OpenMMLab's preprocessors do."""
+    images = torch.zeros(len(sizes), 3, height, width)
+    for image, (h, w) in zip(images, sizes):
+        image[:, :h, :w] = normal(3, h, w, seed=seed)
+    return images
+
+
+def within(sizes, height, width):
+    rows, cols = (torch.tensor(each)[:, None] for each in zip(*sizes))
+    return Inside(torch.arange(height) < rows, torch.arange(width) < cols)
+
+
+# ------------------------------------------------------------------------------------ finding it
+
+
+def test_rows_and_columns_of_zeros_at_the_end_are_padding():
+    sizes = [(64, 96), (50, 96), (64, 33), (7, 1)]
+    found = inside(padded(sizes, 64, 96))
+    expected = within(sizes, 64, 96)
+    assert all(map(torch.equal, found, expected))
+    assert found.tokens().sum(1).tolist() == [h * w for h, w in sizes]
+
+
+def test_a_batch_without_padding_is_told_at_a_glance(monkeypatch):
+    images = padded([(64, 96)] * 2, 64, 96)
+    images[:, :, 20:40] = 0  # zeros within are none
+    assert inside(images) is None
+    images[1, :, -1] = 0
+    images[1, 0, -1, 5] = 1e-30
+    assert inside(images) is None
+    images[1, 0, -1, 5] = 0
+    assert inside(images).rows.sum(1).tolist() == [64, 63]
+
+
+def test_an_image_of_zeros_is_an_image():
+    images = padded([(64, 96), (64, 96)], 64, 96)
+    images[1] = 0
+    assert all(part.all() for part in inside(images))
+
+
+def test_on_another_device_nothing_is_looked_at():
+    found = inside(torch.empty(2, 3, 64, 96, device="meta"))
+    assert [part.shape for part in found] == [(2, 64), (2, 96)]
+
+
+@pytest.mark.parametrize("step", [4, 8, 16, 32])
+def test_grids_of_tokens_are_those_of_the_image_alone(step):
+    """As many rows and columns inside as the image has by itself."""
+    for h in (31, 32, 33, 60, 95):
+        part = within([(h, 40)], 96, 64).every(step)
+        assert part.rows.shape == (1, 96 // step)
+        assert part.rows.sum() == -(-h // step)
+        assert part.cols.sum() == -(-40 // step)
+
+
+def test_patches_are_whole_or_the_first():
+    part = within([(20, 12), (16, 3), (7, 24)], 24, 26)
+    found = part.patches(8).unflatten(1, (3, 3))
+    assert found.sum((1, 2)).tolist() == [2, 2, 3]
+    assert found[:, 0, 0].all()
+    assert within([(2, 3)], 4, 5).patches(8).tolist() == [[True]]
+
+
+# ----------------------------------------------------------------------------------- the layers
+
+SIZES = [(24, 32), (16, 24), (24, 8)]
+GRID = (24, 32)
+
+
+def attention(**options):
+    torch.manual_seed(0)
+    attn = SoftmaxFreeAttention(32, 2, 4, 5, normalize=True, landmarks="content", **options)
+    torch.nn.init.normal_(attn.query.weight, std=0.3)
+    return attn
+
+
+def tokens(seed, beyond):
+    """``[B, H*W, C]``, ``beyond`` outside the images."""
+    x = normal(len(SIZES), *GRID, 32, seed=seed)
+    for image, (h, w) in zip(x, SIZES):
+        image[h:], image[:, w:] = beyond, beyond
+    return x.flatten(1, 2)
+
+
+@pytest.mark.parametrize("budget", [6, None])
+@pytest.mark.parametrize("beyond", [0.0, -3.0, 1e6])
+def test_the_attention_term_is_that_of_the_image_alone(budget, beyond):
+    """And its gradients, whatever the padding holds."""
+    attn = attention(max_landmarks=budget)
+    q, v = (tokens(seed, beyond).requires_grad_() for seed in (0, 1))
+    weight = normal(*q.shape, seed=2) * within(SIZES, *GRID).tokens()[:, :, None]
+    out = attn.attend(q, v, GRID, within(SIZES, *GRID))
+    grads = torch.autograd.grad(out, (q, v), weight)
+    for number, (h, w) in enumerate(SIZES):
+        alone = [
+            t[number].detach().unflatten(0, GRID)[:h, :w].flatten(0, 1)[None].requires_grad_()
+            for t in (q, v)
+        ]
+        own = attn.attend(*alone, (h, w))
+        expected = (own, *torch.autograd.grad(own, alone, crop(weight, number)))
+        for found, truth in zip((out, *grads), expected):
+            torch.testing.assert_close(crop(found, number), truth, rtol=1e-4, atol=1e-5)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def crop(t, number):
+    h, w = SIZES[number]
+    return t[number].unflatten(0, GRID)[:h, :w].flatten(0, 1)[None]
+
+
+@pytest.mark.parametrize("max_keys", [None, 2048])
+def test_stage_4_reads_from_the_image_alone(max_keys):
+    torch.manual_seed(0)
+    attn = SoftmaxAttention(32, 2, max_keys=max_keys)
+    image, token = tokens(0, 9.0), normal(len(SIZES), 1, 32, seed=1)
+    out = attn(torch.cat((token, image), 1), GRID, within(SIZES, *GRID))
+    for number, size in enumerate(SIZES):
+        alone = attn(torch.cat((token[number : number + 1], crop(image, number)), 1), size)
+        torch.testing.assert_close(out[number, :1], alone[0, :1])
+        torch.testing.assert_close(crop(out[:, 1:], number), alone[:, 1:])
+
+
+def test_means_of_stage_4_are_of_the_image_alone():
+    """Where there are many keys: means over what is inside, which count as so many tokens."""
+    torch.manual_seed(0)
+    attn = SoftmaxAttention(32, 2, max_keys=16)
+    x = torch.cat((normal(len(SIZES), 1, 32, seed=1), tokens(0, 9.0)), 1)
+    keys, bias = attn._keys(x, GRID, within(SIZES, *GRID))
+    assert (keys.shape, bias.shape) == ((3, 17, 32), (3, 1, 1, 17))
+    for number, (h, w) in enumerate(SIZES):
+        image = x[number, 1:].unflatten(0, GRID)
+        for row in range(4):
+            for col in range(4):  # windows of 6x8 tokens
+                part = image[6 * row : min(6 * row + 6, h), 8 * col : min(8 * col + 8, w)]
+                key = 1 + 4 * row + col
+                count = part[..., 0].numel()
+                assert bias[number, 0, 0, key].exp() == pytest.approx(count, rel=1e-5)
+                if count:
+                    mean = part.flatten(0, 1).mean(0)
+                    torch.testing.assert_close(keys[number, key], mean, rtol=1e-4, atol=1e-5)
+    assert attn(x, GRID, within(SIZES, *GRID)).isfinite().all()
+
+
+# --------------------------------------------------------------------------------- the backbone
+
+
+def backbone(**options):
+    torch.manual_seed(0)
+    model = SOFTPlusPlus(ARCH, **options)
+    for module in model.modules():
+        if isinstance(module, SoftmaxFreeAttention):
+            torch.nn.init.normal_(module.value.weight, std=0.3)  # the term counts
+    for stage in model.stages:
+        torch.nn.init.zeros_(stage.pos_embed)  # which is resized to the whole grid
+    return model.eval()
+
+
+def dim(height, width):
+    """Dark, as most microscope images: grey padding is unlike everything in it."""
+    return 0.1 * normal(1, 3, height, width) - 2
+
+
+def change(model, images, by):
+    """Of features, relative, 64 pixels and more away from the border of the image."""
+    with torch.no_grad():
+        alone = model(images)[2]
+        there = model(F.pad(images, (0, by, 0, by)))[2][..., : alone.shape[2], : alone.shape[3]]
+    return float(((there - alone).norm(dim=1) / alone.norm(dim=1))[..., :-4, :-4].mean())
+
+
+def test_padding_leaves_the_features_of_the_image_alone():
+    images = dim(192, 192)
+    ignored, seen = (change(backbone(ignore_padding=flag), images, 64) for flag in (True, False))
+    assert ignored < 0.15 * seen
+    assert seen > 0.02
+
+
+@pytest.mark.parametrize("size", [(64, 96), (200, 333)])
+def test_without_padding_nothing_changes(size):
+    images = normal(2, 3, *size)
+    with torch.no_grad():
+        for a, b in zip(backbone()(images), backbone(ignore_padding=False)(images)):
+            assert torch.equal(a, b)
+
+
+def test_an_image_does_not_depend_on_those_it_is_padded_with():
+    images = padded([(192, 160), (128, 200)], 192, 224)
+    model = backbone()
+    with torch.no_grad():
+        for number in range(2):
+            for both, one in zip(model(images), model(images[number : number + 1])):
+                torch.testing.assert_close(both[number], one[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["parts", "grad", "checkpoint", "compile"])
+def test_every_form_of_the_program_ignores_it(form):
+    """Evaluation part by part, with a backward pass, recomputed, and compiled."""
+    if form == "compile" and before_torch("2.6"):
+        pytest.skip("one graph needs torch >= 2.6")
+    images = padded([(288, 300), (320, 200)], 320, 320)
+    with torch.no_grad():
+        model = backbone()
+        model.stages[0].blocks[0].part_elements = 1 << 30  # as a whole
+        expected = model(images)
+    model = backbone(with_cp=form == "checkpoint")
+    with torch.set_grad_enabled(form in ("grad", "checkpoint")):
+        if form == "compile":
+            torch._dynamo.reset()
+            model = torch.compile(model, fullgraph=True, backend="eager")
+        found = model(images)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    if form in ("grad", "checkpoint"):
+        sum(a.sum() for a in found).backward()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("form", ["export", "jit"])
+def test_recorded_programs_see_it(form):
+    if form == "export" and before_torch("2.6"):
+        pytest.skip("torch.export needs torch >= 2.6")
+    images = padded([(60, 64), (64, 50)], 64, 64)
+    with torch.no_grad():
+        if form == "export":
+            program = torch.export.export(backbone(), (images,)).module()
+        else:
+            program = torch.jit.trace(backbone(), images)
+        for a, b in zip(program(images), backbone(ignore_padding=False)(images)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(a, backbone()(images)[3], rtol=1e-3, atol=1e-3)
+
+
+def test_released_landmarks_see_it_as_released():
+    images = F.pad(dim(96, 96), (0, 32, 0, 32))
+    with torch.no_grad():
+        for a, b in zip(
+            backbone(landmarks="released")(images),
+            backbone(landmarks="released", ignore_padding=False)(images),
+        ):
+            assert torch.equal(a, b)
+
+
+def test_an_attention_of_ones_own_need_not_know_of_it():
+    class Own(SOFTPlusPlus):
+        def build_attention(self, **options):
+            layer = super().build_attention(**options)
+            wrapper = Wrapper(layer)
+            wrapper.by_content = True
+            return wrapper
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, hw_shape):
+            return self.layer(x, hw_shape)
+
+    with torch.no_grad():
+        assert Own(ARCH).eval()(padded([(60, 64)], 64, 64))[0].isfinite().all()
+
+
+def test_the_option_is_checked():
+    with pytest.raises(TypeError, match="ignore_padding must be True or False, got 1"):
+        SOFTPlusPlus(ARCH, ignore_padding=1)
+
+
+def test_a_detector_sees_each_image_of_a_batch_as_if_alone():
+    """Through MMDetection's preprocessor, which normalizes and fills up."""
+    pytest.importorskip("mmdet")
+    import mmdet.models  # noqa: F401
+
+    preprocessor = MODELS.build(
+        dict(
+            type="mmdet.DetDataPreprocessor",
+            mean=[123.675, 116.28, 103.53],
+            std=[58.395, 57.12, 57.375],
+            pad_size_divisor=32,
+        )
+    )
+    sizes = [(3, 90, 120), (3, 120, 100)]
+    images = [torch.randint(0, 40, size, dtype=torch.uint8) for size in sizes]
+    images[1][:, -9:] = 0  # black is not padding
+    batch = preprocessor(dict(inputs=images, data_samples=None))["inputs"]
+    assert batch.shape == (2, 3, 128, 128)
+    found = inside(batch)
+    assert found.rows.sum(1).tolist() == [90, 120]
+    assert found.cols.sum(1).tolist() == [120, 100]
