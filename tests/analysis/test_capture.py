@@ -42,6 +42,22 @@ def test_rows_reproduce_the_layers_attention(variant, options):
         assert error(out, expected) < 1e-7
 
 
+def test_rows_read_nothing_from_padding():
+    model = SOFTPlusPlus(ARCH, max_landmarks=6).eval().double()
+    images = torch.randn(2, *IMAGE[1:]).double()
+    images[0, :, 70:], images[1, :, :, 90:] = 0, 0
+    with torch.no_grad(), capture(model) as states:
+        model(images)
+    for state in states.values():
+        queries = [0, 5]
+        rows = state.attention_rows(queries)
+        out, expected = rows @ state.v, state.attend().unflatten(2, (state.q.shape[1], -1))
+        assert error(out, expected.transpose(1, 2)[:, :, queries]) < 1e-7
+        assert not rows.masked_select(~state.mask[:, None, None].expand_as(rows)).any()
+        torch.testing.assert_close(KeptRows(state)(queries), rows)
+    assert [int(n) for n in states[0, 0].mask.sum(1)] == [18 * 32, 24 * 23]
+
+
 def test_a_single_block_and_no_hooks_left():
     model = SOFTPlusPlus(ARCH)
     with capture(model, only=(1, -1)) as states:

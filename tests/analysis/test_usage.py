@@ -82,3 +82,18 @@ def test_what_all_queries_share_does_not_make_rows_alike():
     assert before > 1.5
     state.q, state.landmarks = state.q + 9, state.landmarks + 9
     torch.testing.assert_close(attention_usage(state).rank, before, rtol=1e-4, atol=0)
+
+
+def test_padding_does_not_count():
+    """Whatever the layer made of it."""
+    model = SOFTPlusPlus(ARCH, max_landmarks=9).eval()
+    image = torch.zeros(1, 3, 96, 128)
+    image[:, :, :64, :96] = torch.randn(3, 64, 96)
+    with torch.no_grad(), capture(model) as states:
+        model(image)
+    for state in states.values():
+        before = attention_usage(state)
+        state.q[:, :, ~state.mask[0]], state.v[:, :, ~state.mask[0]] = 3.0, -5.0
+        after = attention_usage(state)
+        for name in ("landmarks", "nearest", "rank", "varying"):
+            torch.testing.assert_close(getattr(before, name), getattr(after, name))
