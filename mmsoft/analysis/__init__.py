@@ -11,6 +11,7 @@ from .rows import (
     landmark_rows,
     nystromformer_rows,
     performer_rows,
+    rows_inside,
     softmax_rows,
 )
 from .spectra import inverse_filter, landmark_regions, newton_residuals, spectrum
@@ -37,6 +38,7 @@ __all__ = [
     "newton_residuals",
     "nystromformer_rows",
     "performer_rows",
+    "rows_inside",
     "softmax_rows",
     "spectrum",
 ]

@@ -14,13 +14,13 @@ from torch import Tensor
 from mmsoft.builder import require
 from mmsoft.ops import (
     gaussian_gram,
+    landmark_attention,
     newton_raphson_pinv,
     softmax_free_attention,
     step_size,
     tikhonov_pinv_product,
 )
 from mmsoft.ops.inverse import RIDGE_SOFT
-from mmsoft.ops.softmax import landmark_means, read_landmarks
 
 
 def _check_queries(q: Tensor, queries: Sequence[int]) -> list[int]:
@@ -67,11 +67,36 @@ def landmark_rows(
         ValueError: a query is not a token, or the shapes do not match.
     """
     landmarks = landmarks.detach().double()
+    return _rows(q, queries, lambda q, v: landmark_attention(q, v, landmarks, present, mask=mask))
 
-    def attend(q: Tensor, v: Tensor) -> Tensor:
-        return read_landmarks(q, landmark_means(q, v, landmarks, present, mask=mask))
 
-    return _rows(q, queries, attend)
+def rows_inside(
+    rows: Callable[[Tensor, list[int]], Tensor],
+    q: Tensor,
+    queries: Sequence[int],
+    mask: Tensor | None,
+) -> Tensor:
+    """Rows of a method that knows no mask, such as :func:`softmax_rows`, on what is not padding.
+
+    Args:
+        rows: called with queries ``[1, heads, n, d]`` and token numbers among them.
+        q: ``[B, heads, N, d]``.
+        queries: token numbers, row by row of the grid.
+        mask: ``[B, N]``, False for tokens that are padding, whose entries are 0; ``None`` for none.
+
+    Raises:
+        ValueError: a query is not a token, or is padding.
+    """
+    queries = _check_queries(q, queries)
+    if mask is None:
+        return rows(q, queries)
+    out = q.new_zeros(*q.shape[:2], len(queries), q.shape[2], dtype=torch.float64)
+    for own, points, there in zip(out, q, mask):
+        if not bool(there[queries].all()):
+            raise ValueError("a query is padding")
+        number = there.cumsum(0) - 1
+        own[..., there] = rows(points[None, :, there], number[queries].tolist())[0]
+    return out
 
 
 def attention_rows(

@@ -35,6 +35,7 @@ from mmsoft.analysis import (
     inverse_filter,
     landmark_regions,
     load_image,
+    rows_inside,
     softmax_rows,
     spectrum,
 )
@@ -287,7 +288,7 @@ class Explorer:
     def attention(self, view: View) -> dict[str, Any]:
         """Rows by head, of the layer and of softmax, and what the settings changed."""
         captured, state, token, rows = self.row(view)
-        softmax = softmax_rows(state.q, [token])[0, :, 0].cpu()
+        softmax = rows_inside(softmax_rows, state.q, [token], state.mask)[0, :, 0].cpu()
         changed = None
         if view.settings != self.own:
             own = self.row(View(**{**vars(view), "settings": self.own}))[3]

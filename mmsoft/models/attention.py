@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.mode import cpu_shortcut, traced, transformed
 from mmsoft.ops.softmax import LandmarkMeans, landmark_means, read_landmarks
 
-from .padding import Inside
+from .padding import Inside, TakesPadding
 from .plain import is_plain
 
 MANY_LANDMARKS = 256
@@ -80,7 +81,7 @@ class ValueConv2d(nn.Conv2d):
         return F.conv2d(image, weight, padding=self.padding, groups=channels)
 
 
-class SoftmaxFreeAttention(nn.Module):
+class SoftmaxFreeAttention(TakesPadding, nn.Module):
     """Softmax-free multi-head attention over a grid of tokens (SOFT, section 3).
 
     Queries are also the keys. Landmarks are sampled from the queries, head by head with shared
@@ -210,8 +211,6 @@ class SoftmaxFreeAttention(nn.Module):
         q = torch.addmm(bias, x.flatten(0, 1), weight.mT, beta=scale, alpha=scale)
         return q.unflatten(0, x.shape[:2]), self.value(x)
 
-    takes_padding = True
-
     def sample_landmarks(
         self, q: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -231,8 +230,12 @@ class SoftmaxFreeAttention(nn.Module):
             sampled = patches.mean(3) if self.landmark_conv is None else self.landmark_conv(patches)
             return F.gelu(self.landmark_norm(sampled)).transpose(1, 2), None, None
         with torch.no_grad():
-            centre = self._centre(q, inside).unflatten(1, (self.num_heads, self.head_dims))
+            centre = self._centre(q, inside)
             valid = self._inside(hw_shape, q.device)
+        if inside is not None:  # in its place, what has no weight in the mean of a patch
+            q = torch.where(inside.tokens()[:, :, None], q, centre.to(q.dtype)[:, None])
+        centre = centre.unflatten(1, (self.num_heads, self.head_dims))
+        with torch.no_grad():
             every = landmark_candidates(q, *grid, centre, valid)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
             there = None if inside is None else inside.patches(self.landmark_stride)
@@ -304,24 +307,29 @@ class SoftmaxFreeAttention(nn.Module):
 
     def by_token(
         self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
-    ) -> tuple[list[Callable], Tensor, Tensor]:
+    ) -> tuple[Any, ...]:
         """:meth:`forward` up to where no token's result needs another's; without a backward pass.
 
         Landmarks are by content. Arguments and errors are those of :meth:`forward`.
 
         Returns:
-            For each sample the function that completes it, from any of its tokens of the two
-            tensors that follow, ``[1, n, C]`` each; queries and convolved values ``[B, H*W, C]``.
+            For each sample the function that completes it, from any of its tokens of the tensors
+            that follow, ``[1, n, C]`` each: queries and convolved values ``[B, H*W, C]`` and, if
+            there is padding, which tokens are none.
         """
         self._check(x, hw_shape)
         q, v = self.queries_and_values(x)
         means = self.gather(q, v, hw_shape, inside)
 
-        def complete(means: LandmarkMeans, q: Tensor, convolved: Tensor) -> Tensor:
-            return self.drop(self.proj(self.read(q, means).add_(convolved)))
+        def complete(means: LandmarkMeans, q: Tensor, convolved: Tensor, *there: Tensor) -> Tensor:
+            out = self.read(q, means)
+            for each in there:  # to padding the operator gives 0
+                out.mul_(each)
+            return self.drop(self.proj(out.add_(convolved)))
 
         functions: list[Callable] = [partial(complete, means.of(b)) for b in range(len(x))]
-        return functions, q, self.convolve_values(v, hw_shape)
+        there = () if inside is None else (inside.tokens()[:, :, None],)
+        return functions, q, self.convolve_values(v, hw_shape), *there
 
     def gather(
         self, q: Tensor, v: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
@@ -356,14 +364,14 @@ class SoftmaxFreeAttention(nn.Module):
         self, q: Tensor, v: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
     ) -> Tensor:
         """The attention term alone, from scaled queries and values ``[B, H*W, C]``."""
-        if self.by_content and inside is not None:
-            return self.read(q, self.gather(q, v, hw_shape, inside))
-        landmarks, present, _ = self.sample_landmarks(q, hw_shape)
+        padding = () if inside is None or not self.by_content else (inside,)
+        landmarks, present, _ = self.sample_landmarks(q, hw_shape, *padding)
         newton = self.solver == "newton" and not self.by_content
         if newton and not traced(q) and landmarks.shape[2] > MANY_LANDMARKS:
             _warn_of_many_landmarks()
         scale = 1.0 if self.by_content else self.attention_scale(landmarks, hw_shape)
-        return self.operate(q, v, landmarks, present, scale=scale)
+        mask = padding[0].tokens() if padding else None
+        return self.operate(q, v, landmarks, present, mask=mask, scale=scale)
 
     def operate(
         self,
@@ -398,7 +406,7 @@ class SoftmaxFreeAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(TakesPadding, nn.Module):
     """Ordinary multi-head self-attention over a class token and a grid of tokens (stage 4).
 
     Args:
@@ -427,8 +435,6 @@ class SoftmaxAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, max_keys={self.max_keys}"
-
-    takes_padding = True
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None) -> Tensor:
         """Attend from all tokens of ``x [B, 1 + H*W, C]``, class token first.

@@ -255,7 +255,8 @@ class _Block(nn.Module):
 
     Args:
         embed_dims: channels ``C``.
-        attn: called as ``attn(tokens [B, N, C], (H, W))``, returns ``[B, N, C]``.
+        attn: called as ``attn(tokens [B, N, C], (H, W))``, returns ``[B, N, C]``; where there is
+            padding, with :class:`~mmsoft.models.padding.Inside` too, if it has ``takes_padding``.
         drop_path: rate of stochastic depth.
         drop_rate: dropout in the MLP.
     """
@@ -264,7 +265,7 @@ class _Block(nn.Module):
     attn: nn.Module
 
     def _padding(self, inside: Inside | None) -> tuple[Inside, ...]:
-        """The argument for ``attn``, if it takes one: another's attention may not."""
+        """The last argument for ``attn``, if it takes one: another's attention may not."""
         takes = inside is not None and getattr(self.attn, "takes_padding", False)
         return (inside,) if takes and inside is not None else ()
 

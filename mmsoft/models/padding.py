@@ -1,11 +1,31 @@
 """Which part of a batch of images is not padding."""
 
-from typing import NamedTuple
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmsoft.ops.mode import may_decide, recorded
+
+
+class TakesPadding:
+    """An attention layer whose methods take what is ``inside`` as their last argument.
+
+    A subclass that overrides one of them without it is not handed it, and so sees padding.
+    """
+
+    takes_padding = True
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for name in ("forward", "attend", "sample_landmarks"):
+            if name in vars(cls):
+                parameters = signature(vars(cls)[name]).parameters.values()
+                kinds = {parameter.kind for parameter in parameters}
+                names = {parameter.name for parameter in parameters}
+                if "inside" not in names and Parameter.VAR_POSITIONAL not in kinds:
+                    cls.takes_padding = False
 
 
 class Inside(NamedTuple):
@@ -28,7 +48,7 @@ class Inside(NamedTuple):
     def patches(self, side: int) -> Tensor:
         """Which patches of ``side x side`` tokens lie inside, ``[B, M]``, row by row.
 
-        Where an image is smaller than a patch, the one that it is part of.
+        Where an image is smaller than a patch, the one that it is part of, too.
         """
         rows, cols = (_whole(along, side) for along in self)
         return (rows[:, :, None] & cols[:, None]).flatten(1)
@@ -38,8 +58,9 @@ def inside(images: Tensor) -> Inside | None:
     """The images that a batch ``[B, C, H, W]`` has been filled up around.
 
     OpenMMLab's preprocessors fill up with 0, at the bottom and on the right, after they have
-    normalized: rows and columns from which on everything is exactly 0 are padding. An image that is
-    0 everywhere has none.
+    normalized: rows and columns from which on everything is exactly 0 are padding. So are, where no
+    mean was subtracted, a black border there, and what was filled up with anything else is not. An
+    image that is 0 everywhere has no padding.
 
     Returns:
         ``None`` where a look at the images shows that there is no padding; on a GPU, which a look

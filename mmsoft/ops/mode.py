@@ -74,8 +74,9 @@ def traced(x: Tensor) -> bool:
 
 def recorded(x: Tensor) -> bool:
     """Whether a program is being recorded to run elsewhere: :func:`traced`, but not compiled."""
-    compiled = is_compiling() and not getattr(torch.compiler, "is_exporting", lambda: False)()
-    return traced(x) and not compiled
+    # Before torch 2.7, which tells no difference, what torch.export records strictly is compiled.
+    exported = getattr(torch.compiler, "_is_exporting_flag", False)
+    return traced(x) and (exported or not is_compiling())
 
 
 def may_set() -> bool:

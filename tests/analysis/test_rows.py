@@ -5,7 +5,13 @@ import sys
 import pytest
 import torch
 
-from mmsoft.analysis import attention_rows, nystromformer_rows, performer_rows, softmax_rows
+from mmsoft.analysis import (
+    attention_rows,
+    nystromformer_rows,
+    performer_rows,
+    rows_inside,
+    softmax_rows,
+)
 from mmsoft.ops import reference
 
 QUERIES = (0, 17, 34, 17)
@@ -130,3 +136,16 @@ def test_a_missing_package_is_one_line(q, monkeypatch, call, package):
     message = rf"^{package} is missing: pip install 'mmsoft\[peers\]'$"
     with pytest.raises(ImportError, match=message):
         call(q)
+
+
+def test_rows_of_other_methods_on_what_is_not_padding():
+    q = torch.randn(2, 3, 20, 4)
+    mask = torch.arange(20) % 5 < torch.tensor([[4], [3]])
+    rows = rows_inside(softmax_rows, q, [0, 6], mask)
+    assert not rows.masked_select(~mask[:, None, None].expand_as(rows)).any()
+    for b in range(2):
+        alone = softmax_rows(q[b : b + 1, :, mask[b]], [0, 5 if b == 0 else 4])
+        torch.testing.assert_close(rows[b][..., mask[b]], alone[0])
+    torch.testing.assert_close(rows_inside(softmax_rows, q, [3], None), softmax_rows(q, [3]))
+    with pytest.raises(ValueError, match="a query is padding"):
+        rows_inside(softmax_rows, q, [4], mask)

@@ -83,7 +83,7 @@ def test_patches_are_whole_or_the_first():
 
 # ----------------------------------------------------------------------------------- the layers
 
-SIZES = [(24, 32), (16, 24), (24, 8)]
+SIZES = [(24, 32), (16, 24), (24, 8), (3, 24), (2, 3), (1, 1)]  # some smaller than a patch
 GRID = (24, 32)
 
 
@@ -146,7 +146,7 @@ def test_means_of_stage_4_are_of_the_image_alone():
     attn = SoftmaxAttention(32, 2, max_keys=16)
     x = torch.cat((normal(len(SIZES), 1, 32, seed=1), tokens(0, 9.0)), 1)
     keys, bias = attn._keys(x, GRID, within(SIZES, *GRID))
-    assert (keys.shape, bias.shape) == ((3, 17, 32), (3, 1, 1, 17))
+    assert (keys.shape, bias.shape) == ((len(SIZES), 17, 32), (len(SIZES), 1, 1, 17))
     for number, (h, w) in enumerate(SIZES):
         image = x[number, 1:].unflatten(0, GRID)
         for row in range(4):
@@ -212,6 +212,36 @@ def test_an_image_does_not_depend_on_those_it_is_padded_with():
                 torch.testing.assert_close(both[number], one[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_padding_in_other_precision(dtype):
+    """Under autocast the error is that of images without padding; in float64 there is none."""
+    images = padded([(192, 160), (128, 200)], 192, 224)
+    model = backbone()
+    with torch.no_grad():
+        expected = model(images)
+        if dtype == torch.float64:
+            found = model.double()(images.double())
+        else:
+            with torch.autocast("cpu", dtype):
+                found = model(images)
+    for a, b in zip(found, expected):
+        error = (a.double() - b).norm() / b.norm()
+        assert error < (1e-5 if dtype == torch.float64 else 0.05)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_no_device_is_asked_for_a_value(train):
+    """None can be had on "meta", as on a GPU while a graph is captured."""
+    with torch.device("meta"):
+        model = SOFTPlusPlus(ARCH).train(train)
+        images = torch.empty(2, 3, 200, 333)
+    with torch.set_grad_enabled(train):
+        outs = model(images)
+        if train:
+            sum(out.sum() for out in outs).backward()
+    assert [out.shape[2:] for out in outs] == [(50, 84), (25, 42), (13, 21), (7, 11)]
+
+
 @pytest.mark.parametrize("form", ["parts", "grad", "checkpoint", "compile"])
 def test_every_form_of_the_program_ignores_it(form):
     """Evaluation part by part, with a backward pass, recomputed, and compiled."""
@@ -260,24 +290,82 @@ def test_released_landmarks_see_it_as_released():
             assert torch.equal(a, b)
 
 
-def test_an_attention_of_ones_own_need_not_know_of_it():
+class OwnForward(SoftmaxFreeAttention):
+    def forward(self, x, hw_shape):
+        return super().forward(x, hw_shape)
+
+
+class OwnAttend(SoftmaxFreeAttention):
+    def attend(self, q, v, hw_shape):
+        return super().attend(q, v, hw_shape)
+
+
+class OwnLandmarks(SoftmaxFreeAttention):
+    def sample_landmarks(self, q, hw_shape):
+        return super().sample_landmarks(q, hw_shape)
+
+
+class AsWell(SoftmaxFreeAttention):
+    def attend(self, q, v, hw_shape, inside=None):
+        return super().attend(q, v, hw_shape, inside)
+
+
+class Operate(SoftmaxFreeAttention):
+    def operate(self, *args, **options):
+        return super().operate(*args, **options)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.layer = SoftmaxFreeAttention(**options)
+
+    def forward(self, x, hw_shape):
+        return self.layer(x, hw_shape)
+
+
+@pytest.mark.parametrize("own", [OwnForward, OwnAttend, OwnLandmarks, AsWell, Operate, Wrapper])
+def test_an_attention_of_ones_own_need_not_know_of_it(own):
+    """It sees padding, then."""
+
     class Own(SOFTPlusPlus):
         def build_attention(self, **options):
-            layer = super().build_attention(**options)
-            wrapper = Wrapper(layer)
-            wrapper.by_content = True
-            return wrapper
+            return own(**options)
 
-    class Wrapper(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
+    def features(variant, ignore_padding):
+        torch.manual_seed(0)
+        model = variant(ARCH, ignore_padding=ignore_padding)
+        for module in model.modules():
+            if isinstance(module, SoftmaxAttention):
+                module.takes_padding = False
+        with torch.no_grad():
+            return model.eval()(padded([(60, 50)], 64, 64))[2]
 
-        def forward(self, x, hw_shape):
-            return self.layer(x, hw_shape)
+    knows = own in (AsWell, Operate)
+    assert torch.equal(features(Own, True), features(SOFTPlusPlus, knows))
+    assert not torch.equal(features(SOFTPlusPlus, True), features(SOFTPlusPlus, False))
 
+
+def test_what_the_operator_is_replaced_by_is_called_with_padding(monkeypatch):
+    model = backbone()
+    calls = []
+    layer = model.stages[0].blocks[0].attn
+    operate = layer.operate
+    monkeypatch.setattr(layer, "operate", lambda *a, **k: (calls.append(k), operate(*a, **k))[1])
     with torch.no_grad():
-        assert Own(ARCH).eval()(padded([(60, 64)], 64, 64))[0].isfinite().all()
+        model(padded([(60, 50)], 64, 64))
+    assert [int(call["mask"].sum()) for call in calls] == [15 * 13]
+
+
+def test_one_layer_by_content_is_enough():
+    model = backbone()
+    model.stages[0].blocks[0].attn = torch.nn.Identity()
+    model.stages[0].blocks[0].attn.forward = lambda x, hw_shape: x
+    seen = backbone(ignore_padding=False)
+    seen.stages[0].blocks[0].attn = model.stages[0].blocks[0].attn
+    with torch.no_grad():
+        images = padded([(60, 50)], 64, 64)
+        assert not torch.equal(model(images)[1], seen(images)[1])
 
 
 def test_the_option_is_checked():

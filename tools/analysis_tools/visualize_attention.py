@@ -22,6 +22,7 @@ from mmsoft.analysis import (
     load_model,
     nystromformer_rows,
     performer_rows,
+    rows_inside,
     softmax_rows,
 )
 from mmsoft.builder import config_parser, read_config, tool_main
@@ -87,12 +88,13 @@ def draw(args: argparse.Namespace) -> None:
         most = int(state.present[:, list(heads)].sum(-1).max())
         what = "landmarks at most"
     peers = dict(
-        softmax=lambda: softmax_rows(q, queries),
-        performer=lambda: performer_rows(q, queries),
-        nystromformer=lambda: nystromformer_rows(q, queries, most),
+        softmax=softmax_rows,
+        performer=performer_rows,
+        nystromformer=lambda q, queries: nystromformer_rows(q, queries, most),
     )
     for method in args.compare:
-        maps[method] = grid(peers[method]()[0].mean(0)).numpy()
+        rows = rows_inside(peers[method], q, queries, state.mask)
+        maps[method] = grid(rows[0].mean(0)).numpy()
     title = f"stage {block[0]}, block {block[1]}: {most} {what}"
     figure = draw_attention(
         image.picture, args.query, maps, image.extent(state.hw_shape), title=title

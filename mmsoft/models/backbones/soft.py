@@ -192,7 +192,9 @@ class SOFT(Backbone):
             options: those of :class:`~mmsoft.models.attention.SoftmaxFreeAttention`.
 
         Returns:
-            A module called as ``attn(tokens [B, H*W, C], (H, W))``, which returns ``[B, H*W, C]``.
+            A module called as ``attn(tokens [B, H*W, C], (H, W))``, which returns ``[B, H*W, C]``;
+            what it is called with where there is padding, :class:`mmsoft.models.padding.Inside`
+            tells.
         """
         return SoftmaxFreeAttention(**options)
 
@@ -318,8 +320,9 @@ class SOFT(Backbone):
 
     def _reads_by_content(self) -> bool:
         """Whether padding matters: released landmarks see it, as released."""
-        attention: Any = self.stages[0].get_submodule("blocks.0.attn")
-        return getattr(attention, "by_content", False)
+        stages: Any = self.stages
+        blocks = (block for stage in stages for block in stage.blocks)
+        return any(getattr(block.attn, "by_content", False) for block in blocks)
 
     def _check_images(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
