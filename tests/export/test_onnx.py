@@ -283,7 +283,7 @@ EVERY_MODEL = [
 ]
 
 
-@pytest.mark.parametrize("size", ODD, ids=str)
+@pytest.mark.parametrize("size", [pytest.param(ODD[0], marks=long), ODD[1]], ids=str)
 @pytest.mark.parametrize(
     ("library", "part", "options"),
     [EVERY_MODEL[0], *(pytest.param(*model, marks=long) for model in EVERY_MODEL[1:])],
