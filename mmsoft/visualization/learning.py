@@ -24,7 +24,7 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
     if not runs:
         raise ValueError("there are no runs to draw")
     labels = list(dict.fromkeys(label for task in runs.values() for label in task))
-    figure = new_figure(9.6, 0.6 + 3.2 * len(runs))
+    figure = new_figure(9.6, 0.6 + 2.6 * len(runs))
     axes = dict(loss="training loss", accuracy="validation accuracy (%)")
     there = {kind for task in runs.values() for curves in task.values() for kind in curves}
     kinds = [(kind, axis) for kind, axis in axes.items() if kind in there]
@@ -38,10 +38,10 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
                     x, y = zip(*curve) if curve else ((), ())
                     marker = MARKERS[number % 7] if kind == "accuracy" else None
                     name = label if seed == 0 else None
-                    ax.plot(x, y, marker=marker, markersize=4, label=name, **style)
+                    ax.plot(x, y, marker=marker, markersize=4, label=name, linewidth=1, **style)
             ax.set_title(task, fontsize=10)
             ax.set_xlabel("iteration")
             ax.set_ylabel(axis)
             ax.grid(alpha=0.3)
-    panels[0][-1].legend(framealpha=0.9, fontsize=8)  # curves may pass behind it
+        row[-1].legend(framealpha=0.9, fontsize=8)  # curves may pass behind it
     return figure

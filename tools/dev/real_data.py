@@ -5,7 +5,7 @@ r"""Train and test a config on real images, and make docs/real_data.md from all 
     python tools/dev/real_data.py time configs/nuclei/upernet_{softpp-mini,pvtv2-b0}_nuclei.py \
         --work-dir work_dirs/times
     python tools/dev/real_data.py draw work_dirs/upernet_{softpp-mini,pvtv2-b0}_seed0 \
-        --out sheet.jpg
+        --out docs/real_data/nuclei_classes.jpg
     python tools/dev/real_data.py table
 
 `run` calls `mim train` and `mim test` in the current folder, whose `data/` has the converted data,
@@ -63,6 +63,26 @@ TASKS = {  # by folder and first word of a config's name, in the order of the pa
 }
 SCORE = 0.4  # detections below this score are not painted
 SIDES = (340, 700)  # edges between sizes of images, square roots of pixels
+PICTURES = {  # beside the rows, by `draw`: what they show, and what one sees there
+    ("nuclei", "mask-rcnn"): (
+        "nuclei_masks.jpg",
+        "Nuclei, their masks, and those of two detectors",
+        "Colours only tell instances apart. SOFT++ mini joins nuclei that touch, and finds none of "
+        "the small ones in the largest images; PVTv2-B0, with twice its parameters, joins some.",
+    ),
+    ("nuclei", "upernet"): (
+        "nuclei_classes.jpg",
+        "Nuclei and background, and what two segmentors take for them",
+        "SOFT++ mini paints nuclei too large, most of all small ones, and the inside of the embryo "
+        "below.",
+    ),
+    ("bccd", "retinanet"): (
+        "cells.jpg",
+        "Blood cells with their boxes, and those of two detectors",
+        "Both find cells that the annotations lack, which count against them. Where cells overlap, "
+        "neither separates them.",
+    ),
+}
 METRICS = {  # of the tests: heading, and the scale to 0..1
     "coco/bbox_mAP": ("box AP", 1),
     "coco/segm_mAP": ("mask AP", 1),
@@ -224,7 +244,7 @@ def detected(config: Config, work_dir: Path) -> Iterator[tuple[str, Tested]]:
             there, said = (dict(kind="boxes", names=names, **part) for part in (there, said))
         score = scores[str(image["id"])]
         path = Path(dataset.data_root, dataset.data_prefix.img, image["file_name"])
-        about = f"{path.stem[:8]}, {image['width']}x{image['height']}, {len(own)} objects"
+        about = f"{short(path)}, {image['width']}x{image['height']}, {len(own)} objects"
         value = score.get("segm", score["bbox"]) or 0.0
         yield path.stem, Tested(path, there, said, value, about)
 
@@ -244,8 +264,13 @@ def segmented(config: Config, work_dir: Path) -> Iterator[tuple[str, Tested]]:
         either = [((there == n) | (said == n)).sum() for n in range(len(names))]
         score = statistics.mean(float(b / e) for b, e in zip(both, either) if e)
         truth, found = (dict(kind="classes", names=names, map=one) for one in maps)
-        about = f"{path.stem[:8]}, {there.shape[1]}x{there.shape[0]}"
+        about = f"{short(path)}, {there.shape[1]}x{there.shape[0]}"
         yield path.stem, Tested(path, truth, found, score, about)
+
+
+def short(path: Path) -> str:
+    """A name that fits below a panel: the nuclei's are of 64 digits."""
+    return path.stem if len(path.stem) <= 16 else path.stem[:8]
 
 
 def paint(work_dirs: Sequence[Path], number: int, names: Sequence[str], out: Path) -> None:
@@ -305,11 +330,15 @@ SAME_TIME = """
 Other lengths of the same schedule, for about the same time instead of the same number of
 iterations, beside SOFT++ at its own length:
 """
+SHEET = """
+Test images of seed 0, from the best of SOFT++ mini to its worst; below each its score, and that of
+the other: AP, or mean IoU. """
 WHERE = """
-Where they are right and where wrong: {measure} of all detections by {parts}, which for images with
-more than 100 objects is more than COCO's mAP above, which counts the best 100 of each image.
+Where they are right and where wrong: {measure} by {parts}{more}.
 
 """
+ALL_COUNT = """, of all detections; COCO's
+mAP above counts the best 100 of each image, which is less where there are more objects than that"""
 ACROSS = """
 ### Across sizes of images
 
@@ -380,8 +409,13 @@ def cells(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
         *metrics,
         seconds([iteration]),
         seconds([iteration and iteration * first["iterations"]]),
-        f"{max(row['peak_bytes'] for row in rows) / 1e6:.0f}",
+        megabytes(max(row["peak_bytes"] for row in rows)),
     ]
+
+
+def megabytes(count: int) -> str:
+    """``-`` where it is not known, as of a run that was only tested again."""
+    return f"{count / 1e6:.0f}" if count else "-"
 
 
 def table(rows: Sequence[Row], key: Callable[[Row], Any], times: Mapping[str, Row]) -> str:
@@ -412,8 +446,9 @@ def where_table(rows: Sequence[Row]) -> str:
         body.append([BACKBONES[backbone_of(group[0])], seeds, *values])
     align = ["left"] + ["right"] * (len(header) - 1)
     measure = dict(segm="mask AP", bbox="box AP")[kind]
-    by = "size of the image" if any(part.endswith("inf") for part in parts) else "class"
-    head = WHERE.format(measure=measure, parts=by)
+    by_size = any(part.endswith("inf") for part in parts)
+    by = "the square root of an image's number of pixels" if by_size else "class"
+    head = WHERE.format(measure=measure, parts=by, more=ALL_COUNT if by_size else "")
     return head + tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
 
 
@@ -460,9 +495,19 @@ def render(rows: Sequence[Row], times: Mapping[str, Row], budgets: Sequence[Row]
             text += where_table(known)
         if budgets and task == ("nuclei", "mask-rcnn"):
             text += across(scheduled, budgets)
+        name, shown, seen = PICTURES[task]
+        if (ROWS / name).is_file():
+            text += f"\n![{shown}](real_data/{name})\n{SHEET}{seen}\n"
     if any("loss" in row for row in rows):
-        text += f"\n## Learning\n\n![Training loss of every run](real_data/{FIGURE.name})\n"
+        shown = "Training loss of every run, means of 40 iterations"
+        text += f"\n## Learning\n\n![{shown}](real_data/{FIGURE.name})\n"
     return text
+
+
+def smooth(curve: Sequence[Sequence[float]], entries: int = 4) -> list[list[float]]:
+    """The means of so many entries of the log, at the last one's iteration."""
+    parts = [curve[n : n + entries] for n in range(0, len(curve), entries)]
+    return [[part[-1][0], statistics.mean(loss for _, loss in part)] for part in parts]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -473,7 +518,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for row in sorted(rows, key=lambda row: (list(TASKS).index(task_of(row)), row["parameters"])):
         if "loss" in row and row["iterations"] == row["scheduled_iterations"]:
             lines = runs.setdefault(TASKS[task_of(row)], {})
-            lines.setdefault(BACKBONES[backbone_of(row)], dict(loss=[]))["loss"].append(row["loss"])
+            curves = lines.setdefault(BACKBONES[backbone_of(row)], dict(loss=[]))["loss"]
+            curves.append(smooth(row["loss"]))
     if runs:
         save_figure(draw_learning(runs), path)
 
