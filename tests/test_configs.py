@@ -20,7 +20,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 LIBRARIES = dict(retinanet="mmdet", mask="mmdet", upernet="mmseg", soft="mmpretrain")
 LIBRARIES["softpp"] = "mmpretrain"
 # A training step of these takes long.
-LONG = re.compile(r"[-_](s|m|l|small|medium|large|huge|amp|layer)[-_]|^(?!.*mini).*_(nuclei|bccd)$")
+LONG = re.compile(
+    r"[-_](s|m|l|small|medium|large|huge|amp|layer)[-_]|^(?!.*mini_).*_(nuclei|bccd)$"
+)
 # Folder -> learning rate (of the arch, if it has its own), weight decay, whether biases decay.
 RECIPES = dict(
     soft=(dict(medium=4e-4, large=3.3e-4, huge=2.7e-4), 1e-3, 0.05, False),

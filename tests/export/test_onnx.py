@@ -106,7 +106,7 @@ def test_backbone_of_any_size_by_content(tmp_path):
     assert len(set(sizes)) == 3
 
 
-@pytest.mark.parametrize("backbone", [SOFT, SOFTPlusPlus])
+@pytest.mark.parametrize("backbone", [pytest.param(SOFT, marks=long), SOFTPlusPlus])
 def test_direct_solver(tmp_path, monkeypatch, backbone):
     """Of released landmarks, which alone have an inverse: products of matrices, and no loop."""
     solved, solve = [], functions.tikhonov_solve

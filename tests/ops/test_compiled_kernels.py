@@ -15,7 +15,6 @@ SHARED_MEMORY = 99 * 1024
 # The usual number of landmarks, and what needs the most.
 SOON = (
     "spread-49",
-    "gather-backward-49",
     "gather-backward-wide",
     "newton-49",
     "solve-49",
