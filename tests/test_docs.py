@@ -63,7 +63,7 @@ def test_pictures_exist_are_small_and_have_alt_text(root, texts):
     drawings = {path.with_suffix(".svg") for path in shown if path.parent.name == "benchmarks"}
     assert there == shown | drawings
     assert all(path.stat().st_size < 150 * KB for path in drawings)
-    assert sum(path.stat().st_size for path in there) < 2.5 * MB
+    assert sum(path.stat().st_size for path in there) < 2 * MB
 
 
 def test_navigation_and_links_are_complete(root, pages, texts):

@@ -45,7 +45,8 @@ class BlockState:
     def attend(self) -> Tensor:
         """The layer's attention term, ``[B, H*W, C]``."""
         q, v = (t.transpose(1, 2).flatten(2) for t in (self.q, self.v))
-        return self.layer.attend(q, v, self.hw_shape, self.inside)
+        padding = () if self.inside is None else (self.inside,)
+        return self.layer.attend(q, v, self.hw_shape, *padding)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -56,9 +56,8 @@ def average_precisions(
     }
     if len(classes) > 1:
         for name, number in zip(classes, numbers):
-            everywhere = images["all"]
-            objects = _objects(truth, everywhere, [number])
-            rows[name] = dict(images=len(everywhere), objects=objects)
+            objects = _objects(truth, images["all"], [number])
+            rows[name] = dict(images=len(images["all"]), objects=objects)
     for kind, entries in results.items():
         for name, own in images.items():
             precision = _precision(truth, entries, own, numbers, kind)

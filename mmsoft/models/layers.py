@@ -266,8 +266,9 @@ class _Block(nn.Module):
 
     def _padding(self, inside: Inside | None) -> tuple[Inside, ...]:
         """The last argument for ``attn``, if it takes one: another's attention may not."""
-        takes = inside is not None and getattr(self.attn, "takes_padding", False)
-        return (inside,) if takes and inside is not None else ()
+        if inside is None or not getattr(self.attn, "takes_padding", False):
+            return ()
+        return (inside,)
 
     def tokenwise(self, function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
         """``function(*tokens)`` of ``[B, N, C]`` each, where no token's result needs another's.

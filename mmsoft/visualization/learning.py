@@ -24,7 +24,7 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
     if not runs:
         raise ValueError("there are no runs to draw")
     labels = list(dict.fromkeys(label for task in runs.values() for label in task))
-    figure = new_figure(9.6, 0.6 + 2.6 * len(runs))
+    figure = new_figure(7.2, 0.6 + 2.2 * len(runs))
     axes = dict(loss="training loss", accuracy="validation accuracy (%)")
     there = {kind for task in runs.values() for curves in task.values() for kind in curves}
     kinds = [(kind, axis) for kind, axis in axes.items() if kind in there]

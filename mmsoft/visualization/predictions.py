@@ -46,7 +46,7 @@ def draw_predictions(picture: np.ndarray, found: Mapping[str, Any], title: str =
 
 
 def draw_comparison(
-    rows: Sequence[tuple[np.ndarray, Mapping[str, Mapping[str, Any]], str]], width: float = 9.6
+    rows: Sequence[tuple[np.ndarray, Mapping[str, Mapping[str, Any]], str]], width: float = 7.2
 ) -> Any:
     """A contact sheet: each row an image, then what the columns say of it.
 

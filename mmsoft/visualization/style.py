@@ -48,7 +48,8 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     if kind not in known:
         raise ValueError(f"{path} must end in one of {', '.join(sorted(known))}")
     with write_whole(path) as partial:
-        figure.savefig(partial, format=kind, dpi=DPI)
+        options = dict(pil_kwargs=dict(quality=60)) if kind in ("jpg", "jpeg") else {}
+        figure.savefig(partial, format=kind, dpi=DPI, **options)
     return path
 
 

@@ -6,6 +6,7 @@ from released import ARCH
 
 from mmsoft.analysis import attention_usage, capture
 from mmsoft.models import SOFTPlusPlus
+from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.ops import reference
 
 
@@ -97,3 +98,19 @@ def test_padding_does_not_count():
         after = attention_usage(state)
         for name in ("landmarks", "nearest", "rank", "varying"):
             torch.testing.assert_close(getattr(before, name), getattr(after, name))
+
+
+def test_an_attention_of_ones_own_is_measured():
+    """One whose methods do not know of padding."""
+
+    class Own(SoftmaxFreeAttention):
+        def attend(self, q, v, hw_shape):
+            return super().attend(q, v, hw_shape)
+
+    class Backbone(SOFTPlusPlus):
+        def build_attention(self, **options):
+            return Own(**options)
+
+    with torch.no_grad(), capture(model := Backbone(ARCH).eval()) as states:
+        model(torch.randn(1, 3, 64, 64))
+    assert all(attention_usage(state).rank.isfinite().all() for state in states.values())

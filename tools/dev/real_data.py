@@ -285,6 +285,8 @@ def paint(work_dirs: Sequence[Path], number: int, names: Sequence[str], out: Pat
     steps = max(number - 1, 1)
     chosen = names or [ranked[n * (len(ranked) - 1) // steps] for n in range(number)]
     titles = [title_of(work_dir) for work_dir in work_dirs]
+    if len(set(titles)) < len(titles):  # several seeds
+        titles = [work_dir.name for work_dir in work_dirs]
     rows = []
     for name in chosen:
         images = [run[name] for run in runs.values()]
