@@ -13,6 +13,7 @@ model = dict(
         out_indices=(3,),
         out_type="cls_token",
         landmarks="released",
+        local_filters="head",
         drop_path_rate=0.1,
     ),
     neck=None,

@@ -91,7 +91,7 @@ BACKBONES = {
         "SOFT++ Tiny, released algorithm", "softpp-tiny", OURS["tiny"],
         dict(
             type="mmsoft.ReleasedSOFTPlusPlus", landmarks="released",
-            max_landmarks=None, max_keys=None,
+            max_landmarks=None, max_keys=None, local_filters="head",
         ),
     ),
     # Accuracies: arXiv 2102.12122 (PVT), 2106.13797 (PVTv2), 2103.14030 (Swin), 2201.03545

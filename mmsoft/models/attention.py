@@ -65,19 +65,25 @@ class LandmarkConv2d(nn.Conv2d):
         return F.linear(patches.flatten(-2), self.weight.permute(0, 2, 3, 1).flatten(1))
 
 
-class ValueConv2d(nn.Conv2d):
-    """A depthwise convolution of ``[B, C, H, W]`` with one filter for all channels of a head."""
+class LocalConv2d(nn.Conv2d):
+    """A depthwise convolution of ``[B, C, H, W]`` that keeps the size.
 
-    def __init__(self, num_heads: int, kernel_size: int):
+    Args:
+        filters: as many as channels, or fewer, each for as many channels in a row.
+        kernel_size: odd.
+    """
+
+    def __init__(self, filters: int, kernel_size: int):
         padding = kernel_size // 2
-        super().__init__(
-            num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False
-        )
+        super().__init__(filters, filters, kernel_size, padding=padding, groups=filters, bias=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Any memory format, which the result keeps."""
-        channels = image.shape[1]
-        weight = self.weight.repeat_interleave(channels // self.out_channels, 0)
+        channels, weight = image.shape[1], self.weight.flatten(1)
+        if self.out_channels != channels:
+            weight = weight.repeat_interleave(channels // self.out_channels, 0)
+        # Through views, because the gradient of a convolution may have other strides.
+        weight = weight.unflatten(1, (1, *self.kernel_size))
         return F.conv2d(image, weight, padding=self.padding, groups=channels)
 
 
@@ -85,7 +91,7 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
     """Softmax-free multi-head attention over a grid of tokens (SOFT, section 3).
 
     Queries are also the keys. Landmarks are sampled from the queries, head by head with shared
-    weights; the value path adds a depthwise convolution with one filter per head.
+    weights; the value path adds a depthwise convolution.
 
     Args:
         embed_dims: channels ``C``.
@@ -93,6 +99,8 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         landmark_stride: tokens per landmark along each axis.
         value_kernel: size of the depthwise convolution of the values, odd.
         normalize: the symmetric normalization of SOFT++.
+        local_filters: of that convolution: ``'channel'``, one for each channel, or ``'head'``, one
+            for all channels of a head, as released.
         max_landmarks: keep at most this many of the landmarks that the stride gives: released ones
             evenly spread, by content those that explain the others; ``None`` for all of them.
         landmarks: ``'released'`` or ``'content'``, see :meth:`sample_landmarks`.
@@ -111,6 +119,7 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         value_kernel: int,
         *,
         normalize: bool,
+        local_filters: str = "channel",
         max_landmarks: int | None = None,
         landmarks: str = "released",
         landmark_sampling: str = "conv",
@@ -137,7 +146,8 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         self.landmark_norm = nn.LayerNorm(self.head_dims)
         self.init_landmark_norm(attn_init)
         self.use_landmarks(landmarks)
-        self.value_conv = ValueConv2d(num_heads, value_kernel)
+        filters = embed_dims if local_filters == "channel" else num_heads
+        self.value_conv = LocalConv2d(filters, value_kernel)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
@@ -273,7 +283,7 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         return ((side < hw_shape[0])[:, None] & (side < hw_shape[1])).flatten()
 
     def convolve_values(self, v: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """The depthwise convolution of ``v [B, H*W, C]``, one filter for all channels of a head."""
+        """The depthwise convolution of ``v [B, H*W, C]``."""
         image = v.view(-1, *hw_shape, v.shape[-1]).permute(0, 3, 1, 2)  # channels-last memory
         return self.value_conv(image).permute(0, 2, 3, 1).reshape(v.shape)
 
@@ -416,6 +426,9 @@ class SoftmaxAttention(TakesPadding, nn.Module):
         max_keys: limit of the number of keys, which makes the cost linear: a grid of tokens that
             exceeds ``isqrt(max_keys)`` rows or columns is averaged down to them for keys and
             values. ``None`` for no limit.
+        local_filters: ``'channel'`` adds a 3x3 depthwise convolution of the grid's tokens, without
+            which nothing in the stage tells a neighbour from any other token; ``'head'`` does not,
+            as released.
     """
 
     def __init__(
@@ -424,6 +437,7 @@ class SoftmaxAttention(TakesPadding, nn.Module):
         num_heads: int,
         drop_rate: float = 0.0,
         max_keys: int | None = None,
+        local_filters: str = "channel",
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -431,6 +445,7 @@ class SoftmaxAttention(TakesPadding, nn.Module):
         self.query = nn.Linear(embed_dims, embed_dims)
         self.key_value = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
+        self.token_conv = LocalConv2d(embed_dims, 3) if local_filters == "channel" else None
         self.drop = nn.Dropout(drop_rate)
 
     def extra_repr(self) -> str:
@@ -447,7 +462,12 @@ class SoftmaxAttention(TakesPadding, nn.Module):
             for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
         )
         out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5)
-        return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        if self.token_conv is not None:
+            image = x[:, 1:].unflatten(1, hw_shape).permute(0, 3, 1, 2)  # channels-last memory
+            tokens = self.token_conv(image).permute(0, 2, 3, 1).flatten(1, 2)
+            out = out + F.pad(tokens, (0, 0, 1, 0))
+        return self.drop(out)
 
     def _keys(
         self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.logging import print_log
@@ -60,6 +60,10 @@ class SOFT(Backbone):
             backbone to the landmarks that they were trained with, and the log says so. ``None`` is
             ``'content'`` for SOFT++, and for SOFT ``'released'``, the only ones it has.
         landmark_sampling: ``'conv'`` or ``'avg'``.
+        local_filters: ``'channel'``, every channel has a filter of its own in the convolution of
+            the values, and stage 4 a 3x3 depthwise convolution beside its attention; or ``'head'``,
+            one filter for all channels of a head and none in stage 4, as released. Such weights fit
+            both and compute the same.
         attn_init: initial scale of the attention when training from scratch: ``'balanced'``, of the
             order of the values' convolution at every resolution, or ``'released'``, nearly silent
             at first. Loaded weights are not affected.
@@ -95,6 +99,7 @@ class SOFT(Backbone):
         newton_steps: int = 20,
         landmarks: str | None = None,
         landmark_sampling: str = "conv",
+        local_filters: str = "channel",
         attn_init: str = "balanced",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -120,6 +125,7 @@ class SOFT(Backbone):
             landmarks = "content" if self.normalize else "released"
         check_choice("landmarks", landmarks, ("content", "released"))
         check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
+        check_choice("local_filters", local_filters, ("channel", "head"))
         check_choice("attn_init", attn_init, ("balanced", "released"))
         check_int("in_channels", in_channels, 1)
         check_int("newton_steps", newton_steps, 1)
@@ -149,6 +155,7 @@ class SOFT(Backbone):
                 embed_dims=dims[i],
                 num_heads=self.arch_settings["num_heads"][i],
                 drop_rate=drop_rate,
+                local_filters=local_filters,
             )
             is_last = i == STAGES - 1
             block: Callable[..., nn.Module]
@@ -180,6 +187,8 @@ class SOFT(Backbone):
             self.stages.append(
                 Stage(patch_embed, blocks, dims[i], size, is_last, drop_rate, with_cp)
             )
+        if out_type == "cls_token":  # the class token would not see it: no gradient
+            self._last_attention().token_conv = None
         if len(self.stages) == STAGES:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self._initialize()
@@ -232,9 +241,50 @@ class SOFT(Backbone):
             check_is_ours(state_dict, prefix, own, self.variant)
         self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
+        self._match_filters(state_dict, prefix)
         if whole:  # after the switch, because landmarks by content are among the tensors
             self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _last_attention(self) -> Any:
+        return cast(Any, self.stages[-1]).blocks[-1].attn
+
+    def _match_filters(self, state_dict: dict, prefix: str) -> None:
+        """Give each channel its head's filter, and stage 4 none, where weights have such ones.
+
+        A classifier has none in its last block.
+
+        Raises:
+            ValueError: the weights have more filters than the layers.
+        """
+        layers: list[tuple[str, Any]] = [
+            (f"{prefix}stages.{i}.blocks.{j}.attn.", block.attn)
+            for i, stage in enumerate(self.stages)
+            for j, block in enumerate(cast(Any, stage).blocks)
+        ]
+        of_heads = False
+        for name, layer in layers:
+            loaded = state_dict.get(key := f"{name}value_conv.weight")
+            if loaded is None or not isinstance(layer, SoftmaxFreeAttention):
+                continue
+            filters = layer.value_conv.out_channels
+            of_heads |= len(loaded) == layer.num_heads
+            if len(loaded) == layer.num_heads < filters:
+                state_dict[key] = loaded.repeat_interleave(filters // layer.num_heads, 0)
+            elif len(loaded) == layer.num_heads * layer.head_dims > filters:
+                raise ValueError(
+                    f"{key} has a filter for each of {len(loaded)} channels in the checkpoint, "
+                    "the config asks for one for each head: set local_filters='channel' in the "
+                    "config's backbone, or name another checkpoint"
+                )
+        for name, layer in layers:
+            conv, query = getattr(layer, "token_conv", None), state_dict.get(f"{name}query.weight")
+            key = f"{name}token_conv.weight"
+            is_last = name == layers[-1][0]
+            if conv is not None and query is not None and (of_heads or is_last):
+                state_dict.setdefault(key, query.new_zeros(conv.weight.shape))
+            elif conv is None and is_last and self.out_type == "cls_token":
+                state_dict.pop(key, None)
 
     def _frozen_modules(self) -> list[nn.Module]:
         frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])
