@@ -19,7 +19,7 @@ class TakesPadding:
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        for name in ("forward", "attend", "sample_landmarks"):
+        for name in ("forward", "attend", "sample_landmarks", "convolve_values"):
             if name in vars(cls):
                 parameters = signature(vars(cls)[name]).parameters.values()
                 kinds = {parameter.kind for parameter in parameters}

@@ -67,7 +67,8 @@ class SequenceAttention(SoftmaxFreeAttention):
         value_kernel: size of the depthwise convolution of the values, odd; 0 for none.
         landmark_sampling: ``'conv'`` or ``'avg'``, as there.
         options: those of :class:`~mmsoft.models.attention.SoftmaxFreeAttention`, in which
-            ``max_landmarks`` limits landmarks by content alone.
+            ``max_landmarks`` limits landmarks by content alone, but for ``local_filters``: one
+            filter for each head.
     """
 
     def __init__(
@@ -81,7 +82,13 @@ class SequenceAttention(SoftmaxFreeAttention):
         **options: Any,
     ):
         super().__init__(
-            embed_dims, num_heads, landmark_stride, 1, landmark_sampling="avg", **options
+            embed_dims,
+            num_heads,
+            landmark_stride,
+            1,
+            landmark_sampling="avg",
+            local_filters="head",
+            **options,
         )
         if landmark_sampling == "conv":
             self.landmark_conv = LandmarkConv1d(self.head_dims, landmark_stride)

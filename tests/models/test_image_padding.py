@@ -131,8 +131,7 @@ def crop(t, number):
 @pytest.mark.parametrize("max_keys", [None, 2048])
 def test_stage_4_reads_from_the_image_alone(max_keys):
     torch.manual_seed(0)
-    # What fills up is a neighbour to the convolution, as to every other.
-    attn = SoftmaxAttention(32, 2, max_keys=max_keys, local_filters="head")
+    attn = SoftmaxAttention(32, 2, max_keys=max_keys)
     image, token = tokens(0, 9.0), normal(len(SIZES), 1, 32, seed=1)
     out = attn(torch.cat((token, image), 1), GRID, within(SIZES, *GRID))
     for number, size in enumerate(SIZES):

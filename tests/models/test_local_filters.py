@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from metrics import error, same
+from mmengine.logging import MMLogger
+from mmengine.runner.checkpoint import load_state_dict
 from released import ARCH
 from torch import nn
 
@@ -88,6 +90,7 @@ def test_stage_4_adds_a_convolution_of_the_grid(max_keys):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision(dtype):
+    torch.manual_seed(0)
     layer, x = SoftmaxAttention(12, 3), torch.randn(2, 1 + 7 * 5, 12)
     with torch.autocast("cpu", dtype):
         out = layer(x, (7, 5))
@@ -99,6 +102,9 @@ def test_weights_of_the_release_fit_and_compute_the_same(variant):
     """Bit by bit: every channel takes its head's filter, and stage 4 zeros."""
     released = backbone(variant, local_filters="head", landmarks="released")
     model = backbone(variant, landmarks="released")
+    for layer in attentions(model, SoftmaxAttention):
+        assert not layer.token_conv.weight.any()  # from scratch, too
+        nn.init.ones_(layer.token_conv.weight)
     x = images()
     assert not same(model(x)[0], released(x)[0])
     model.load_state_dict(released.state_dict())
@@ -115,37 +121,108 @@ def test_weights_of_the_release_fit_and_compute_the_same(variant):
     assert all(conv.grad.any() for conv in convs)
 
 
-def test_weights_of_each_channel_do_not_fit_heads():
-    with pytest.raises(ValueError, match=r"stages\.0.*set local_filters='channel'"):
-        backbone(local_filters="head").load_state_dict(backbone().state_dict())
+def test_content_landmarks_and_whole_models_too():
+    """Through MMEngine, with a prefix, as an earlier version saved them."""
+    released, model = nn.Module(), nn.Module()
+    released.backbone, model.backbone = backbone(local_filters="head"), backbone()
+    weights = released.state_dict()
+    del weights._metadata
+    load_state_dict(model, weights, strict=True)
+    x = images()
+    assert all(map(same, model.backbone(x), released.backbone(x)))
 
 
-def test_what_weights_of_each_channel_lack_is_missing():
+def test_the_log_counts_what_weights_of_heads_leave_at_zero(caplog):
+    depth = ARCH["depths"][3]
+    model = backbone()
+    model.load_state_dict(backbone(local_filters="head").state_dict())
+    logger = MMLogger.get_instance("test-local-filters")
+    logger.addHandler(caplog.handler)
+    model.train()
+    logger.removeHandler(caplog.handler)
+    size = len(model.state_dict())
+    assert f"loaded {size - depth} of {size} tensors of the backbone, " in caplog.text
+    assert f"; {depth} that the checkpoint's model does not have are 0" in caplog.text
+    assert caplog.records[0].levelname == "INFO"
+
+
+@pytest.mark.parametrize("part", ["stages.0.", "stages.3.", ""])
+def test_weights_of_each_channel_do_not_fit_heads(part):
+    weights = {k: v for k, v in backbone().state_dict().items() if k.startswith(part)}
+    with pytest.raises(ValueError, match=r"stages\.[03].*set local_filters='channel'"):
+        backbone(local_filters="head").load_state_dict(weights, strict=False)
+
+
+def test_what_a_damaged_checkpoint_lacks_is_missing():
     weights = backbone().state_dict()
-    (first, *_, last) = [name for name in weights if name.endswith("token_conv.weight")]
-    assert last == LAST
-    del weights[first]
+    names = [name for name in weights if name.endswith("token_conv.weight")]
+    for name in names:
+        del weights[name]
     missing, unexpected = backbone().load_state_dict(weights, strict=False)
-    assert (missing, unexpected) == ([first], [])
+    assert (missing, unexpected) == (names, [])
+    name = "stages.1.blocks.0.attn.value_conv.weight"
+    weights = backbone().state_dict()
+    weights[name] = weights[name][:3]
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        backbone().load_state_dict(weights)
+
+
+def test_a_part_of_a_layer_changes_nothing_else():
+    model = backbone()
+    nn.init.ones_(model.get_parameter(LAST))
+    name = LAST.replace("token_conv", "query")
+    model.load_state_dict({name: torch.zeros_like(model.get_parameter(name))}, strict=False)
+    assert not model.get_parameter(name).any()
+    assert bool((model.get_parameter(LAST) == 1).all())
+
+
+def test_layers_load_alone():
+    released, model = backbone(local_filters="head"), backbone()
+    for module in model.modules():
+        if isinstance(module, SoftmaxAttention):
+            nn.init.ones_(module.token_conv.weight)
+    model.stages.load_state_dict(released.stages.state_dict())
+    model.norm.load_state_dict(released.norm.state_dict())
+    assert all(map(same, model(images()), released(images())))
 
 
 def test_a_classifier_has_no_convolution_that_it_cannot_train():
-    """And passes what it learned on to a detector, and back."""
+    """And passes what it learned on to a detector, and back, whole or in parts."""
     classifier = backbone(out_indices=(3,), out_type="cls_token")
     blocks = [m for m in classifier.modules() if isinstance(m, SoftmaxBlock)]
     absent = [block.attn.token_conv is None for block in blocks]
     assert absent == [False] * (len(blocks) - 1) + [True]
-    dense = backbone()
+    dense, seen = backbone(), []
+    for model in (classifier, dense):
+        model.norm.register_forward_hook(lambda module, args, out: seen.append(out))
     nn.init.ones_(dense.get_parameter(LAST))
     dense.load_state_dict(classifier.state_dict())
     assert not dense.get_parameter(LAST).any()
-    seen = []
-    classifier.norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    dense.norm.register_forward_hook(lambda module, args, out: seen.append(out))
     classifier(images())
     dense(images())
     assert same(*seen)
-    nn.init.ones_(dense.get_parameter(LAST))
-    weights = dense.state_dict()
-    classifier.load_state_dict(weights)
-    assert LAST in weights
+    seen.clear()
+    torch.manual_seed(1)
+    other = SOFTPlusPlus(ARCH).eval()
+    nn.init.ones_(other.get_parameter(LAST))
+    classifier.load_state_dict(other.state_dict())
+    dense.load_state_dict(other.state_dict())
+    classifier(images())
+    dense(images())
+    assert same(seen[0][:, 0], seen[1][:, 0])
+    assert not same(*seen)
+    part = {k: v for k, v in other.state_dict().items() if k.startswith("stages.3.")}
+    assert not classifier.load_state_dict(part, strict=False).unexpected_keys
+    part[f"{LAST}s"] = part.pop(LAST)
+    with pytest.raises(ValueError, match="keys such as"):
+        classifier.load_state_dict(part, strict=False)
+
+
+def test_unknown_filters_are_refused():
+    for build in (
+        lambda: backbone(local_filters="chanel"),
+        lambda: SoftmaxFreeAttention(12, 3, 2, 5, normalize=True, local_filters="chanel"),
+        lambda: SoftmaxAttention(12, 3, local_filters="chanel"),
+    ):
+        with pytest.raises(ValueError, match="local_filters must be"):
+            build()

@@ -90,6 +90,8 @@ METRICS = {  # of the tests: heading, and the scale to 0..1
 }
 BACKBONES = {
     "softpp-mini": "SOFT++ mini",
+    "softpp-mini-head-filters": "SOFT++ mini, a filter for each head",
+    "softpp-mini-released": "SOFT++ mini, released landmarks",
     "softpp-mini-no-attention": "SOFT++ mini without its attention term",
     "softpp-t": "SOFT++ Tiny",
     "pvtv2-b0": "PVTv2-B0",

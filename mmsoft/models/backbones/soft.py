@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -176,10 +176,12 @@ class SOFT(Backbone):
                     solver=solver,
                     newton_steps=newton_steps,
                 )
-            blocks = [
-                block(dims[i], build(**common, **options), rate, drop_rate)
-                for rate in drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
-            ]
+            layers = [build(**common, **options) for _ in range(depths[i] - 1)]
+            if is_last and out_type == "cls_token":  # which sees nothing of the last layer's grid
+                common["local_filters"] = None
+            layers.append(build(**common, **options))
+            rates = drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
+            blocks = [block(dims[i], *of, drop_rate) for of in zip(layers, rates)]
             if i == 0:
                 patch_embed: nn.Module = stem(in_channels, dims[0], norm_cfg)
             else:
@@ -187,8 +189,6 @@ class SOFT(Backbone):
             self.stages.append(
                 Stage(patch_embed, blocks, dims[i], size, is_last, drop_rate, with_cp)
             )
-        if out_type == "cls_token":  # the class token would not see it: no gradient
-            self._last_attention().token_conv = None
         if len(self.stages) == STAGES:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self._initialize()
@@ -223,6 +223,10 @@ class SOFT(Backbone):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
                 if module.cls_token is not None:
                     nn.init.trunc_normal_(module.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, SoftmaxAttention) and module.token_conv is not None:
+                # He's would start it 15 times as large as the attention beside it.
+                nn.init.zeros_(module.token_conv.weight)
         self._init_queries()
 
     def _load_from_state_dict(
@@ -238,53 +242,16 @@ class SOFT(Backbone):
         if whole:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
         else:
-            check_is_ours(state_dict, prefix, own, self.variant)
+            convs = [f"stages.3.blocks.{i}.attn.token_conv.weight" for i in self._last_blocks()]
+            check_is_ours(state_dict, prefix, [*own, *convs], self.variant)
         self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
-        self._match_filters(state_dict, prefix)
         if whole:  # after the switch, because landmarks by content are among the tensors
             self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _last_attention(self) -> Any:
-        return cast(Any, self.stages[-1]).blocks[-1].attn
-
-    def _match_filters(self, state_dict: dict, prefix: str) -> None:
-        """Give each channel its head's filter, and stage 4 none, where weights have such ones.
-
-        A classifier has none in its last block.
-
-        Raises:
-            ValueError: the weights have more filters than the layers.
-        """
-        layers: list[tuple[str, Any]] = [
-            (f"{prefix}stages.{i}.blocks.{j}.attn.", block.attn)
-            for i, stage in enumerate(self.stages)
-            for j, block in enumerate(cast(Any, stage).blocks)
-        ]
-        of_heads = False
-        for name, layer in layers:
-            loaded = state_dict.get(key := f"{name}value_conv.weight")
-            if loaded is None or not isinstance(layer, SoftmaxFreeAttention):
-                continue
-            filters = layer.value_conv.out_channels
-            of_heads |= len(loaded) == layer.num_heads
-            if len(loaded) == layer.num_heads < filters:
-                state_dict[key] = loaded.repeat_interleave(filters // layer.num_heads, 0)
-            elif len(loaded) == layer.num_heads * layer.head_dims > filters:
-                raise ValueError(
-                    f"{key} has a filter for each of {len(loaded)} channels in the checkpoint, "
-                    "the config asks for one for each head: set local_filters='channel' in the "
-                    "config's backbone, or name another checkpoint"
-                )
-        for name, layer in layers:
-            conv, query = getattr(layer, "token_conv", None), state_dict.get(f"{name}query.weight")
-            key = f"{name}token_conv.weight"
-            is_last = name == layers[-1][0]
-            if conv is not None and query is not None and (of_heads or is_last):
-                state_dict.setdefault(key, query.new_zeros(conv.weight.shape))
-            elif conv is None and is_last and self.out_type == "cls_token":
-                state_dict.pop(key, None)
+    def _last_blocks(self) -> range:
+        return range(self.arch_settings["depths"][-1] if len(self.stages) == STAGES else 0)
 
     def _frozen_modules(self) -> list[nn.Module]:
         frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])

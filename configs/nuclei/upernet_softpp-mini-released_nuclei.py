@@ -1,0 +1,3 @@
+_base_ = "./upernet_softpp-mini_nuclei.py"
+
+model = dict(backbone=dict(landmarks="released", solver="direct"))
