@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from loading import load_tool
 from mmengine.config import Config
+from PIL import Image
 
 from mmsoft.commands import mim, read_scalars
 from mmsoft.rows import timings
@@ -138,7 +139,8 @@ def test_losses_of_scheduled_runs_are_drawn(tool, tmp_path, monkeypatch):
     name = "nuclei/upernet_softpp-mini_nuclei.py"
     drawn = {}
     monkeypatch.setattr("mmsoft.visualization.draw_learning", lambda runs: drawn.update(runs))
-    monkeypatch.setattr("mmsoft.visualization.save_figure", lambda figure, path: None)
+    empty = Image.new("RGB", (4, 4))
+    monkeypatch.setattr("mmsoft.visualization.save_figure", lambda figure, path: empty.save(path))
     curve = tool.loss_curve([dict(step=5, loss=2.00001), dict(step=5, mIoU=3)])
     rows = [row(name, 0, loss=curve), row(name, 1), row(name, iterations=7, loss=[[5, 3.0]])]
     tool.draw(rows, tmp_path / "learning.png")

@@ -529,6 +529,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             curves.append(smooth(row["loss"]))
     if runs:
         save_figure(draw_learning(runs), path)
+        from PIL import Image
+
+        picture = Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+        with write_whole(path) as partial:  # lines of few colours: half the size
+            picture.save(partial, format="png", optimize=True)
 
 
 def main() -> None:
