@@ -324,7 +324,7 @@ and tested again at 5b116c7, since when tests fill nothing up, and attention lea
 ([why](method.md#padding-of-images)); the crops of training have nothing of the kind. All rows of
 SOFT++, that without attention too, and its pictures are of a filter for each head, which there was
 alone then; [filters of each channel](method.md#filters-of-each-channel) are the default since, and
-better by first figures, but have no rows here yet.
+better for Mask R-CNN by figures of one seed, but have no rows here yet.
 
 Parameters are those of the whole model, heads included. Seconds per iteration are the median over
 runs of a few iterations in which the configs of a task took turns, loading of images included, and
