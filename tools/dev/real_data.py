@@ -93,6 +93,7 @@ BACKBONES = {
     "softpp-mini-head-filters": "SOFT++ mini, a filter for each head",
     "softpp-mini-released": "SOFT++ mini, released landmarks",
     "softpp-mini-no-attention": "SOFT++ mini without its attention term",
+    "softpp-b0": "SOFT++, widths and depths of PVTv2-B0",
     "softpp-t": "SOFT++ Tiny",
     "pvtv2-b0": "PVTv2-B0",
     "pvtv2-b1": "PVTv2-B1",
