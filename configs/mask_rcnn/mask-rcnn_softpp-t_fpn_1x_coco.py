@@ -12,7 +12,7 @@ model = dict(
         type="mmsoft.SOFTPlusPlus",
         arch="tiny",
         drop_path_rate=0.1,
-        norm_eval=True,  # two images are too few for batch statistics
+        norm_eval=True,  # of released weights: two images are too few for BatchNorm
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )

@@ -14,6 +14,7 @@ model = dict(
         out_type="cls_token",
         landmarks="released",
         local_filters="head",
+        norm_cfg=dict(type="BN"),
         drop_path_rate=0.1,
     ),
     neck=None,

@@ -11,8 +11,10 @@ import torch.utils.checkpoint
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
 
@@ -21,13 +23,45 @@ from .padding import Inside
 from .plain import is_hooked, is_plain
 
 
+class ImageNorm(nn.GroupNorm):
+    """GroupNorm of images ``[B, C, H, W]`` that leaves padding out.
+
+    Unlike BatchNorm it is one function in training and evaluation, of each image alone.
+    """
+
+    def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
+        """The same shape: normalized by what is ``inside`` on the grid of ``x``, 0 elsewhere."""
+        if inside is None:
+            return super().forward(x)
+        outside = inside.outside()[:, None, None]
+        image = x.to(compute_dtype(x)).unflatten(1, (self.num_groups, -1))
+        numbers = image.shape[2] * (~outside).sum((2, 3, 4), keepdim=True)
+        mean = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True) / numbers
+        centred = (image - mean).masked_fill(outside, 0)
+        variance = centred.square().sum((2, 3, 4), keepdim=True) / numbers
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:  # on numbers, not on pixels: less is kept for the backward pass
+            scale = scale * self.weight.view(self.num_groups, -1, 1, 1)
+        image = (centred * scale).flatten(1, 2)
+        if self.affine:
+            image = (image + self.bias[:, None, None]).masked_fill(outside[:, 0], 0)
+        return image.to(x.dtype)
+
+
 def _build_norm(norm_cfg: Any, channels: int) -> nn.Module:
+    if norm_cfg is None:  # up to 16 groups of at least two channels: one pixel has a variance, too
+        return ImageNorm(max(math.gcd(32, channels) // 2, 1), channels)
     try:
         norm = build_norm_layer(norm_cfg, channels)[1]
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"norm_cfg {norm_cfg!r} gives no norm: {error}") from error
     if type(norm) is nn.LayerNorm:
         raise ValueError(f"norm_cfg must be of a norm of images, got {norm_cfg!r}")
+    if type(norm) is nn.GroupNorm:
+        image_norm = ImageNorm(norm.num_groups, channels, norm.eps, norm.affine)
+        for own, configured in zip(image_norm.parameters(), norm.parameters()):
+            own.requires_grad_(configured.requires_grad)
+        return image_norm
     return norm
 
 
@@ -37,21 +71,43 @@ _FOLDABLE_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 class ConvNormAct(nn.Sequential):
     """3x3 convolution (with bias, as released), norm, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict | None):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
         self.norm = _build_norm(norm_cfg, out_channels)
         self.act = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]``."""
+    def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
+        """``[B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]``.
+
+        ``inside`` tells which of the result's pixels are not padding.
+        """
         if not self._foldable(x):
-            x = self.norm(self._convolve(self.conv, x))
+            padding = () if inside is None or not isinstance(self.norm, ImageNorm) else (inside,)
+            x = self.norm(self._convolve(self.conv, x), *padding)
             # The ReLU overwrites what a hook may have kept.
             return self.act(x.clone() if is_hooked(self.norm) else x)
         conv: Any = self.conv
         weight, bias = self._folded()
         return self.act(self._convolve(lambda x: conv._conv_forward(x, weight, bias), x))
+
+    def use_batch_norm(self, wanted: bool) -> bool:
+        """Change between BatchNorm and the default; the parameters, which others may know, stay.
+
+        Returns:
+            Whether anything has changed.
+        """
+        norm: Any = self.norm
+        if isinstance(norm, _BatchNorm) == wanted:
+            return False
+        channels = norm.weight.numel()
+        other: Any = nn.BatchNorm2d(channels) if wanted else _build_norm(None, channels)
+        other.to(norm.weight)
+        other.weight, other.bias = norm.weight, norm.bias
+        if hasattr(norm, "_params_init_info"):  # MMEngine's, of every module while it initializes
+            other._params_init_info = norm._params_init_info
+        self.norm = other.train(norm.training)
+        return True
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """A frozen norm as part of the convolution: one pass over the image less."""
@@ -86,17 +142,39 @@ class ConvNormAct(nn.Sequential):
         return not norm.training and bool(norm.affine) and norm.running_mean is not None
 
 
-class Stem(nn.Sequential):
-    """Convolutions with stride, norm and ReLU at the size of the image.
+class PatchEmbed(nn.Sequential):
+    """Convolutions with stride, norm and ReLU.
 
-    In evaluation on a CPU the large images between them exist a band of rows of a sample at a time,
-    which stays in the caches: fresh memory is expensive.
+    In evaluation on a CPU, with norms that are folded into the convolutions, large images between
+    them exist a band of rows of a sample at a time, which stays in the caches: fresh memory is
+    expensive.
     """
 
     band_elements = 1 << 19  # of an image between the convolutions
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C_in, H, W] -> [B, C, ceil(H / 4), ceil(W / 4)]``."""
+    @property
+    def strides(self) -> list[int]:
+        """Of the layers."""
+        layers: list[Any] = list(self)
+        return [x.conv.stride[0] if isinstance(x, ConvNormAct) else 1 for x in layers]
+
+    @property
+    def leaves_padding_out(self) -> bool:
+        """Whether it matters what is inside."""
+        return any(isinstance(module, ImageNorm) for module in self.modules())
+
+    def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
+        """``[B, C_in, H, W] -> [B, C, ceil(H / s), ceil(W / s)]``, s the product of strides.
+
+        Beyond what is ``inside`` on the grid of ``x`` convolutions meet zeros, as beyond the
+        border.
+        """
+        if inside is not None and self.leaves_padding_out:
+            x = x.masked_fill(inside.outside()[:, None], 0)
+            for layer, stride in zip(self, self.strides):
+                inside = inside.every(stride)
+                x = layer(x, inside) if isinstance(layer, ConvNormAct) else layer(x)
+            return x
         if not self._takes_bands(x):
             return super().forward(x)
         layers: list[Any] = list(self)
@@ -138,7 +216,7 @@ class Stem(nn.Sequential):
         return max(1, first.conv.out_channels * x.shape[2] * x.shape[3] // 4)
 
     def _takes_bands(self, x: Tensor) -> bool:
-        if not cpu_shortcut(x) or transformed() or not is_ordinary(x) or len(self) == 0:
+        if not cpu_shortcut(x) or transformed() or not is_ordinary(x) or len(self) < 2:
             return False
         layers: list[Any] = list(self)
         if any(map(is_hooked, self.modules())) or not all(
@@ -159,9 +237,9 @@ def _is_3x3(conv: nn.Conv2d) -> bool:
     return square and sides == ((3, 3), (1, 1), (1, 1)) and conv.padding_mode == "zeros"
 
 
-def stem(in_channels: int, embed_dims: int, norm_cfg: dict) -> Stem:
+def stem(in_channels: int, embed_dims: int, norm_cfg: dict | None) -> PatchEmbed:
     """Three convolutions to stride 4, through 32 channels."""
-    return Stem(
+    return PatchEmbed(
         ConvNormAct(in_channels, 32, 2, norm_cfg),
         ConvNormAct(32, 32, 1, norm_cfg),
         ConvNormAct(32, embed_dims, 2, norm_cfg),
@@ -448,9 +526,13 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, inside: Inside | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Return the tokens ``[B, (1 +) H'*W', C]`` and ``(H', W')``.
 
-        ``inside`` tells which of the ``H' x W'`` are not padding.
+        ``inside`` tells which of the pixels of ``x`` are not padding.
         """
-        x = self.patch_embed(x)
+        if inside is not None and isinstance(self.patch_embed, PatchEmbed):
+            x = self.patch_embed(x, inside)
+            inside = inside.every(math.prod(self.patch_embed.strides))
+        else:
+            x = self.patch_embed(x)
         hw_shape = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view of channels-last memory
         if self.cls_token is None:

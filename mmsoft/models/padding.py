@@ -45,6 +45,10 @@ class Inside(NamedTuple):
         """``[B, H*W]``, row by row."""
         return (self.rows[:, :, None] & self.cols[:, None]).flatten(1)
 
+    def outside(self) -> Tensor:
+        """What is padding, ``[B, H, W]``."""
+        return ~(self.rows[:, :, None] & self.cols[:, None])
+
     def patches(self, side: int) -> Tensor:
         """Which patches of ``side x side`` tokens lie inside, ``[B, M]``, row by row.
 

@@ -173,6 +173,8 @@ def test_parametrized_weights(model, image, name):
 def test_plain_modules_take_the_short_way(model, image):
     """No pass over the image for a frozen norm, and none over the queries for their scale."""
     attention, conv = model.get_submodule(ATTENTION), model.stages[0].patch_embed[1]
+    conv.use_batch_norm(True)
+    conv.eval()
     tokens, pixels = torch.randn(2, 12, 64), torch.randn(2, 32, 40, 40)
     for module, call, another_pass in (
         (attention.query, lambda: attention.queries_and_values(tokens), "mul"),

@@ -1,4 +1,4 @@
-"""What fills up a batch is not read: by landmarks, the mean of the queries, keys of stage 4."""
+"""What fills up a batch is not read: by landmarks, means, keys of stage 4, norms."""
 
 import pytest
 import torch
@@ -191,8 +191,17 @@ def change(model, images, by):
 def test_padding_leaves_the_features_of_the_image_alone():
     images = dim(192, 192)
     ignored, seen = (change(backbone(ignore_padding=flag), images, 64) for flag in (True, False))
-    assert ignored < 0.15 * seen
+    assert ignored < 1e-5
     assert seen > 0.02
+
+
+def test_batch_norm_lets_it_in_at_the_border():
+    images = dim(192, 192)
+    ignored, seen = (
+        change(backbone(ignore_padding=flag, norm_cfg=dict(type="BN")), images, 64)
+        for flag in (True, False)
+    )
+    assert 1e-4 < ignored < 0.15 * seen
 
 
 @pytest.mark.parametrize("size", [(64, 96), (200, 333)])
@@ -280,12 +289,13 @@ def test_recorded_programs_see_it(form):
         assert not torch.allclose(a, backbone()(images)[3], rtol=1e-3, atol=1e-3)
 
 
-def test_released_landmarks_see_it_as_released():
+def test_released_landmarks_and_batch_norm_see_it_as_released():
     images = F.pad(dim(96, 96), (0, 32, 0, 32))
+    released = dict(landmarks="released", norm_cfg=dict(type="BN"))
     with torch.no_grad():
         for a, b in zip(
-            backbone(landmarks="released")(images),
-            backbone(landmarks="released", ignore_padding=False)(images),
+            backbone(**released)(images),
+            backbone(**released, ignore_padding=False)(images),
         ):
             assert torch.equal(a, b)
 
@@ -334,7 +344,7 @@ def test_an_attention_of_ones_own_need_not_know_of_it(own):
 
     def features(variant, ignore_padding):
         torch.manual_seed(0)
-        model = variant(ARCH, ignore_padding=ignore_padding)
+        model = variant(ARCH, ignore_padding=ignore_padding, norm_cfg=dict(type="BN"))
         for module in model.modules():
             if isinstance(module, SoftmaxAttention):
                 module.takes_padding = False

@@ -17,7 +17,14 @@ from torch import nn
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.backbones.arch import ARCHS, resolve_arch
-from mmsoft.models.layers import SOFTBlock, SoftmaxBlock, Stage, TanhGELU, resize_pos_embed
+from mmsoft.models.layers import (
+    ImageNorm,
+    SOFTBlock,
+    SoftmaxBlock,
+    Stage,
+    TanhGELU,
+    resize_pos_embed,
+)
 
 DIMS = ARCH["embed_dims"]
 SIZES = [(33, 33), (17, 900), (112, 137), (511, 511), (32, 32), (31, 2), (5, 70), (1, 1)]
@@ -207,7 +214,7 @@ def test_out_type(mini):
 
 @pytest.mark.parametrize("frozen", range(-1, 5))
 def test_frozen_stages(mini, frozen):
-    backbone = mini(frozen_stages=frozen, drop_rate=0.5)
+    backbone = mini(frozen_stages=frozen, drop_rate=0.5, norm_cfg=dict(type="BN"))
     if frozen == 0:
         still = ("stages.0.patch_embed.", "stages.0.pos_embed")
     else:
@@ -227,7 +234,7 @@ def test_frozen_stages(mini, frozen):
 
 @pytest.mark.parametrize("norm_eval", [False, True])
 def test_norm_eval(mini, norm_eval):
-    backbone = mini(norm_eval=norm_eval).train()
+    backbone = mini(norm_eval=norm_eval, norm_cfg=dict(type="BN")).train()
     before = statistics(backbone)
     sum(out.sum() for out in backbone(image())).backward()
     assert same(before, statistics(backbone)) == norm_eval
@@ -239,7 +246,7 @@ def test_norm_eval(mini, norm_eval):
 
 @pytest.mark.parametrize(
     ("norm_cfg", "kind"),
-    [(dict(type="SyncBN"), nn.SyncBatchNorm), (dict(type="GN", num_groups=4), nn.GroupNorm)],
+    [(None, ImageNorm), (dict(type="SyncBN"), nn.SyncBatchNorm), (dict(type="BN"), nn.BatchNorm2d)],
 )
 def test_norm_cfg(mini, norm_cfg, kind):
     assert len(modules(mini(norm_cfg=norm_cfg), kind)) == 6
@@ -349,7 +356,7 @@ def test_max_keys_of_the_backbone(pair):
 
 def test_frozen_norm_is_folded(mini):
     """In evaluation a BatchNorm with statistics of its own is applied, whichever way."""
-    backbone, x = mini().double(), image().double()
+    backbone, x = mini(norm_cfg=dict(type="BN")).double(), image().double()
     for module in modules(backbone, _BatchNorm):
         for tensor in (module.weight, module.running_var):
             nn.init.uniform_(tensor, 0.5, 2)

@@ -11,6 +11,7 @@ from torch import nn
 from mmsoft.models import SOFTPlusPlus, attention
 
 NORMS = 6  # three in the stem, one before each later stage
+BATCH_NORM = dict(type="BN")
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def warnings():
     ],
 )
 def test_one_warning_when_training_starts(options, named, count, warnings):
-    model = nn.Sequential(SOFTPlusPlus(ARCH, **options))
+    model = nn.Sequential(SOFTPlusPlus(ARCH, **dict(norm_cfg=BATCH_NORM) | options))
     model.eval()
     assert warnings == []
     for _ in range(3):  # a Runner does this after every validation
@@ -48,14 +49,14 @@ def test_one_warning_when_training_starts(options, named, count, warnings):
     (message,) = warnings
     assert f"SOFTPlusPlus: {named} keeps BatchNorm" in message
     assert f"{count} of them (stages.0.patch_embed.0.norm, ...)" in message
-    for advice in ("checkpoint=...", "norm_eval=False", "SyncBN"):
+    for advice in ("checkpoint=...", "norm_eval=False", "without norm_cfg"):
         assert advice in message
 
 
 @pytest.mark.parametrize("options", [dict(norm_eval=True), dict(frozen_stages=1)])
 @pytest.mark.parametrize("how", ["load_state_dict", "init_cfg"])
 def test_no_warning_after_weights_were_loaded(options, how, warnings, tmp_path):
-    trained = SOFTPlusPlus(ARCH).train()
+    trained = SOFTPlusPlus(ARCH, norm_cfg=BATCH_NORM).train()
     trained(torch.randn(2, 3, 64, 64))
     if how == "init_cfg":
         torch.save(trained.state_dict(), tmp_path / "weights.pth")
@@ -74,7 +75,8 @@ def test_no_warning_after_weights_were_loaded(options, how, warnings, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        dict(norm_cfg=BATCH_NORM),
+        dict(norm_eval=True, frozen_stages=2),
         dict(norm_eval=True, norm_cfg=dict(type="GN", num_groups=4)),
         dict(norm_eval=True, norm_cfg=dict(type="BN", track_running_stats=False)),
     ],
@@ -88,7 +90,7 @@ def test_no_warning_where_nothing_is_kept_untouched(options, warnings):
 @pytest.mark.parametrize("statistic", ["running_mean", "running_var", "num_batches_tracked"])
 def test_only_those_kept_in_evaluation_count(statistic, warnings):
     """The stem's statistics were loaded, and it is frozen; the others are trained."""
-    model = SOFTPlusPlus(ARCH, frozen_stages=0)
+    model = SOFTPlusPlus(ARCH, frozen_stages=0, norm_cfg=BATCH_NORM)
     for module in model.stages[0].patch_embed.modules():
         if isinstance(module, nn.BatchNorm2d):
             getattr(module, statistic).fill_(2)
@@ -98,7 +100,7 @@ def test_only_those_kept_in_evaluation_count(statistic, warnings):
 
 def test_without_data():
     with torch.device("meta"):
-        SOFTPlusPlus(ARCH, norm_eval=True).train()
+        SOFTPlusPlus(ARCH, norm_eval=True, norm_cfg=BATCH_NORM).train()
 
 
 @torch.no_grad()

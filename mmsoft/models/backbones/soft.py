@@ -16,7 +16,7 @@ from mmsoft.ops.library import autocast_enabled
 from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention
-from ..layers import ConvNormAct, SOFTBlock, SoftmaxBlock, Stage, as_image, stem
+from ..layers import ConvNormAct, PatchEmbed, SOFTBlock, SoftmaxBlock, Stage, as_image, stem
 from ..padding import inside
 from .arch import (
     STAGES,
@@ -70,11 +70,15 @@ class SOFT(Backbone):
         drop_rate: dropout after position embeddings, projections and MLPs.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         frozen_stages: freeze the stem (0) or the first n stages (n >= 1); -1 for nothing.
-        norm_eval: keep BatchNorm in evaluation mode while training. Needs trained statistics, hence
-            loaded weights; from scratch it would normalize nothing, of which the log warns.
-        norm_cfg: norm of the patch embeddings' convolutions, e.g. ``dict(type='SyncBN')``.
-        ignore_padding: whether landmarks by content, and stage 4's keys beside them, are of the
-            images alone, not of what fills up a batch; see :func:`mmsoft.models.padding.inside`.
+        norm_eval: keep BatchNorm, if there is any, in evaluation mode while training. Needs trained
+            statistics, hence loaded weights; otherwise it would normalize nothing, of which the log
+            warns.
+        norm_cfg: norm of the patch embeddings' convolutions, e.g. ``dict(type='SyncBN')``. ``None``
+            is GroupNorm of up to 16 groups, until weights are loaded that were trained with
+            BatchNorm, as released ones.
+        ignore_padding: whether landmarks by content, stage 4's keys beside them, and the default
+            norm are of the images alone, not of what fills up a batch; see
+            :func:`mmsoft.models.padding.inside`.
         with_cp: gradient checkpointing of every block.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.
 
@@ -119,6 +123,7 @@ class SOFT(Backbone):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.ignore_padding = ignore_padding
+        self._norm_by_weights = norm_cfg is None
         self._statistics_checked = False
         check_choice("solver", solver, SOLVERS)
         if landmarks is None:
@@ -143,8 +148,6 @@ class SOFT(Backbone):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")
         size = check_img_size(img_size)
-        if norm_cfg is None:
-            norm_cfg = dict(type="BN")
         dims, depths = self.arch_settings["embed_dims"], self.arch_settings["depths"]
         drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList()
@@ -183,9 +186,9 @@ class SOFT(Backbone):
             rates = drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
             blocks = [block(dims[i], *of, drop_rate) for of in zip(layers, rates)]
             if i == 0:
-                patch_embed: nn.Module = stem(in_channels, dims[0], norm_cfg)
+                patch_embed = stem(in_channels, dims[0], norm_cfg)
             else:
-                patch_embed = nn.Sequential(ConvNormAct(dims[i - 1], dims[i], 2, norm_cfg))
+                patch_embed = PatchEmbed(ConvNormAct(dims[i - 1], dims[i], 2, norm_cfg))
             self.stages.append(
                 Stage(patch_embed, blocks, dims[i], size, is_last, drop_rate, with_cp)
             )
@@ -243,12 +246,37 @@ class SOFT(Backbone):
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
         else:
             convs = [f"stages.3.blocks.{i}.attn.token_conv.weight" for i in self._last_blocks()]
-            check_is_ours(state_dict, prefix, [*own, *convs], self.variant)
+            statistics = [
+                f"{name}.norm.{key}" for name in self._patch_convs() for key in STATISTICS
+            ]
+            check_is_ours(state_dict, prefix, [*own, *convs, *statistics], self.variant)
         self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
+        self._match_norms(state_dict, prefix)
         if whole:  # after the switch, because landmarks by content are among the tensors
             self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _match_norms(self, state_dict: dict, prefix: str) -> None:
+        """Weights decide whether patch embeddings have BatchNorm, unless ``norm_cfg`` has."""
+        if not self._norm_by_weights:
+            return
+        switched = []
+        for name, layer in self._patch_convs().items():
+            key = f"{prefix}{name}.norm."
+            if f"{key}weight" in state_dict:
+                wanted = f"{key}running_mean" in state_dict
+                switched += [wanted] if layer.use_batch_norm(wanted) else []
+        if switched:
+            norm = "BatchNorm" if switched[0] else "GroupNorm"
+            print_log(
+                f"{type(self).__name__}: the weights were trained with {norm} in the patch "
+                "embeddings, which is used from now on",
+                logger="current",
+            )
+
+    def _patch_convs(self) -> dict[str, ConvNormAct]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, ConvNormAct)}
 
     def _last_blocks(self) -> range:
         return range(self.arch_settings["depths"][-1] if len(self.stages) == STAGES else 0)
@@ -298,9 +326,9 @@ class SOFT(Backbone):
                 f"{type(self).__name__}: {why} keeps BatchNorm in evaluation mode, but "
                 f"{len(norms)} of them ({norms[0]}, ...) have the initial statistics, mean 0 and "
                 "variance 1, and so do not normalize. Load trained weights "
-                "(init_cfg=dict(type='Pretrained', checkpoint=...)). Or train from scratch with "
-                "norm_eval=False and frozen_stages=-1, and with norm_cfg=dict(type='SyncBN') if a "
-                "GPU has few images.",
+                "(init_cfg=dict(type='Pretrained', checkpoint=...)). Or train from scratch without "
+                "norm_cfg, which is then GroupNorm and needs no statistics, or with "
+                "norm_eval=False and frozen_stages=-1.",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -319,11 +347,11 @@ class SOFT(Backbone):
             TypeError, ValueError: ``x`` is not a batch of images, or not of the model's dtype.
         """
         self._check_images(x)
-        within = inside(x) if self.ignore_padding and self._reads_by_content() else None
+        within = inside(x) if self.ignore_padding and self._leaves_padding_out() else None
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, stage in enumerate(self.stages):
-            padding = () if within is None else (within.every(4 << i),)
+            padding = () if within is None else (within.every(2 << i if i else 1),)
             tokens, hw_shape = stage(x, *padding)
             if stage.cls_token is not None:
                 tokens = self.norm(tokens)
@@ -335,11 +363,13 @@ class SOFT(Backbone):
             x = tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)  # a channels-last view
         return tuple(outs)
 
-    def _reads_by_content(self) -> bool:
-        """Whether padding matters: released landmarks see it, as released."""
+    def _leaves_padding_out(self) -> bool:
+        """Whether padding matters: released landmarks and BatchNorm see it, as released."""
         stages: Any = self.stages
         blocks = (block for stage in stages for block in stage.blocks)
-        return any(getattr(block.attn, "by_content", False) for block in blocks)
+        return any(getattr(block.attn, "by_content", False) for block in blocks) or any(
+            getattr(stage.patch_embed, "leaves_padding_out", False) for stage in stages
+        )
 
     def _check_images(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -396,6 +426,9 @@ class SOFTPlusPlus(SOFT):
 
     normalize = True
     variant = "SOFT++"
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _is_untouched(norm: _BatchNorm) -> bool:

@@ -5,12 +5,8 @@ data_root = "data/mydata/"
 metainfo = dict(classes=("disc", "bar", "triangle", "crescent", "cross"))  # as in `categories`
 weights = None  # or a file that the authors released, such as "SOFT_Tiny_norm.pth"
 
-if weights is None:  # BatchNorm has to learn its statistics
-    backbone = dict(norm_eval=False)
-else:
-    init_cfg = dict(type="Pretrained", checkpoint=weights)
-    backbone = dict(init_cfg=init_cfg)
-model = dict(backbone=backbone, bbox_head=dict(num_classes=len(metainfo["classes"])))
+init_cfg = dict(type="Pretrained", checkpoint=weights) if weights else None
+model = dict(backbone=dict(init_cfg=init_cfg), bbox_head=dict(num_classes=len(metainfo["classes"])))
 
 train_dataloader = dict(
     batch_size=4,

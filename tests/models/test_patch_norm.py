@@ -1,0 +1,215 @@
+"""The norm of the patch embeddings: of each image alone, or BatchNorm where weights have that."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.logging import MMLogger
+from torch import nn
+
+from mmsoft.checkpoint import load_backbone
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.models.layers import ConvNormAct, ImageNorm
+from mmsoft.models.padding import Inside
+
+ARCH = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4])
+BATCH_NORM = dict(type="BN")
+SIZES = [(9, 13), (5, 13), (9, 1), (1, 1)]
+
+
+def backbone(variant=SOFTPlusPlus, seed=0, **options):
+    torch.manual_seed(seed)
+    return variant(ARCH, **options)
+
+
+def trained(**options):
+    """With statistics and weights that are not the initial ones."""
+    model = backbone(seed=1, norm_cfg=BATCH_NORM, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight)
+    return model
+
+
+def norms(model):
+    return [module.norm for module in model.modules() if isinstance(module, ConvNormAct)]
+
+
+@pytest.fixture
+def log():
+    logger, lines = MMLogger.get_current_instance(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+# ---------------------------------------------------------------------------------- the operator
+
+
+def inside():
+    rows, cols = (torch.tensor(each)[:, None] for each in zip(*SIZES))
+    return Inside(torch.arange(9) < rows, torch.arange(13) < cols)
+
+
+def image_norm(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    norm = ImageNorm(4, 12, **options)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm.to(dtype)
+
+
+def filled_up(dtype, beyond, offset=0.0):
+    torch.manual_seed(1)
+    x = offset + torch.randn(len(SIZES), 12, 9, 13, dtype=torch.float64)
+    x = x.to(dtype)
+    for image, (h, w) in zip(x, SIZES):
+        image[:, h:], image[:, :, w:] = beyond, beyond
+    return x
+
+
+def each_alone(norm, x, weight):
+    """The definition: GroupNorm of each image, without what fills it up, and its gradients."""
+    reference, image = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+    out = torch.zeros_like(image)
+    for number, (h, w) in enumerate(SIZES):
+        part = image[number : number + 1, :, :h, :w]
+        own = F.group_norm(part, 4, reference.weight, reference.bias, reference.eps)
+        padding = (0, x.shape[3] - w, 0, x.shape[2] - h)
+        out = out + F.pad(own, padding)[0] * (torch.arange(len(x)) == number)[:, None, None, None]
+    inputs = (image, *reference.parameters())
+    return out, *torch.autograd.grad(out, inputs, weight.double())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "beyond", "offset"),
+    [
+        (torch.float64, 1e9, 0.0),
+        (torch.float32, 1e4, 0.0),
+        (torch.float32, 0.0, 100.0),  # a mean far above the deviation
+        (torch.bfloat16, 0.0, 0.0),
+        (torch.float16, 0.0, 0.0),
+    ],
+    ids=str,
+)
+def test_what_is_inside_is_normalized_alone(dtype, beyond, offset, channels_last, affine):
+    norm, x = image_norm(dtype, affine=affine), filled_up(dtype, beyond, offset)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    out = norm(x.requires_grad_(), inside())
+    found = (out, *torch.autograd.grad(out, (x, *norm.parameters()), weight))
+    assert out.dtype == dtype
+    for mine, truth in zip(found, each_alone(norm, x, weight), strict=True):
+        # What rounding the arguments of the definition alone changes, with room for the sums.
+        error = 16 * torch.finfo(dtype).eps * (1 + offset) * truth.abs().max().clamp(min=1)
+        assert (mine.double() - truth).abs().max() <= error
+
+
+def test_a_pixel_has_a_variance():
+    out = image_norm()(filled_up(torch.float32, 0.0), inside())
+    assert out.isfinite().all()
+    assert out[3, :, 0, 0].count_nonzero() == 12
+
+
+# ---------------------------------------------------------------------------------- the backbone
+
+
+@pytest.mark.parametrize("variant", [SOFT, SOFTPlusPlus])
+def test_training_and_evaluation_are_one_function_of_each_image(variant):
+    """Not so of BatchNorm, whose statistics are of the batch, or of all that was trained on."""
+    images = torch.randn(2, 3, 64, 96)
+    images[1] += 3
+    for norm_cfg, same in ((None, True), (BATCH_NORM, False)):
+        model = backbone(variant, norm_cfg=norm_cfg, solver="direct")
+        with torch.no_grad():
+            together = model.train()(images)[2]
+            alone = model(images[:1])[2]
+            evaluated = model.eval()(images)[2]
+        assert torch.allclose(together[:1], alone, atol=1e-4) == same
+        assert torch.allclose(together, evaluated, atol=1e-4) == same
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(32, 16), (96, 16), (320, 16), (24, 4), (8, 4), (6, 1), (7, 1), (1, 1)]
+)
+def test_groups(channels, groups):
+    norm = ConvNormAct(3, channels, 2, None).norm
+    assert (type(norm), norm.num_groups) == (ImageNorm, groups)
+
+
+def test_group_norm_of_a_config_leaves_padding_out_too():
+    cfg = dict(type="GN", num_groups=4, eps=1e-3, requires_grad=False)
+    norm = ConvNormAct(3, 32, 2, cfg).norm
+    assert (type(norm), norm.num_groups, norm.eps) == (ImageNorm, 4, 1e-3)
+    assert not any(parameter.requires_grad for parameter in norm.parameters())
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "load_backbone"])
+def test_weights_decide(how, log, tmp_path):
+    """Statistics make it BatchNorm, and what an optimizer knows are the same parameters."""
+    model, source, image = backbone().train(), trained().eval(), torch.randn(1, 3, 96, 64)
+    before = dict(model.named_parameters())
+    if how == "load_state_dict":
+        model.load_state_dict(source.state_dict())
+    else:
+        torch.save(source.state_dict(), tmp_path / "weights.pth")
+        load_backbone(model, str(tmp_path / "weights.pth"))
+    assert all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms(model))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        for mine, theirs in zip(model.eval()(image), source(image), strict=True):
+            assert torch.equal(mine, theirs)
+    (line,) = [line for line in log if "trained with BatchNorm" in line]
+    assert line.startswith("SOFTPlusPlus: the weights were trained with BatchNorm")
+
+
+def test_and_back():
+    model, other, image = backbone(seed=2), backbone(seed=3), torch.randn(1, 3, 64, 64)
+    model.load_state_dict(trained().state_dict())
+    model.load_state_dict(other.state_dict())
+    assert all(type(norm) is ImageNorm for norm in norms(model))
+    with torch.no_grad():
+        assert torch.equal(model(image)[3], other(image)[3])
+
+
+def test_a_part_of_the_weights_decides_for_its_part():
+    model, source = backbone(), trained().state_dict()
+    part = {k: v for k, v in source.items() if k.startswith("stages.1.patch_embed.")}
+    missing, unexpected = model.load_state_dict(part, strict=False)
+    assert unexpected == []
+    assert not set(part) & set(missing)
+    assert [type(norm) is nn.BatchNorm2d for norm in norms(model)] == [0, 0, 0, 1, 0, 0]
+
+
+def test_a_config_that_names_its_norm_is_obeyed():
+    with pytest.raises(RuntimeError, match="running_mean"):
+        backbone(norm_cfg=dict(type="GN", num_groups=4)).load_state_dict(trained().state_dict())
+    with pytest.raises(RuntimeError, match="running_mean"):
+        backbone(norm_cfg=BATCH_NORM).load_state_dict(backbone().state_dict())
+
+
+def test_frozen_stages_stay_frozen():
+    model = backbone(frozen_stages=1).train()
+    model.load_state_dict(trained().state_dict())
+    model.train()
+    assert [norm.training for norm in norms(model)] == [False] * 3 + [True] * 3
+    assert [norm.weight.requires_grad for norm in norms(model)] == [False] * 3 + [True] * 3
+
+
+def test_precision_and_copies():
+    model = copy.deepcopy(backbone().double())
+    model.load_state_dict(trained().double().state_dict())
+    with torch.no_grad():
+        assert (
+            model.eval()(torch.randn(1, 3, 64, 64, dtype=torch.float64))[0].dtype == torch.float64
+        )
+    assert all(norm.running_mean.dtype == torch.float64 for norm in norms(model))
