@@ -13,7 +13,6 @@ model = dict(
         out_indices=(3,),
         out_type="cls_token",
         landmarks="released",
-        local_filters="head",
         norm_cfg=dict(type="BN"),
         drop_path_rate=0.1,
     ),

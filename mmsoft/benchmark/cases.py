@@ -259,10 +259,6 @@ class OnSquareGrid(nn.Module):
         return self.layer(x, (side, side))
 
 
-def _softmax(tokens: int) -> nn.Module:
-    return OnSquareGrid(SoftmaxAttention(DIMS, HEADS, local_filters="head"))
-
-
 def _softpp(tokens: int) -> nn.Module:
     # Stage 1 of the dense models.
     options: dict = dict(normalize=True, max_landmarks=49, landmarks="content")
@@ -276,7 +272,7 @@ class MaterialisedSoftmax(SoftmaxAttention):
         gib = 2 * HEADS * tokens**2 * 4 / 2**30  # the scores and their softmax
         if gib > 16:
             raise ValueError(f"its matrices of {tokens} tokens would take {gib:.0f} GiB")
-        super().__init__(DIMS, HEADS, local_filters="head")
+        super().__init__(DIMS, HEADS)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], *_: Any) -> Tensor:
         """Attend from all tokens of ``x [B, N, C]``."""
@@ -291,7 +287,7 @@ class MaterialisedSoftmax(SoftmaxAttention):
 # Projections included; 49 landmarks for ours, the defaults of their packages for peers.
 OPERATORS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "softpp": ("SOFT++, 49 landmarks", _softpp),
-    "softmax": ("softmax, fused", _softmax),
+    "softmax": ("softmax, fused", lambda tokens: OnSquareGrid(SoftmaxAttention(DIMS, HEADS))),
     "softmax-materialised": (
         "softmax, matrix stored",
         lambda tokens: OnSquareGrid(MaterialisedSoftmax(tokens)),

@@ -37,8 +37,6 @@ class LoadReport:
         given = {name: weights.get(prefix + name) for name in own}
         self.loaded = [name for name, tensor in given.items() if tensor is not None]
         self.missing = [prefix + name for name, tensor in given.items() if tensor is None]
-        named = [name for name in weights if name.startswith(prefix)]
-        self._foreign = [name for name in named if name[len(prefix) :] not in own]
         self.resized = [
             name for name, t in given.items() if t is not None and t.shape != own[name].shape
         ]
@@ -60,19 +58,14 @@ class LoadReport:
             [self.prefix + name for name in names if self.prefix + name not in mismatched]
             for names in (self.loaded, self.resized)
         )
-        # What a layer set to 0 or left out by itself is on none of the lists.
-        zeros = [name for name in self.missing if name not in self._missing]
-        dropped = [name for name in self._foreign if name not in self._unexpected]
-        left_out = [*self.left_out, *dropped, *self._unexpected]
+        left_out = [*self.left_out, *self._unexpected]
         left = Counter({"stages not built": len(self.not_built)} if self.not_built else {})
         left.update(name.partition(".")[0] for name in left_out)
-        complete = len(loaded) + len(zeros) == self.size
-        line = f"{what}: loaded {'all ' if len(loaded) == self.size else f'{len(loaded)} of '}"
-        line += f"{self.size} tensors of the backbone"
+        complete = len(loaded) == self.size
+        line = f"{what}: loaded {'all ' if complete else f'{len(loaded)} of '}{self.size}"
+        line += " tensors of the backbone"
         if resized:
             line += f", {len(resized)} of them resized"
-        if zeros:
-            line += f"; {len(zeros)} that the checkpoint's model does not have are 0"
         if left:
             line += f"; left out {left.total()} of the checkpoint ({_counts(left)})"
         if others:
@@ -86,9 +79,8 @@ class LoadReport:
         names = {
             "loaded": loaded,
             "resized": resized,
-            "zeros": zeros,
             "left out": [*self.not_built, *left_out],
-            "untrained": [name for name in self.missing if name not in zeros] + others,
+            "untrained": [*self.missing, *others],
         }
         text = "".join(f"\n{key}: {', '.join(some)}" for key, some in names.items() if some)
         record = dict(name="mmengine", levelno=logging.INFO, levelname="INFO", msg=f"tensors{text}")

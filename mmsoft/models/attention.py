@@ -65,66 +65,27 @@ class LandmarkConv2d(nn.Conv2d):
         return F.linear(patches.flatten(-2), self.weight.permute(0, 2, 3, 1).flatten(1))
 
 
-class LocalConv2d(nn.Conv2d):
-    """A depthwise convolution of ``[B, C, H, W]`` that keeps the size.
+class ValueConv2d(nn.Conv2d):
+    """A depthwise convolution of ``[B, C, H, W]`` with one filter for all channels of a head."""
 
-    Args:
-        filters: as many as channels, or fewer, each for as many channels in a row.
-        kernel_size: odd.
-        heads: how many filters weights of the release have, which each of the head's channels
-            takes; as many as ``filters`` by default.
-    """
-
-    def __init__(self, filters: int, kernel_size: int, heads: int | None = None):
+    def __init__(self, num_heads: int, kernel_size: int):
         padding = kernel_size // 2
-        super().__init__(filters, filters, kernel_size, padding=padding, groups=filters, bias=False)
-        self.heads = filters if heads is None else heads
+        super().__init__(
+            num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Any memory format, which the result keeps."""
-        channels, weight = image.shape[1], self.weight.flatten(1)
-        if self.out_channels != channels:
-            weight = weight.repeat_interleave(channels // self.out_channels, 0)
-        # Through views, because the gradient of a convolution may have other strides.
-        weight = weight.unflatten(1, (1, *self.kernel_size))
+        channels = image.shape[1]
+        weight = self.weight.repeat_interleave(channels // self.out_channels, 0)
         return F.conv2d(image, weight, padding=self.padding, groups=channels)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Take filters of heads for channels; the opposite is refused."""
-        loaded, own = state_dict.get(key := f"{prefix}weight"), self.weight
-        if isinstance(loaded, Tensor) and loaded.shape[1:] == own.shape[1:]:
-            if len(loaded) == self.heads < len(own):
-                state_dict[key] = loaded.repeat_interleave(len(own) // self.heads, 0)
-            elif len(loaded) > len(own) and len(loaded) % len(own) == 0:
-                raise _more_filters(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _more_filters(key: str) -> ValueError:
-    return ValueError(
-        f"{key} has a filter for each channel in the checkpoint, the config asks for one for each "
-        "head: set local_filters='channel' in the config's backbone, or name another checkpoint"
-    )
-
-
-def _for_channels(local_filters: str | None) -> bool:
-    if local_filters not in ("channel", "head", None):
-        raise ValueError(f"local_filters must be 'channel' or 'head', got {local_filters!r}")
-    return local_filters == "channel"
-
-
-def _note_token_conv(
-    module: "SoftmaxAttention", state_dict: dict, prefix: str, local_metadata: dict
-) -> None:
-    """Note beside the state dict whether there is one: then none may be missing."""
-    local_metadata["token_conv"] = module.token_conv is not None
 
 
 class SoftmaxFreeAttention(TakesPadding, nn.Module):
     """Softmax-free multi-head attention over a grid of tokens (SOFT, section 3).
 
     Queries are also the keys. Landmarks are sampled from the queries, head by head with shared
-    weights; the value path adds a depthwise convolution.
+    weights; the value path adds a depthwise convolution with one filter per head.
 
     Args:
         embed_dims: channels ``C``.
@@ -132,8 +93,6 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         landmark_stride: tokens per landmark along each axis.
         value_kernel: size of the depthwise convolution of the values, odd.
         normalize: the symmetric normalization of SOFT++.
-        local_filters: of that convolution: ``'channel'``, one for each channel, or ``'head'``, one
-            for all channels of a head, as released.
         max_landmarks: keep at most this many of the landmarks that the stride gives: released ones
             evenly spread, by content those that explain the others; ``None`` for all of them.
         landmarks: ``'released'`` or ``'content'``, see :meth:`sample_landmarks`.
@@ -152,7 +111,6 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         value_kernel: int,
         *,
         normalize: bool,
-        local_filters: str = "channel",
         max_landmarks: int | None = None,
         landmarks: str = "released",
         landmark_sampling: str = "conv",
@@ -179,8 +137,7 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         self.landmark_norm = nn.LayerNorm(self.head_dims)
         self.init_landmark_norm(attn_init)
         self.use_landmarks(landmarks)
-        filters = embed_dims if _for_channels(local_filters) else num_heads
-        self.value_conv = LocalConv2d(filters, value_kernel, num_heads)
+        self.value_conv = ValueConv2d(num_heads, value_kernel)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
@@ -318,7 +275,10 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
     def convolve_values(
         self, v: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
     ) -> Tensor:
-        """The depthwise convolution of ``v [B, H*W, C]``; beyond what is ``inside`` lie zeros."""
+        """The depthwise convolution of ``v [B, H*W, C]``, one filter for all channels of a head.
+
+        Beyond what is ``inside`` lie zeros.
+        """
         if inside is not None and self.by_content:
             v = v.masked_fill(~inside.tokens()[:, :, None], 0)
         image = v.view(-1, *hw_shape, v.shape[-1]).permute(0, 3, 1, 2)  # channels-last memory
@@ -464,13 +424,7 @@ class SoftmaxAttention(TakesPadding, nn.Module):
         max_keys: limit of the number of keys, which makes the cost linear: a grid of tokens that
             exceeds ``isqrt(max_keys)`` rows or columns is averaged down to them for keys and
             values. ``None`` for no limit.
-        local_filters: ``'channel'`` adds a 3x3 depthwise convolution of the grid's tokens, without
-            which nothing in the stage tells a neighbour from any other token; ``'head'`` does not,
-            as released. ``None`` does not, where nothing reads the grid after this layer, and
-            leaves out that of weights.
     """
-
-    token_conv: LocalConv2d | None
 
     def __init__(
         self,
@@ -478,18 +432,14 @@ class SoftmaxAttention(TakesPadding, nn.Module):
         num_heads: int,
         drop_rate: float = 0.0,
         max_keys: int | None = None,
-        local_filters: str | None = "channel",
     ):
         super().__init__()
         self.num_heads = num_heads
         self.max_keys = max_keys
-        self.local_filters = local_filters
         self.query = nn.Linear(embed_dims, embed_dims)
         self.key_value = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
-        self.token_conv = LocalConv2d(embed_dims, 3) if _for_channels(local_filters) else None
         self.drop = nn.Dropout(drop_rate)
-        self._register_state_dict_hook(_note_token_conv)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, max_keys={self.max_keys}"
@@ -505,30 +455,7 @@ class SoftmaxAttention(TakesPadding, nn.Module):
             for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
         )
         out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5)
-        out = self.proj(out.transpose(1, 2).flatten(2))
-        if self.token_conv is not None:
-            grid = x[:, 1:]
-            if inside is not None:
-                grid = grid.masked_fill(~inside.tokens()[:, :, None], 0)
-            image = grid.unflatten(1, hw_shape).permute(0, 3, 1, 2)  # channels-last memory
-            tokens = self.token_conv(image).permute(0, 2, 3, 1).flatten(1, 2)
-            out = out + F.pad(tokens, (0, 0, 1, 0))
-        return self.drop(out)
-
-    def _load_from_state_dict(
-        self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
-    ) -> None:
-        """Weights of a layer without the convolution, as the release's are, leave it at 0."""
-        key = f"{prefix}token_conv.weight"
-        if self.token_conv is not None and not local_metadata.get("token_conv"):
-            names = [n for n, _ in self.named_parameters() if not n.startswith("token_conv.")]
-            if key not in state_dict and all(f"{prefix}{name}" in state_dict for name in names):
-                state_dict[key] = torch.zeros_like(self.token_conv.weight)
-        elif self.token_conv is None and key in state_dict:
-            if self.local_filters == "head":
-                raise _more_filters(key)
-            del state_dict[key]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _keys(
         self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None

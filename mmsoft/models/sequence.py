@@ -67,8 +67,7 @@ class SequenceAttention(SoftmaxFreeAttention):
         value_kernel: size of the depthwise convolution of the values, odd; 0 for none.
         landmark_sampling: ``'conv'`` or ``'avg'``, as there.
         options: those of :class:`~mmsoft.models.attention.SoftmaxFreeAttention`, in which
-            ``max_landmarks`` limits landmarks by content alone, but for ``local_filters``: one
-            filter for each head.
+            ``max_landmarks`` limits landmarks by content alone.
     """
 
     def __init__(
@@ -82,13 +81,7 @@ class SequenceAttention(SoftmaxFreeAttention):
         **options: Any,
     ):
         super().__init__(
-            embed_dims,
-            num_heads,
-            landmark_stride,
-            1,
-            landmark_sampling="avg",
-            local_filters="head",
-            **options,
+            embed_dims, num_heads, landmark_stride, 1, landmark_sampling="avg", **options
         )
         if landmark_sampling == "conv":
             self.landmark_conv = LandmarkConv1d(self.head_dims, landmark_stride)

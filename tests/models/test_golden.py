@@ -70,8 +70,7 @@ def take_sides(backbone, sides: dict[str, Tensor]) -> dict[str, list[float]]:
 
 def gradients(variant, size, dtype, sides=None) -> tuple[dict, dict, dict]:
     """Gradients under our names and of the input, what ReLUs saw, and what was flipped."""
-    options = dict(out_indices=3, out_type="cls_token", local_filters="head")
-    backbone, weight, bias = build(variant, "wellcond", **options)
+    backbone, weight, bias = build(variant, "wellcond", out_indices=3, out_type="cls_token")
     seen = note_relu_inputs(backbone.to(dtype))
     flipped = take_sides(backbone, sides) if sides else {}
     image = images(*size)[:1].to(dtype).requires_grad_()

@@ -189,9 +189,11 @@ def change(model, images, by):
 
 
 def test_padding_leaves_the_features_of_the_image_alone():
-    images = dim(192, 192)
-    ignored, seen = (change(backbone(ignore_padding=flag), images, 64) for flag in (True, False))
-    assert ignored < 1e-5
+    images = dim(192, 192).double()
+    ignored, seen = (
+        change(backbone(ignore_padding=flag).double(), images, 64) for flag in (True, False)
+    )
+    assert ignored < 1e-10  # but for position embeddings, which are 0 here
     assert seen > 0.02
 
 

@@ -83,7 +83,7 @@ def test_published_sizes(variant, name, millions):
     """With the 1000-way head; an initial, and capitals, name the same."""
     with torch.device("meta"):
         for arch in (name, name[0], name.upper()):
-            backbone = variant(arch, local_filters="head")
+            backbone = variant(arch)
             assert backbone.arch_settings["depths"] == ARCHS[name]["depths"]
             head = nn.Linear(backbone.arch_settings["embed_dims"][-1], 1000)
     count = sum(p.numel() for m in (backbone, head) for p in m.parameters())

@@ -90,7 +90,7 @@ METRICS = {  # of the tests: heading, and the scale to 0..1
 }
 BACKBONES = {
     "softpp-mini": "SOFT++ mini",
-    "softpp-mini-head-filters": "SOFT++ mini, a filter for each head",
+    "softpp-mini-batch-norm": "SOFT++ mini, BatchNorm",
     "softpp-mini-released": "SOFT++ mini, released landmarks",
     "softpp-mini-no-attention": "SOFT++ mini without its attention term",
     "softpp-b0": "SOFT++, widths and depths of PVTv2-B0",
@@ -99,6 +99,7 @@ BACKBONES = {
     "pvtv2-b1": "PVTv2-B1",
     "swin-t": "Swin-T",
     "r18": "ResNet-18",
+    "r18-group-norm": "ResNet-18, GroupNorm",
 }
 PACKAGES = ("python", "torch", "mmsoft", "mmengine", "mmcv", "mmdet", "mmsegmentation")
 NAME = re.compile(r"(?P<model>mask-rcnn|upernet|retinanet)_(?P<backbone>[^_]+)_\w+")

@@ -60,10 +60,6 @@ class SOFT(Backbone):
             backbone to the landmarks that they were trained with, and the log says so. ``None`` is
             ``'content'`` for SOFT++, and for SOFT ``'released'``, the only ones it has.
         landmark_sampling: ``'conv'`` or ``'avg'``.
-        local_filters: ``'channel'``, every channel has a filter of its own in the convolution of
-            the values, and stage 4 a 3x3 depthwise convolution beside its attention; or ``'head'``,
-            one filter for all channels of a head and none in stage 4, as released. Such weights fit
-            both and compute the same.
         attn_init: initial scale of the attention when training from scratch: ``'balanced'``, of the
             order of the values' convolution at every resolution, or ``'released'``, nearly silent
             at first. Loaded weights are not affected.
@@ -103,7 +99,6 @@ class SOFT(Backbone):
         newton_steps: int = 20,
         landmarks: str | None = None,
         landmark_sampling: str = "conv",
-        local_filters: str = "channel",
         attn_init: str = "balanced",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -130,7 +125,6 @@ class SOFT(Backbone):
             landmarks = "content" if self.normalize else "released"
         check_choice("landmarks", landmarks, ("content", "released"))
         check_choice("landmark_sampling", landmark_sampling, ("conv", "avg"))
-        check_choice("local_filters", local_filters, ("channel", "head"))
         check_choice("attn_init", attn_init, ("balanced", "released"))
         check_int("in_channels", in_channels, 1)
         check_int("newton_steps", newton_steps, 1)
@@ -158,7 +152,6 @@ class SOFT(Backbone):
                 embed_dims=dims[i],
                 num_heads=self.arch_settings["num_heads"][i],
                 drop_rate=drop_rate,
-                local_filters=local_filters,
             )
             is_last = i == STAGES - 1
             block: Callable[..., nn.Module]
@@ -179,12 +172,10 @@ class SOFT(Backbone):
                     solver=solver,
                     newton_steps=newton_steps,
                 )
-            layers = [build(**common, **options) for _ in range(depths[i] - 1)]
-            if is_last and out_type == "cls_token":  # which sees nothing of the last layer's grid
-                common["local_filters"] = None
-            layers.append(build(**common, **options))
-            rates = drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
-            blocks = [block(dims[i], *of, drop_rate) for of in zip(layers, rates)]
+            blocks = [
+                block(dims[i], build(**common, **options), rate, drop_rate)
+                for rate in drop_path[sum(depths[:i]) : sum(depths[: i + 1])]
+            ]
             if i == 0:
                 patch_embed = stem(in_channels, dims[0], norm_cfg)
             else:
@@ -226,10 +217,6 @@ class SOFT(Backbone):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
                 if module.cls_token is not None:
                     nn.init.trunc_normal_(module.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, SoftmaxAttention) and module.token_conv is not None:
-                # He's would start it 15 times as large as the attention beside it.
-                nn.init.zeros_(module.token_conv.weight)
         self._init_queries()
 
     def _load_from_state_dict(
@@ -245,11 +232,10 @@ class SOFT(Backbone):
         if whole:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
         else:
-            convs = [f"stages.3.blocks.{i}.attn.token_conv.weight" for i in self._last_blocks()]
             statistics = [
                 f"{name}.norm.{key}" for name in self._patch_convs() for key in STATISTICS
             ]
-            check_is_ours(state_dict, prefix, [*own, *convs, *statistics], self.variant)
+            check_is_ours(state_dict, prefix, [*own, *statistics], self.variant)
         self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
         self._match_norms(state_dict, prefix)
@@ -277,9 +263,6 @@ class SOFT(Backbone):
 
     def _patch_convs(self) -> dict[str, ConvNormAct]:
         return {name: m for name, m in self.named_modules() if isinstance(m, ConvNormAct)}
-
-    def _last_blocks(self) -> range:
-        return range(self.arch_settings["depths"][-1] if len(self.stages) == STAGES else 0)
 
     def _frozen_modules(self) -> list[nn.Module]:
         frozen: list[nn.Module] = list(self.stages[: max(self.frozen_stages, 0)])

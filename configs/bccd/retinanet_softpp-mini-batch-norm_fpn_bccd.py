@@ -1,0 +1,4 @@
+# BatchNorm in the patch embeddings, as released.
+_base_ = "./retinanet_softpp-mini_fpn_bccd.py"
+
+model = dict(backbone=dict(norm_cfg=dict(type="BN")))
