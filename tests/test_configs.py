@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scop
 
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
+from mmsoft.models.layers import ImageNorm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # By the first word of a config's name.
@@ -256,7 +257,7 @@ def solvers(model):
 
 @pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet"])
 def test_from_scratch_command_of_the_readme(folder):
-    """BatchNorm learns its statistics, over all GPUs."""
+    """Norms learn without statistics, because two images are too few for them."""
     readme = CONFIGS / folder / "README.md"
     (config,) = (
         c
@@ -264,9 +265,9 @@ def test_from_scratch_command_of_the_readme(folder):
         if words[1] == "train" and "init_cfg" not in c.model.backbone
     )
     backbone = MODELS.build(config.model.backbone).train()
-    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    norms = [m for m in backbone.modules() if isinstance(m, ImageNorm)]
     assert len(norms) == 6
-    assert all(norm.training for norm in norms)
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
 
 
 def test_classifier_commands_use_the_released_solver():

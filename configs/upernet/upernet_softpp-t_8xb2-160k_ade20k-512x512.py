@@ -13,7 +13,7 @@ model = dict(
         type="mmsoft.SOFTPlusPlus",
         arch="tiny",
         drop_path_rate=0.1,
-        norm_cfg=dict(type="SyncBN"),  # as in the heads
+        norm_eval=True,  # of released weights: two images are too few for BatchNorm
     ),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
     auxiliary_head=dict(in_channels=320),

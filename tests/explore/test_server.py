@@ -143,9 +143,9 @@ def test_settings_are_those_of_a_config_with_them(
 
 
 @BOTH
-@pytest.mark.parametrize("budget", ["own", "9"])
+@pytest.mark.parametrize("budget", ["own", "16"])
 def test_regions_are_of_the_landmarks_that_there_are(client, explorer, budget):
-    settings = Settings(explorer.own.budget if budget == "own" else 9, explorer.own.solver)
+    settings = Settings(explorer.own.budget if budget == "own" else 16, explorer.own.solver)
     state = explorer.captured(IMAGE, settings).states[1, 0]
     kernel = (-0.5 * torch.cdist(state.q[0, 1].double(), state.landmarks[0, 1].double()) ** 2).exp()
     if state.present is not None:
@@ -156,7 +156,7 @@ def test_regions_are_of_the_landmarks_that_there_are(client, explorer, budget):
     expected, where = kernel.max(-1)
     np.testing.assert_allclose(strength, expected, rtol=1e-6, atol=1e-12)
     assert (regions == where.numpy()).mean() > 0.99
-    assert len(array(found["centres"])) == kernel.shape[1] <= (49 if budget == "own" else 9)
+    assert len(array(found["centres"])) == kernel.shape[1] <= (49 if budget == "own" else 16)
 
 
 def test_landmarks_spectrum_and_predictions(client, explorer):

@@ -337,7 +337,9 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(functions, "newton_raphson_pinv", lambda *args: newton(*args[:3], 3))
     path = tmp_path / "wrong.onnx"
     path.write_text("an earlier file")
-    module = exportable(Model(SOFT(SMALL, out_indices=(0,))).eval(), "backbone")
+    module = exportable(
+        Model(SOFT(SMALL, out_indices=(0,), norm_cfg=dict(type="BN"))).eval(), "backbone"
+    )
     with pytest.raises(
         ValueError, match=r"stage1 differs from the model's by .* nothing was written"
     ):

@@ -38,7 +38,7 @@ def test_gradients_equal_those_of_one_process(world_size, with_cp, tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch's SyncBatchNorm needs GPUs")
 def test_sync_batch_norm_sees_the_whole_batch(tmp_path):
     runs.launch(2, runs.sync_batch_norm_steps, str(tmp_path / "gradients"), "cuda")
-    alone = runs.model(seed=0, norm_eval=False)
+    alone = runs.model(seed=0, norm_eval=False, norm_cfg=dict(type="BN"))
     runs.loss(alone(runs.images())).backward()
     got = torch.load(tmp_path / "gradients-0", map_location="cpu")
     for name, gradient in runs.gradients(alone).items():
@@ -48,7 +48,8 @@ def test_sync_batch_norm_sees_the_whole_batch(tmp_path):
 def test_sync_batch_norm_without_gpu(tmp_path):
     """A limit of torch: one process on a CPU trains with BatchNorm instead, several cannot."""
     synced = runs.model(norm_eval=False, norm_cfg=dict(type="SyncBN"))
-    for ours, expected in zip(synced(runs.images()), runs.model(norm_eval=False)(runs.images())):
+    alone = runs.model(norm_eval=False, norm_cfg=dict(type="BN"))
+    for ours, expected in zip(synced(runs.images()), alone(runs.images())):
         torch.testing.assert_close(ours, expected)
     with pytest.raises(Exception, match="SyncBatchNorm layers only work with GPU modules"):
         runs.launch(2, runs.sync_batch_norm_steps, str(tmp_path / "gradients"), "cpu")

@@ -1,5 +1,7 @@
 """torch.compile and torch.export of the operator and the backbones."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -40,11 +42,12 @@ def test_few_graphs_serve_every_size(options, sizes, graphs):
     model = SOFTPlusPlus(SMALL, landmarks="released", max_keys=None, **options).eval()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    exact = copy.deepcopy(model).double()
     with torch.no_grad():
         for size in sizes:
             image = torch.randn(1, 3, *size)
-            for ours, expected in zip(compiled(image), model(image)):
-                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+            for ours, eager, truth in zip(compiled(image), model(image), exact(image.double())):
+                assert (ours - truth).abs().max() <= 2 * (eager - truth).abs().max()
     assert counter.frame_count <= graphs
 
 

@@ -321,11 +321,11 @@ begins at random: no weights are loaded, and a run is a few hundred iterations o
 is the difference between rows; with ImageNet weights and a GPU each would be far better. The
 recipe is one for all backbones of a task: images, optimizer, learning rate, heads. Configs and
 commands are in `configs/nuclei/` and `configs/bccd/`. No row that was measured is left out.
-Of the nuclei's rows those of PVTv2-B0 and of SOFT++ with BatchNorm but for UperNet's seed 1 were trained at 39c2f01
-and tested again at 5b116c7, since when tests fill nothing up, and attention leaves out what is
-([why](method.md#padding-of-images)); the crops of training have nothing of the kind. SOFT++ has
-[GroupNorm in its patch embeddings](method.md#norm-of-the-patch-embeddings); rows with BatchNorm, as released, show what two
-images in an iteration make of that, of ResNet-18 too.
+Of the nuclei's rows those of PVTv2-B0 and of SOFT++ with BatchNorm but for UperNet's seed 1 were
+trained at 39c2f01 and tested again at 5b116c7, since when tests fill nothing up, and attention
+leaves out what is ([why](method.md#padding-of-images)); the crops of training have nothing of the
+kind. SOFT++ has [GroupNorm in its patch embeddings](method.md#norm-of-the-patch-embeddings); rows
+with BatchNorm, as released, show what two images in an iteration make of that, of ResNet-18 too.
 
 Parameters are those of the whole model, heads included. Seconds per iteration are the median over
 runs of a few iterations in which the configs of a task took turns, loading of images included, and
