@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from mmsoft.ops.island import compute_dtype
+from mmsoft.ops.island import compute_dtype, matmul
 from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
 
@@ -251,6 +251,28 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], target: tuple[int
     image = pos_embed.unflatten(1, grid).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=target, mode="bilinear", align_corners=False)
     return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def pos_embed_inside(pos_embed: Tensor, grid: tuple[int, int], inside: Inside) -> Tensor:
+    """Resize position embeddings ``[1, h*w, C]`` of a ``grid`` to what is inside, of each sample.
+
+    Returns:
+        ``[B, H*W, C]``; there :func:`resize_pos_embed`'s, beyond that its border continued.
+    """
+    image = pos_embed.to(compute_dtype(pos_embed)).unflatten(1, grid)
+    rows, cols = (_weights(along, size, image) for along, size in zip(inside, grid))
+    image = matmul(rows, image.flatten(2).expand(len(rows), -1, -1)).unflatten(2, (grid[1], -1))
+    image = matmul(cols[:, None].expand(-1, image.shape[1], -1, -1), image)
+    return image.flatten(1, 2)
+
+
+def _weights(inside: Tensor, size: int, like: Tensor) -> Tensor:
+    """Of bilinear interpolation from ``size`` points to those ``inside``, ``[B, n, size]``."""
+    options: dict[str, Any] = dict(dtype=like.dtype, device=like.device)
+    place = torch.arange(inside.shape[1], **options) + 0.5
+    place = place * (size / inside.sum(1, keepdim=True).to(like.dtype)) - 0.5
+    away = place.clamp(0, size - 1)[..., None] - torch.arange(size, **options)
+    return (1 - away.abs()).clamp(min=0)
 
 
 def as_image(tokens: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -535,10 +557,14 @@ class Stage(nn.Module):
             x = self.patch_embed(x)
         hw_shape = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view of channels-last memory
-        if self.cls_token is None:
-            x = x + resize_pos_embed(self.pos_embed, self.pos_grid, hw_shape).to(x.dtype)
+        pos_embed = self.pos_embed if self.cls_token is None else self.pos_embed[:, 1:]
+        if inside is None:
+            grid = resize_pos_embed(pos_embed, self.pos_grid, hw_shape)
         else:
-            grid = resize_pos_embed(self.pos_embed[:, 1:], self.pos_grid, hw_shape)
+            grid = pos_embed_inside(pos_embed, self.pos_grid, inside)
+        if self.cls_token is None:
+            x = x + grid.to(x.dtype)
+        else:
             cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
             x = torch.cat((cls_token.to(x.dtype), x + grid.to(x.dtype)), 1)
         x = self.pos_drop(x)

@@ -8,6 +8,7 @@ from operators import before_torch
 
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
+from mmsoft.models.layers import pos_embed_inside, resize_pos_embed
 from mmsoft.models.padding import Inside, inside
 
 ARCH = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4])
@@ -171,7 +172,7 @@ def backbone(**options):
         if isinstance(module, SoftmaxFreeAttention):
             torch.nn.init.normal_(module.value.weight, std=0.3)  # the term counts
     for stage in model.stages:
-        torch.nn.init.zeros_(stage.pos_embed)  # which is resized to the whole grid
+        torch.nn.init.normal_(stage.pos_embed)
     return model.eval()
 
 
@@ -193,8 +194,25 @@ def test_padding_leaves_the_features_of_the_image_alone():
     ignored, seen = (
         change(backbone(ignore_padding=flag).double(), images, 64) for flag in (True, False)
     )
-    assert ignored < 1e-10  # but for position embeddings, which are 0 here
+    assert ignored < 1e-10
     assert seen > 0.02
+
+
+@pytest.mark.parametrize("sizes", [[(8, 12), (5, 12), (1, 1), (8, 3)], [(3, 4)], [(2, 2)]])
+def test_position_embeddings_are_those_of_the_image(sizes):
+    """And their gradient, in a grid of 3x4 for which they are kept."""
+    pos_embed = normal(1, 12, 16).double().requires_grad_()
+    there = within(sizes, 8, 12)
+    weight = normal(len(sizes), 8, 12, 16, seed=1).double() * ~there.outside()[..., None]
+    found = pos_embed_inside(pos_embed, (3, 4), there).unflatten(1, (8, 12))
+    total = 0
+    for number, (h, w) in enumerate(sizes):
+        alone = resize_pos_embed(pos_embed, (3, 4), (h, w))[0].unflatten(0, (h, w))
+        torch.testing.assert_close(found[number, :h, :w], alone, rtol=1e-12, atol=1e-12)
+        total = total + (alone * weight[number, :h, :w]).sum()
+    (gradient,) = torch.autograd.grad(total, pos_embed)
+    (mine,) = torch.autograd.grad(found, pos_embed, weight)
+    torch.testing.assert_close(mine, gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_batch_norm_lets_it_in_at_the_border():
@@ -350,6 +368,8 @@ def test_an_attention_of_ones_own_need_not_know_of_it(own):
         for module in model.modules():
             if isinstance(module, SoftmaxAttention):
                 module.takes_padding = False
+        for stage in model.stages:
+            torch.nn.init.zeros_(stage.pos_embed)  # which are those of the image, whoever attends
         with torch.no_grad():
             return model.eval()(padded([(60, 50)], 64, 64))[2]
 
