@@ -103,9 +103,16 @@ class ModelImage:
     y_map: tuple[float, float]
 
     def _stride(self, hw_shape: tuple[int, int]) -> int:
-        """Pixels per token: a power of two, as the grid rounds up."""
-        stride = 1
-        while -(-self.inputs.shape[3] // stride) > hw_shape[1]:
+        """Pixels per token: a power of two, as the grid rounds up.
+
+        The grid is that of the inputs, or of what the backbone leaves of them, without padding.
+        """
+        for whole in (self.shape, tuple(self.inputs.shape[2:])):
+            for stride in (1 << n for n in range(max(whole).bit_length() + 1)):
+                if tuple(-(-side // stride) for side in whole) == tuple(hw_shape):
+                    return stride
+        stride = 1  # a black border that was left out, too
+        while -(-self.shape[1] // stride) > hw_shape[1]:
             stride *= 2
         return stride
 

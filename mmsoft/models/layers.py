@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from mmsoft.ops.group_norm import group_norm
 from mmsoft.ops.island import compute_dtype, matmul
 from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
@@ -31,13 +32,22 @@ class ImageNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
         """The same shape: normalized by what is ``inside`` on the grid of ``x``, 0 elsewhere."""
-        if inside is None:
-            return super().forward(x)
-        outside = inside.outside()[:, None, None]
+        if cpu_shortcut(x, backward=True) and is_ordinary(x) and not transformed():
+            sizes = None
+            if inside is not None:
+                rows, cols = (along.sum(1).tolist() for along in inside)
+                sizes = list(zip(rows, cols))
+            return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, sizes)
+        if inside is None:  # not in channels-last memory, where torch's own loses digits on a CPU
+            return super().forward(x.contiguous())
+        return self._by_formula(x, inside.outside()[:, None, None])
+
+    def _by_formula(self, x: Tensor, outside: Tensor) -> Tensor:
+        """Where no size may be looked at."""
         image = x.to(compute_dtype(x)).unflatten(1, (self.num_groups, -1))
         numbers = image.shape[2] * (~outside).sum((2, 3, 4), keepdim=True)
-        mean = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True) / numbers
-        centred = (image - mean).masked_fill(outside, 0)
+        total = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True)
+        centred = (image - total / numbers).masked_fill(outside, 0)
         variance = centred.square().sum((2, 3, 4), keepdim=True) / numbers
         scale = (variance + self.eps).rsqrt()
         if self.affine:  # on numbers, not on pixels: less is kept for the backward pass
@@ -160,8 +170,8 @@ class PatchEmbed(nn.Sequential):
 
     @property
     def leaves_padding_out(self) -> bool:
-        """Whether it matters what is inside."""
-        return any(isinstance(module, ImageNorm) for module in self.modules())
+        """Whether it matters what is inside, and nothing else does."""
+        return all(isinstance(x, ConvNormAct) and isinstance(x.norm, ImageNorm) for x in self)
 
     def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
         """``[B, C_in, H, W] -> [B, C, ceil(H / s), ceil(W / s)]``, s the product of strides.

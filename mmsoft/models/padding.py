@@ -16,6 +16,12 @@ class TakesPadding:
     """
 
     takes_padding = True
+    by_content: bool  # whether it has landmarks to choose
+
+    @property
+    def leaves_padding_out(self) -> bool:
+        """Whether the result does not depend on it."""
+        return self.takes_padding and getattr(self, "by_content", True)
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -36,6 +42,15 @@ class Inside(NamedTuple):
 
     rows: Tensor
     cols: Tensor
+
+    def cropped(self) -> "tuple[Inside | None, tuple[int, int]]":
+        """Without rows and columns that are padding of all samples, and how many are left.
+
+        ``None`` where nothing else is padding.
+        """
+        height, width = (int(along.any(0).sum()) for along in self)
+        part = Inside(self.rows[:, :height], self.cols[:, :width])
+        return (None if all(along.all() for along in part) else part), (height, width)
 
     def every(self, step: int) -> "Inside":
         """On the grid of every ``step``-th row and column."""

@@ -385,8 +385,31 @@ def test_what_the_operator_is_replaced_by_is_called_with_padding(monkeypatch):
     operate = layer.operate
     monkeypatch.setattr(layer, "operate", lambda *a, **k: (calls.append(k), operate(*a, **k))[1])
     with torch.no_grad():
-        model(padded([(60, 50)], 64, 64))
-    assert [int(call["mask"].sum()) for call in calls] == [15 * 13]
+        model(padded([(60, 50), (64, 40)], 64, 64))
+        model(padded([(60, 50), (60, 50)], 64, 64))  # without what is padding of all
+    assert [call["mask"].shape for call in calls[:1]] == [(2, 16 * 13)]
+    assert [int(call["mask"].sum()) for call in calls[:1]] == [15 * 13 + 16 * 10]
+    assert calls[1].get("mask") is None
+
+
+def test_features_of_padding_are_zero():
+    """Whether it is cut off, as on a CPU, or not, as on a GPU and where a layer sees padding."""
+    images = padded([(60, 50), (40, 64)], 96, 96)
+    sizes = [(15, 13), (10, 16)]
+    sees = backbone()
+    sees.stages[2].blocks[0].attn.takes_padding = False
+    for model in (backbone(), sees):
+        with torch.no_grad():
+            features = model(images)
+        assert [out.shape[2:] for out in features] == [(24, 24), (12, 12), (6, 6), (3, 3)]
+        for number, (h, w) in enumerate(sizes):
+            for level, out in enumerate(features):
+                rows, cols = (-(-side // 2**level) for side in (h, w))
+                assert out[number, :, :rows, :cols].count_nonzero() == out[0, :, :1, :1].numel() * (
+                    rows * cols
+                )
+                assert not out[number, :, rows:].any()
+                assert not out[number, :, :, cols:].any()
 
 
 def test_one_layer_by_content_is_enough():

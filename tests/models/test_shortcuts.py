@@ -11,7 +11,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmsoft.models import attention as attention_module
 from mmsoft.models.attention import SoftmaxFreeAttention
-from mmsoft.models.layers import ConvNormAct, Mlp, SOFTBlock, TanhGELU, as_image, stem
+from mmsoft.models.layers import (
+    ConvNormAct,
+    ImageNorm,
+    Mlp,
+    SOFTBlock,
+    TanhGELU,
+    as_image,
+    stem,
+)
 from mmsoft.ops import landmark_attention, landmark_candidates, softmax_free_attention
 
 
@@ -87,6 +95,10 @@ SHORTCUTS = {
         # as below
         lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)), banded_stem,
         (2, 3, 20, 20), EVALUATION, "constant_pad_nd", True,
+    ),
+    "norm in bands": (
+        lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)),
+        lambda: ImageNorm(4, 16), (2, 16, 5, 6), CPU, "addcmul", True,
     ),
     "candidates in bands": (
         lambda m, x: landmark_candidates(x, (5, 6), 2, 2, x.mean(1).view(2, 2, 8)), lambda: None,
@@ -322,8 +334,9 @@ def test_every_shortcut_is_here(root):
     # The warning of many landmarks, the gradients of those that are idle, of the choice inside its
     # operator, which tests/ops/test_choice.py compares, the two forms and when it stops, and of
     # sequences whether there is padding and whether tokens are known; of images whether they are
-    # padded, which no program tells that is recorded (tests/models/test_image_padding.py).
-    others = 7
+    # padded, which no program tells that is recorded, and whether that may be cut off
+    # (tests/models/test_image_padding.py).
+    others = 8
     twice = 1  # tokens by part, with and without what they read from landmarks
     assert sum(map(len, asking)) == len(SHORTCUTS) - twice + others
     # by another condition

@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,11 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
 from mmsoft.ops.library import autocast_enabled
+from mmsoft.ops.mode import may_decide
 from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention
 from ..layers import ConvNormAct, PatchEmbed, SOFTBlock, SoftmaxBlock, Stage, as_image, stem
-from ..padding import inside
+from ..padding import Inside, inside
 from .arch import (
     STAGES,
     check_choice,
@@ -330,7 +332,14 @@ class SOFT(Backbone):
             TypeError, ValueError: ``x`` is not a batch of images, or not of the model's dtype.
         """
         self._check_images(x)
-        within = inside(x) if self.ignore_padding and self._leaves_padding_out() else None
+        size: tuple[int, int] | None = None
+        # Stage 4 does not count: it leaves out what another layer has been told of.
+        layers = self._leaving_padding_out(self.stages[: STAGES - 1]) if self.ignore_padding else ()
+        within = inside(x) if any(layers) else None
+        if within is not None and may_decide(x) and all(self._leaving_padding_out(self.stages)):
+            size = (x.shape[2], x.shape[3])
+            within, (height, width) = within.cropped()  # nothing depends on what is cut off
+            x = x[:, :, :height, :width]
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, stage in enumerate(self.stages):
@@ -342,17 +351,18 @@ class SOFT(Backbone):
                     return (tokens[:, 0].contiguous(),)
                 tokens = tokens[:, 1:]
             if i in self.out_indices:
-                outs.append(as_image(tokens, hw_shape))
+                outs.append(_fill_up(as_image(tokens, hw_shape), size, 4 << i, within))
             x = tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)  # a channels-last view
         return tuple(outs)
 
-    def _leaves_padding_out(self) -> bool:
-        """Whether padding matters: released landmarks and BatchNorm see it, as released."""
-        stages: Any = self.stages
-        blocks = (block for stage in stages for block in stage.blocks)
-        return any(getattr(block.attn, "by_content", False) for block in blocks) or any(
-            getattr(stage.patch_embed, "leaves_padding_out", False) for stage in stages
-        )
+    def _leaving_padding_out(self, stages: Any) -> Iterator[bool]:
+        """Of each layer that reads from more than a pixel, whether it does so.
+
+        Released landmarks and BatchNorm do not, as released.
+        """
+        for stage in stages:
+            for layer in (stage.patch_embed, *(block.attn for block in stage.blocks)):
+                yield getattr(layer, "leaves_padding_out", False)
 
     def _check_images(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -409,6 +419,18 @@ class SOFTPlusPlus(SOFT):
 
     normalize = True
     variant = "SOFT++"
+
+
+def _fill_up(
+    image: Tensor, size: tuple[int, int] | None, stride: int, within: Inside | None
+) -> Tensor:
+    """Features with 0 where there is padding, at a stride of the ``size`` that was cropped."""
+    if within is not None:
+        image = image.masked_fill(within.every(stride).outside()[:, None], 0)
+    if size is None:
+        return image
+    height, width = (-(-side // stride) for side in size)
+    return F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]))
 
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
