@@ -70,7 +70,7 @@ def draw_comparison(
     panels = figure.subplots(len(rows), len(names), squeeze=False, height_ratios=heights)
     for own, (picture, columns, line) in zip(panels, rows):
         own[0].imshow(picture)
-        own[0].set_xlabel(line, fontsize=8)
+        own[0].set_xlabel(line, fontsize=8, loc="left")
         for axes, found in zip(own[1:], columns.values()):
             _paint(axes, picture, found)
         for axes in own:

@@ -67,14 +67,14 @@ PICTURES = {  # beside the rows, by `draw`: what they show, and what one sees th
     ("nuclei", "mask-rcnn"): (
         "nuclei_masks.jpg",
         "Nuclei, their masks, and those of two detectors",
-        "Colours only tell instances apart. SOFT++ mini cuts larger nuclei in halves, joins some "
-        "that touch, and finds none in the largest image; PVTv2-B0 has twice its parameters.",
+        "Colours only tell instances apart. Both cut large stained nuclei in parts and add shapes "
+        "where nuclei touch, PVTv2-B0 more; both find too little of the dim ones in the last.",
     ),
     ("nuclei", "upernet"): (
         "nuclei_classes.jpg",
         "Nuclei and background, and what two segmentors take for them",
-        "SOFT++ mini paints nuclei too large, most of all small ones, and the inside of the embryo "
-        "below.",
+        "PVTv2-B0 leaves the inside of bright nuclei out in the first image, and SOFT++ mini fills "
+        "the embryo in the last.",
     ),
     ("bccd", "retinanet"): (
         "cells.jpg",
