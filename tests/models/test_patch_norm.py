@@ -224,6 +224,16 @@ def test_a_part_of_the_weights_decides_for_its_part():
     assert [type(norm) is nn.BatchNorm2d for norm in norms(model)] == [0, 0, 0, 1, 0, 0]
 
 
+def test_statistics_that_are_missing_are_named():
+    weights = trained().state_dict()
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        del weights[f"stages.1.patch_embed.0.norm.{key}"]
+    with pytest.raises(
+        RuntimeError, match=r"Missing key.*stages\.1\.patch_embed\.0\.norm\.running_mean"
+    ):
+        backbone().load_state_dict(weights)
+
+
 def test_a_config_that_names_its_norm_is_obeyed():
     with pytest.raises(RuntimeError, match="running_mean"):
         backbone(norm_cfg=dict(type="GN", num_groups=4)).load_state_dict(trained().state_dict())

@@ -249,14 +249,13 @@ class SOFT(Backbone):
         """Weights decide whether patch embeddings have BatchNorm, unless ``norm_cfg`` has."""
         if not self._norm_by_weights:
             return
-        switched = []
-        for name, layer in self._patch_convs().items():
-            key = f"{prefix}{name}.norm."
-            if f"{key}weight" in state_dict:
-                wanted = f"{key}running_mean" in state_dict
-                switched += [wanted] if layer.use_batch_norm(wanted) else []
-        if switched:
-            norm = "BatchNorm" if switched[0] else "GroupNorm"
+        layers = {f"{prefix}{name}.norm.": m for name, m in self._patch_convs().items()}
+        given = {key: layer for key, layer in layers.items() if f"{key}weight" in state_dict}
+        # One is enough: then none of the others may be missing.
+        wanted = any(f"{key}running_mean" in state_dict for key in given)
+        switched = [layer.use_batch_norm(wanted) for layer in given.values()]
+        if any(switched):
+            norm = "BatchNorm" if wanted else "GroupNorm"
             print_log(
                 f"{type(self).__name__}: the weights were trained with {norm} in the patch "
                 "embeddings, which is used from now on",
