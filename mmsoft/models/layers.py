@@ -83,6 +83,7 @@ class ConvNormAct(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict | None):
         super().__init__()
+        self.stride = stride  # known whatever takes the convolution's place
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
         self.norm = _build_norm(norm_cfg, out_channels)
         self.act = nn.ReLU(inplace=True)
@@ -108,7 +109,8 @@ class ConvNormAct(nn.Sequential):
             Whether anything has changed.
         """
         norm: Any = self.norm
-        if isinstance(norm, _BatchNorm) == wanted:
+        known = isinstance(norm, _BatchNorm | ImageNorm) and norm.affine
+        if isinstance(norm, _BatchNorm) == wanted or not known:
             return False
         channels = norm.weight.numel()
         other: Any = nn.BatchNorm2d(channels) if wanted else _build_norm(None, channels)
@@ -163,12 +165,6 @@ class PatchEmbed(nn.Sequential):
     band_elements = 1 << 19  # of an image between the convolutions
 
     @property
-    def strides(self) -> list[int]:
-        """Of the layers."""
-        layers: list[Any] = list(self)
-        return [x.conv.stride[0] if isinstance(x, ConvNormAct) else 1 for x in layers]
-
-    @property
     def leaves_padding_out(self) -> bool:
         """Whether it matters what is inside, and nothing else does."""
         return all(isinstance(x, ConvNormAct) and isinstance(x.norm, ImageNorm) for x in self)
@@ -181,13 +177,14 @@ class PatchEmbed(nn.Sequential):
         """
         if inside is not None and self.leaves_padding_out:
             x = x.masked_fill(inside.outside()[:, None], 0)
-            for layer, stride in zip(self, self.strides):
-                inside = inside.every(stride)
-                x = layer(x, inside) if isinstance(layer, ConvNormAct) else layer(x)
+            layers: list[Any] = list(self)
+            for layer in layers:
+                inside = inside.every(layer.stride)
+                x = layer(x, inside)
             return x
         if not self._takes_bands(x):
             return super().forward(x)
-        layers: list[Any] = list(self)
+        layers = list(self)
         folded = [layer._folded() for layer in layers]
         heights = [x.shape[2]]
         for layer in layers:
@@ -555,16 +552,16 @@ class Stage(nn.Module):
     def extra_repr(self) -> str:
         return f"pos_embed={tuple(self.pos_embed.shape)}, with_cp={self.with_cp}"
 
-    def forward(self, x: Tensor, inside: Inside | None = None) -> tuple[Tensor, tuple[int, int]]:
+    def forward(
+        self, x: Tensor, inside: Inside | None = None, of_pixels: Inside | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
         """Return the tokens ``[B, (1 +) H'*W', C]`` and ``(H', W')``.
 
-        ``inside`` tells which of the pixels of ``x`` are not padding.
+        ``inside`` tells which of the ``H' x W'`` are not padding, ``of_pixels`` which of those of
+        ``x``; a patch embedding of one's own is not told.
         """
-        if inside is not None and isinstance(self.patch_embed, PatchEmbed):
-            x = self.patch_embed(x, inside)
-            inside = inside.every(math.prod(self.patch_embed.strides))
-        else:
-            x = self.patch_embed(x)
+        ours = of_pixels is not None and isinstance(self.patch_embed, PatchEmbed)
+        x = self.patch_embed(x, of_pixels) if ours else self.patch_embed(x)
         hw_shape = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view of channels-last memory
         pos_embed = self.pos_embed if self.cls_token is None else self.pos_embed[:, 1:]

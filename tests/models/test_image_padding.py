@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from operators import before_torch
 
-from mmsoft.models import SOFTPlusPlus
+from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.layers import pos_embed_inside, resize_pos_embed
 from mmsoft.models.padding import Inside, inside
@@ -189,7 +189,57 @@ def change(model, images, by):
     return float(((there - alone).norm(dim=1) / alone.norm(dim=1))[..., :-4, :-4].mean())
 
 
-def test_padding_leaves_the_features_of_the_image_alone():
+@pytest.mark.parametrize("size", [192, 200, 100, 77])
+def test_padding_leaves_the_features_of_the_image_alone(size):
+    """Whatever the parity of the grids, where two sizes meet and nothing can be cut off."""
+    images = dim(size, size).double()
+    mate = normal(1, 3, size + 64, size + 64).double()
+    model = backbone().double()
+    with torch.no_grad():
+        alone = model(images)
+        together = model(torch.cat((F.pad(images, (0, 64, 0, 64)), mate)))
+    for own, both in zip(alone, together):
+        there = both[:1, :, : own.shape[2], : own.shape[3]]
+        torch.testing.assert_close(there, own, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["patch_embed", "layer", "conv"])
+def test_what_takes_the_place_of_a_patch_embedding_need_not_know_of_it(where):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+    model = backbone()
+    stage = model.stages[0]
+    if where == "patch_embed":
+        stage.patch_embed = Wrapper(stage.patch_embed)
+    elif where == "layer":
+        stage.patch_embed[0] = Wrapper(stage.patch_embed[0])
+    else:
+        stage.patch_embed[0].conv = Wrapper(stage.patch_embed[0].conv)
+    with torch.no_grad():
+        found = model(padded([(60, 50), (64, 40)], 64, 64))
+    assert [out.shape[2:] for out in found] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+
+
+def test_soft_has_padding_out_of_its_norm_alone():
+    torch.manual_seed(0)
+    model = SOFT(ARCH, solver="direct").eval()
+    images = dim(96, 96)
+    with torch.no_grad():
+        stem = model.stages[0].patch_embed
+        seen = []
+        stem.register_forward_hook(lambda module, args, out: seen.append(out))
+        model(images)
+        model(F.pad(images, (0, 32, 0, 32)))
+    torch.testing.assert_close(seen[1][:, :, :24, :24], seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_costs_the_features_what_they_read_of_it():
     images = dim(192, 192).double()
     ignored, seen = (
         change(backbone(ignore_padding=flag).double(), images, 64) for flag in (True, False)

@@ -249,6 +249,20 @@ def test_frozen_stages_stay_frozen():
     assert [norm.weight.requires_grad for norm in norms(model)] == [False] * 3 + [True] * 3
 
 
+def test_norm_eval_holds_once_weights_are_loaded():
+    model = backbone(norm_eval=True).train()
+    model.load_state_dict(trained().state_dict())
+    assert not any(norm.training for norm in norms(model))
+
+
+def test_a_norm_of_ones_own_is_left_alone():
+    model = backbone()
+    model.stages[0].patch_embed[0].norm = nn.Identity()
+    _, unexpected = model.load_state_dict(trained().state_dict(), strict=False)
+    assert type(model.stages[0].patch_embed[0].norm) is nn.Identity
+    assert {name.rpartition(".")[0] for name in unexpected} == {"stages.0.patch_embed.0.norm"}
+
+
 def test_precision_and_copies():
     model = copy.deepcopy(backbone().double())
     model.load_state_dict(trained().double().state_dict())

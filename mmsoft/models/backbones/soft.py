@@ -254,6 +254,9 @@ class SOFT(Backbone):
         # One is enough: then none of the others may be missing.
         wanted = any(f"{key}running_mean" in state_dict for key in given)
         switched = [layer.use_batch_norm(wanted) for layer in given.values()]
+        if self.norm_eval and wanted:
+            for layer in given.values():
+                layer.norm.eval()
         if any(switched):
             norm = "BatchNorm" if wanted else "GroupNorm"
             print_log(
@@ -342,7 +345,9 @@ class SOFT(Backbone):
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, stage in enumerate(self.stages):
-            padding = () if within is None else (within.every(2 << i if i else 1),)
+            padding: tuple[Inside, ...] = ()
+            if within is not None:
+                padding = (within.every(4 << i), within.every(2 << i if i else 1))
             tokens, hw_shape = stage(x, *padding)
             if stage.cls_token is not None:
                 tokens = self.norm(tokens)
