@@ -1,6 +1,6 @@
 """Checkpoints: the authors' released files, safe reading, loading into a backbone."""
 
-from .backbone import load_backbone
+from .backbone import foresee_backbone, load_backbone
 from .checks import check_arch, check_is_ours, check_tensors, infer_arch
 from .reading import read_checkpoint
 from .released import convert_released, convert_released_keys, is_released
@@ -13,6 +13,7 @@ __all__ = [
     "check_tensors",
     "convert_released",
     "convert_released_keys",
+    "foresee_backbone",
     "infer_arch",
     "is_released",
     "load_backbone",

@@ -1,8 +1,10 @@
 """Loading a backbone from any checkpoint that contains one."""
 
+import contextlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .checks import summary
@@ -30,21 +32,7 @@ def load_backbone(
         ValueError: the file is refused, has no such backbone, or another architecture or variant.
         RuntimeError: parameters are missing, unexpected, or of another shape.
     """
-    content = read_checkpoint(checkpoint, map_location)
-    if is_released(content):
-        content = convert_released(content)
-    weights = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"{checkpoint} must hold a dict of tensors by name")
-    prefix = _find_prefix(weights, prefix, checkpoint, backbone.mark)
-    metadata = getattr(weights, "_metadata", None)
-    metadata = metadata if isinstance(metadata, dict) else {}
-    own = OrderedDict((k[len(prefix) :], v) for k, v in weights.items() if k.startswith(prefix))
-    own._metadata = {  # type: ignore[attr-defined]
-        f"{k}."[len(prefix) :].rstrip("."): v
-        for k, v in metadata.items()
-        if f"{k}.".startswith(prefix)
-    }
+    content, weights, prefix, own = _read_backbone(backbone, checkpoint, prefix, map_location)
     stages = len(getattr(backbone, "stages", ()))
     later = [k for k in own if (m := re.match(r"stages\.(\d+)\.", k)) and int(m[1]) >= stages]
     if not hasattr(backbone, "norm"):
@@ -71,6 +59,40 @@ def load_backbone(
     report.not_built += [prefix + name for name in later]
     report.left_out += [name for name in weights if not name.startswith(prefix)]
     report.write(f"{checkpoint}{origin}")
+
+
+def foresee_backbone(backbone: Any, checkpoint: str, prefix: str | None = None, **_: Any) -> None:
+    """Let a backbone become what weights in a local file ask for, without loading them.
+
+    What copies a model before it is initialized, as MMEngine's EMAHook does, then has a copy of the
+    same kind. A file that is not there, or that loading will refuse, changes nothing.
+    """
+    if not Path(checkpoint).is_file():
+        return
+    with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError):
+        backbone.match_weights(_read_backbone(backbone, checkpoint, prefix, "cpu")[3], "")
+
+
+def _read_backbone(
+    backbone: Any, checkpoint: str, prefix: str | None, map_location: Any
+) -> tuple[Any, dict, str, OrderedDict]:
+    """The file, its weights, the prefix of the backbone's, and these under their own names."""
+    content = read_checkpoint(checkpoint, map_location)
+    if is_released(content):
+        content = convert_released(content)
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{checkpoint} must hold a dict of tensors by name")
+    prefix = _find_prefix(weights, prefix, checkpoint, backbone.mark)
+    metadata = getattr(weights, "_metadata", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
+    own = OrderedDict((k[len(prefix) :], v) for k, v in weights.items() if k.startswith(prefix))
+    own._metadata = {  # type: ignore[attr-defined]
+        f"{k}."[len(prefix) :].rstrip("."): v
+        for k, v in metadata.items()
+        if f"{k}.".startswith(prefix)
+    }
+    return content, weights, prefix, own
 
 
 def _find_prefix(weights: Mapping[str, Any], prefix: str | None, source: str, mark: str) -> str:

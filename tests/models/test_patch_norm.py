@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MMLogger
+from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from mmsoft.checkpoint import load_backbone
@@ -25,9 +26,9 @@ def backbone(variant=SOFTPlusPlus, seed=0, **options):
     return variant(ARCH, **options)
 
 
-def trained(**options):
+def trained(variant=SOFTPlusPlus, **options):
     """With statistics and weights that are not the initial ones."""
-    model = backbone(seed=1, norm_cfg=BATCH_NORM, **options)
+    model = backbone(variant, seed=1, norm_cfg=BATCH_NORM, **options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean)
@@ -204,6 +205,33 @@ def test_weights_decide(how, log, tmp_path):
             assert torch.equal(mine, theirs)
     (line,) = [line for line in log if "trained with BatchNorm" in line]
     assert line.startswith("SOFTPlusPlus: the weights were trained with BatchNorm")
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+@pytest.mark.parametrize("landmarks", [None, "released"])
+@pytest.mark.parametrize("variant", [SOFT, SOFTPlusPlus])
+def test_an_average_begun_before_weights_are_loaded(variant, landmarks, buffers, tmp_path):
+    """As MMEngine's EMAHook does, which copies the model before a Runner initializes it."""
+    source = trained(variant=variant, landmarks=landmarks, solver="direct").eval()
+    path = str(tmp_path / "weights.pth")
+    torch.save(source.state_dict(), path)
+    init_cfg = dict(type="Pretrained", checkpoint=path)
+    model = backbone(variant, solver="direct", init_cfg=init_cfg)
+    average = ExponentialMovingAverage(model, update_buffers=buffers)
+    model.init_weights()
+    for _ in range(2):
+        average.update_parameters(model)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for mine, theirs in zip(average.module.eval()(image), source(image), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_not_there_change_nothing(tmp_path):
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    for name in ("missing.pth", "broken.pth"):
+        cfg = dict(type="Pretrained", checkpoint=str(tmp_path / name))
+        assert all(type(norm) is ImageNorm for norm in norms(backbone(init_cfg=cfg)))
 
 
 def test_and_back():

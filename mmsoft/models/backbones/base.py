@@ -7,7 +7,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 from torch.nn import Module
 
-from mmsoft.checkpoint import LoadReport, load_backbone
+from mmsoft.checkpoint import LoadReport, foresee_backbone, load_backbone
 
 from ..attention import SoftmaxFreeAttention
 from .arch import check_init_cfg
@@ -30,6 +30,17 @@ class Backbone(BaseModule):
         super().__init__(init_cfg=init_cfg)
         self.load_report: LoadReport | None = None  # of weights loaded since the last train()
         self._register_state_dict_hook(_save_variant)
+
+    def match_weights(self, state_dict: dict, prefix: str) -> None:
+        """Become the backbone for which weights were trained."""
+        self._match_landmarks(state_dict, prefix)
+
+    def _foresee_weights(self) -> None:
+        """Do so before the model is copied, as MMEngine's EMAHook does before it loads them."""
+        cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
+        for cfg in cfgs:
+            if cfg["type"] in ("Pretrained", PretrainedInit):
+                foresee_backbone(self, **{k: v for k, v in cfg.items() if k != "type"})
 
     def _init_queries(self) -> None:
         for module in self.modules():

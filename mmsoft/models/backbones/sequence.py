@@ -169,6 +169,7 @@ class SequenceSOFT(Backbone):
         )
         self.norm = nn.LayerNorm(dims, eps=1e-6)
         self._initialize()
+        self._foresee_weights()
 
     def _initialize(self) -> None:
         """Initialize for training from scratch; ``init_cfg`` may load weights over this later.

@@ -188,6 +188,7 @@ class SOFT(Backbone):
         if len(self.stages) == STAGES:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self._initialize()
+        self._foresee_weights()
         self._freeze()
 
     def build_attention(self, **options: Any) -> nn.Module:
@@ -239,11 +240,15 @@ class SOFT(Backbone):
             ]
             check_is_ours(state_dict, prefix, [*own, *statistics], self.variant)
         self._match_variant(local_metadata)
-        self._match_landmarks(state_dict, prefix)
-        self._match_norms(state_dict, prefix)
+        self.match_weights(state_dict, prefix)
         if whole:  # after the switch, because landmarks by content are among the tensors
             self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def match_weights(self, state_dict: dict, prefix: str) -> None:
+        """Become the backbone for which weights were trained: its landmarks, and its norms."""
+        super().match_weights(state_dict, prefix)
+        self._match_norms(state_dict, prefix)
 
     def _match_norms(self, state_dict: dict, prefix: str) -> None:
         """Weights decide whether patch embeddings have BatchNorm, unless ``norm_cfg`` has."""
