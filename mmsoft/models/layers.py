@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from mmsoft.ops.group_norm import group_norm
+from mmsoft.ops.group_norm import group_norm, group_norm_relu_
 from mmsoft.ops.island import compute_dtype, matmul
 from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
@@ -33,14 +33,21 @@ class ImageNorm(nn.GroupNorm):
     def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
         """The same shape: normalized by what is ``inside`` on the grid of ``x``, 0 elsewhere."""
         if cpu_shortcut(x, backward=True) and is_ordinary(x) and not transformed():
-            sizes = None
-            if inside is not None:
-                rows, cols = (along.sum(1).tolist() for along in inside)
-                sizes = list(zip(rows, cols))
-            return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, sizes)
+            return group_norm(*self._arguments(x, inside))
         if inside is None:  # not in channels-last memory, where torch's own loses digits on a CPU
             return super().forward(x.contiguous())
         return self._by_formula(x, inside.outside()[:, None, None])
+
+    def relu_(self, x: Tensor, inside: Inside | None = None) -> Tensor:
+        """ReLU of the same, in the memory of ``x``, which is on a CPU, without a backward pass."""
+        return group_norm_relu_(*self._arguments(x, inside))
+
+    def _arguments(self, x: Tensor, inside: Inside | None) -> tuple[Any, ...]:
+        sizes = None
+        if inside is not None:
+            rows, cols = (along.sum(1).tolist() for along in inside)
+            sizes = list(zip(rows, cols))
+        return x, self.num_groups, self.weight, self.bias, self.eps, sizes
 
     def _by_formula(self, x: Tensor, outside: Tensor) -> Tensor:
         """Where no size may be looked at."""
@@ -95,7 +102,12 @@ class ConvNormAct(nn.Sequential):
         """
         if not self._foldable(x):
             padding = () if inside is None or not isinstance(self.norm, ImageNorm) else (inside,)
-            x = self.norm(self._convolve(self.conv, x), *padding)
+            alone = self._owns_result(x)
+            x = self._convolve(self.conv, x)
+            norm: Any = self.norm
+            if alone:
+                return norm.relu_(x, *padding)
+            x = norm(x, *padding)
             # The ReLU overwrites what a hook may have kept.
             return self.act(x.clone() if is_hooked(self.norm) else x)
         conv: Any = self.conv
@@ -130,6 +142,18 @@ class ConvNormAct(nn.Sequential):
         if conv.bias is not None:
             bias = bias + conv.bias * scale
         return conv.weight * scale[:, None, None, None], bias
+
+    def _owns_result(self, x: Tensor) -> bool:
+        """Whether norm and ReLU may overwrite what the convolution gives."""
+        return (
+            cpu_shortcut(x)
+            and not transformed()
+            and is_ordinary(x)
+            and is_plain(self.conv, nn.Conv2d.forward)
+            and is_plain(self.norm, ImageNorm.forward)
+            and bool(self.norm.affine)
+            and is_plain(self.act, nn.ReLU.forward)
+        )
 
     def _convolve(self, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         conv: Any = self.conv

@@ -1,8 +1,8 @@
 """GroupNorm of images in channels-last memory on a CPU, a band of rows at a time.
 
 torch's own adds up pixel by pixel there, in float32: of a large image it loses 3 of 7 digits, and
-all of them where the mean is far above the deviation. Sums here are of differences from about the
-mean, of a band in the island's dtype and over bands in float64.
+all of them where the mean is far above the deviation. Sums here are of a band in the island's dtype
+and over bands in float64; where the mean is far above the deviation, of differences from about it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .island import compute_dtype
 
 BAND = 1 << 17  # numbers, which stay in the caches
+FAR = 4  # deviations: a mean beyond loses digits in sums of the numbers as they are
 
 
 def group_norm(
@@ -42,8 +43,26 @@ def group_norm(
     if weight is None or bias is None:
         weight, bias = x.new_ones(x.shape[1]), x.new_zeros(x.shape[1])
     whole = sizes is None
-    sizes = [(x.shape[2], x.shape[3])] * len(x) if sizes is None else sizes
+    sizes = _sizes(x) if sizes is None else sizes
     return _GroupNorm.apply(x, groups, weight, bias, eps, sizes, whole)
+
+
+def group_norm_relu_(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """:func:`group_norm` and ReLU in the memory of ``x``, without a backward pass."""
+    for sample, pixels in enumerate(_parts(x, _sizes(x) if sizes is None else sizes)):
+        line = _line(*_moments(pixels, groups, eps), weight, bias)
+        _affine(pixels, *line, pixels, relu=True)
+        if sizes is not None:
+            x[sample, :, sizes[sample][0] :] = 0
+            x[sample, :, :, sizes[sample][1] :] = 0
+    return x
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -61,9 +80,7 @@ class _GroupNorm(torch.autograd.Function):
         result, means, scales = _result(x, whole), [], []
         for pixels, target in zip(_parts(x, sizes), _parts(result, sizes)):
             mean, scale = _moments(pixels, groups, eps)
-            factor = scale * weight.double()
-            shift = bias.double() - mean * factor
-            _affine(pixels, factor, shift, target)
+            _affine(pixels, *_line(mean, scale, weight, bias), target)
             means.append(mean)
             scales.append(scale)
         ctx.save_for_backward(x, weight, *means, *scales)
@@ -129,8 +146,36 @@ def _by_group(channels: Tensor, groups: int) -> Tensor:
     return means.expand(-1, len(channels) // groups).flatten()
 
 
+def _sizes(x: Tensor) -> list[tuple[int, int]]:
+    return [(x.shape[2], x.shape[3])] * len(x)
+
+
 def _moments(pixels: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal deviation of each channel's group, ``[C]`` in float64."""
+    if pixels.is_contiguous() and pixels.numel() > 0:  # else torch's kernel is the slow one
+        mean, variance = _plain_moments(pixels, groups)
+        if bool((mean.square() <= FAR * FAR * variance).all()):
+            return mean, (variance + eps).rsqrt()
+    mean, variance = _careful_moments(pixels, groups)
+    return mean, (variance + eps).rsqrt()
+
+
+def _plain_moments(pixels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """By torch's kernel for the statistics of a batch, a band at a time: a third of the time."""
+    dtype = compute_dtype(pixels)
+    total, squares = torch.zeros(2, pixels.shape[2], dtype=torch.float64)
+    for band in _bands(pixels):
+        image = band.to(dtype)[None].permute(0, 3, 1, 2)
+        mean, variance = torch.batch_norm_update_stats(image, None, None, 0.0)
+        mean, numbers = mean.double(), band.shape[0] * band.shape[1]
+        total += numbers * mean
+        squares += numbers * (variance.double() + mean.square())
+    count = pixels.shape[0] * pixels.shape[1]
+    mean = _by_group(total / count, groups)
+    return mean, (_by_group(squares / count, groups) - mean.square()).clamp(min=0)
+
+
+def _careful_moments(pixels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(pixels)
     about = _by_group(pixels[::8, ::8].to(dtype).mean((0, 1)), groups)
     total, squares = torch.zeros(2, pixels.shape[2], dtype=torch.float64)
@@ -141,11 +186,25 @@ def _moments(pixels: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     count = pixels.shape[0] * pixels.shape[1]
     mean = _by_group(total / count, groups)
     variance = (_by_group(squares / count, groups) - mean.square()).clamp(min=0)
-    return about.double() + mean, (variance + eps).rsqrt()
+    return about.double() + mean, variance
 
 
-def _affine(pixels: Tensor, factor: Tensor, shift: Tensor, target: Tensor) -> None:
+def _line(mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each channel."""
+    factor = scale * weight.double()
+    return factor, bias.double() - mean * factor
+
+
+def _affine(
+    pixels: Tensor, factor: Tensor, shift: Tensor, target: Tensor, relu: bool = False
+) -> None:
+    """``pixels * factor + shift`` into ``target``, which may be ``pixels``."""
     dtype = compute_dtype(pixels)
     factor, shift = factor.to(dtype), shift.to(dtype)
     for band, part in zip(_bands(pixels), _bands(target)):
-        part.copy_(torch.addcmul(shift, band.to(dtype), factor))
+        if part.dtype == dtype:
+            torch.addcmul(shift, band, factor, out=part)
+        else:
+            part.copy_(torch.addcmul(shift, band.to(dtype), factor))
+        if relu:
+            part.relu_()

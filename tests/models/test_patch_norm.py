@@ -135,6 +135,51 @@ def test_large_images_keep_their_digits(offset):
     assert (found - truth).abs().max() <= error
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("band", [1 << 17, 100])
+def test_norm_and_relu_in_place(dtype, band, monkeypatch):
+    """In evaluation, of what the convolution gives; padding is 0 in the result."""
+    monkeypatch.setattr(group_norm, "BAND", band)
+    norm, x = image_norm(dtype).requires_grad_(False), filled_up(dtype, 1e4)
+    truth = each_alone(copy.deepcopy(norm).requires_grad_(), x, x)[0].detach().relu()
+    error = 16 * torch.finfo(dtype).eps * truth.max()
+    found = norm.relu_(x, inside())
+    assert found is x
+    assert (found.double() - truth).abs().max() <= error
+    whole = filled_up(dtype, 0.0)
+    truth = copy.deepcopy(norm).double()(whole.double()).relu()
+    assert (norm.relu_(whole).double() - truth).abs().max() <= error
+
+
+KEPT = {
+    "convolution": lambda layer, keep: layer.conv.register_forward_hook(keep),
+    "norm": lambda layer, keep: layer.norm.register_forward_hook(keep),
+    "activation": lambda layer, keep: layer.act.register_forward_pre_hook(lambda m, x: keep(m, x)),
+    "no convolution": lambda layer, keep: setattr(layer, "conv", nn.Identity()),
+    "no affine": lambda layer, keep: setattr(layer, "norm", ImageNorm(4, 8, affine=False)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", KEPT)
+def test_what_others_have_seen_is_not_overwritten(what):
+    layer, image, kept = ConvNormAct(8, 8, 1, None).eval(), torch.randn(2, 8, 6, 6), []
+
+    def keep(module, inputs, output=None):
+        seen = inputs[0] if output is None else output
+        kept.append((seen, seen.clone()))
+
+    KEPT[what](layer, keep)
+    original = image.clone()
+    expected = F.relu(layer.norm(layer.conv(image)))
+    kept.clear()
+    assert torch.allclose(layer(image), expected, atol=1e-6)
+    assert torch.equal(image, original)
+    assert len(kept) == (not what.startswith("no "))
+    if what != "activation":  # what a ReLU in place gets it does overwrite
+        assert all(torch.equal(*pair) for pair in kept)
+
+
 def test_second_derivatives_are_refused():
     x = torch.randn(1, 12, 4, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(image_norm()(x).square().sum(), x, create_graph=True)

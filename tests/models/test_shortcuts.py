@@ -50,6 +50,12 @@ def banded_stem():
     return banded
 
 
+def not_in_place():
+    layer = ConvNormAct(16, 8, 1, None)
+    layer.act = nn.ReLU()  # not in place itself
+    return layer
+
+
 def by_content():
     layer = SoftmaxFreeAttention(16, 2, 2, 3, normalize=True, landmarks="content", max_landmarks=3)
     block = SOFTBlock(16, layer, 0.0, 0.0)
@@ -99,6 +105,10 @@ SHORTCUTS = {
     "norm in bands": (
         lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)),
         lambda: ImageNorm(4, 16), (2, 16, 5, 6), CPU, "addcmul", True,
+    ),
+    "norm in place": (
+        lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)), not_in_place,
+        (2, 16, 5, 6), EVALUATION, "relu_", True,
     ),
     "candidates in bands": (
         lambda m, x: landmark_candidates(x, (5, 6), 2, 2, x.mean(1).view(2, 2, 8)), lambda: None,
