@@ -95,7 +95,8 @@ class _GroupNorm(torch.autograd.Function):
         dx, dtype = _result(x, ctx.whole), compute_dtype(x)
         of_weight, of_bias = torch.zeros(2, len(weight), dtype=torch.float64)
         parts = zip(*(_parts(t, ctx.sizes) for t in (x, grad, dx)), means, scales)
-        for pixels, grads, target, mean, scale in parts:
+        for pixels, grads, target, *moments in parts:
+            mean, scale = (_of_channels(moment, len(weight)) for moment in moments)
             slope, shift = scale.to(dtype), (-mean * scale).to(dtype)
             total, along = torch.zeros(2, len(weight), dtype=torch.float64)  # of g, and g times x^
             for band, g in zip(_bands(pixels), _bands(grads)):
@@ -142,8 +143,7 @@ def _bands(pixels: Tensor) -> tuple[Tensor, ...]:
 
 def _by_group(channels: Tensor, groups: int) -> Tensor:
     """Means over the channels of a group, for each of them, ``[C]``."""
-    means = channels.view(groups, -1).mean(1, keepdim=True)
-    return means.expand(-1, len(channels) // groups).flatten()
+    return _of_channels(channels.view(groups, -1).mean(1, keepdim=True), len(channels))
 
 
 def _sizes(x: Tensor) -> list[tuple[int, int]]:
@@ -151,48 +151,56 @@ def _sizes(x: Tensor) -> list[tuple[int, int]]:
 
 
 def _moments(pixels: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal deviation of each channel's group, ``[C]`` in float64."""
+    """Mean and reciprocal deviation of each group of channels, ``[groups, 1]`` in float64."""
     if pixels.is_contiguous() and pixels.numel() > 0:  # else torch's kernel is the slow one
         mean, variance = _plain_moments(pixels, groups)
         if bool((mean.square() <= FAR * FAR * variance).all()):
-            return mean, (variance + eps).rsqrt()
+            return mean, (variance + eps).rsqrt_()
     mean, variance = _careful_moments(pixels, groups)
-    return mean, (variance + eps).rsqrt()
+    return mean, (variance + eps).rsqrt_()
 
 
 def _plain_moments(pixels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """By torch's kernel for the statistics of a batch, a band at a time: a third of the time."""
-    dtype = compute_dtype(pixels)
-    total, squares = torch.zeros(2, pixels.shape[2], dtype=torch.float64)
-    for band in _bands(pixels):
-        image = band.to(dtype)[None].permute(0, 3, 1, 2)
-        mean, variance = torch.batch_norm_update_stats(image, None, None, 0.0)
-        mean, numbers = mean.double(), band.shape[0] * band.shape[1]
-        total += numbers * mean
-        squares += numbers * (variance.double() + mean.square())
-    count = pixels.shape[0] * pixels.shape[1]
-    mean = _by_group(total / count, groups)
-    return mean, (_by_group(squares / count, groups) - mean.square()).clamp(min=0)
+    dtype, bands = compute_dtype(pixels), _bands(pixels)
+    moments = [
+        torch.batch_norm_update_stats(band.to(dtype)[None].permute(0, 3, 1, 2), None, None, 0.0)
+        for band in bands
+    ]  # of each band and channel
+    both = torch.stack([torch.stack(pair) for pair in moments], 2).double()
+    means, variances = both.unflatten(1, (groups, -1)).flatten(2)
+    rows = torch.tensor([len(band) for band in bands], dtype=torch.float64)
+    channels = means.shape[1] // len(bands)
+    share = (rows / (len(pixels) * channels)).repeat(channels)
+    mean = (means * share).sum(1, keepdim=True)
+    variance = (means - mean).square_().add_(variances).mul_(share).sum(1, keepdim=True)
+    return mean, variance
 
 
 def _careful_moments(pixels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(pixels)
-    about = _by_group(pixels[::8, ::8].to(dtype).mean((0, 1)), groups)
+    channels = pixels.shape[2] // groups
+    about = pixels[::8, ::8].to(dtype).mean((0, 1)).view(groups, -1).mean(1, keepdim=True)
     total, squares = torch.zeros(2, pixels.shape[2], dtype=torch.float64)
     for band in _bands(pixels):
-        away = band.to(dtype) - about
+        away = band.to(dtype) - about.expand(-1, channels).flatten()
         total += away.sum((0, 1))
         squares += away.square_().sum((0, 1))
     count = pixels.shape[0] * pixels.shape[1]
-    mean = _by_group(total / count, groups)
-    variance = (_by_group(squares / count, groups) - mean.square()).clamp(min=0)
-    return about.double() + mean, variance
+    mean, square = (
+        (sums / count).view(groups, -1).mean(1, keepdim=True) for sums in (total, squares)
+    )
+    return about.double() + mean, (square - mean.square()).clamp(min=0)
 
 
 def _line(mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Factor and shift of each channel."""
-    factor = scale * weight.double()
-    return factor, bias.double() - mean * factor
+    factor = (scale * weight.double().view(len(scale), -1)).flatten()
+    return factor, bias.double() - _of_channels(mean, len(bias)) * factor
+
+
+def _of_channels(groups: Tensor, channels: int) -> Tensor:
+    return groups.expand(-1, channels // len(groups)).flatten()
 
 
 def _affine(
