@@ -12,9 +12,8 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
-from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
-from mmsoft.models.layers import ImageNorm
+from mmsoft.models.norms import ImageNorm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # By the first word of a config's name.
@@ -231,14 +230,15 @@ def commands(path):
         yield config, words
 
 
-@pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet"])
+@pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet", "nuclei", "bccd"])
 def test_fine_tuning_command_of_the_readme(folder, tmp_path):
-    """Every weight arrives, and the solver is the one that the weights were trained with."""
+    """Every weight arrives, with the solver, landmarks and BatchNorm that it was trained with."""
     (config,) = (
         c for c, _ in commands(CONFIGS / folder / "README.md") if "init_cfg" in c.model.backbone
     )
     pytest.importorskip(config.default_scope)
-    trained = SOFTPlusPlus("tiny")  # as configs/soft/ has it, and the release
+    classifier = Config.fromfile(CONFIGS / "soft/softpp-tiny_8xb128_in1k.py")
+    trained = MODELS.build(classifier.model.backbone)
     weights = {f"backbone.{name}": value for name, value in trained.state_dict().items()}
     assert config.model.backbone.init_cfg.checkpoint == "WEIGHTS"
     config.model.backbone.init_cfg.checkpoint = str(tmp_path / "epoch_300.pth")
@@ -249,6 +249,10 @@ def test_fine_tuning_command_of_the_readme(folder, tmp_path):
     for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, weights[f"backbone.{name}"], rtol=0, atol=0)
     assert solvers(model) == solvers(trained) == {"newton"}
+    assert not any(m.by_content for m in model.modules() if isinstance(m, SoftmaxFreeAttention))
+    norms = [m for m in model.train().backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 6
+    assert not any(norm.training for norm in norms)
 
 
 def solvers(model):

@@ -70,7 +70,8 @@ def foresee_backbone(backbone: Any, checkpoint: str, prefix: str | None = None, 
     if not Path(checkpoint).is_file():
         return
     with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError):
-        backbone.match_weights(_read_backbone(backbone, checkpoint, prefix, "cpu")[3], "")
+        own: Any = _read_backbone(backbone, checkpoint, prefix, "cpu")[3]
+        backbone.match_weights(own, "", own._metadata.get("", {}))
 
 
 def _read_backbone(

@@ -8,79 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from mmsoft.ops.group_norm import group_norm, group_norm_relu_
 from mmsoft.ops.island import compute_dtype, matmul
 from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
 
 from .attention import SoftmaxFreeAttention
+from .norms import ImageNorm, build_norm
 from .padding import Inside
 from .plain import is_hooked, is_plain
-
-
-class ImageNorm(nn.GroupNorm):
-    """GroupNorm of images ``[B, C, H, W]`` that leaves padding out.
-
-    Unlike BatchNorm it is one function in training and evaluation, of each image alone.
-    """
-
-    def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
-        """The same shape: normalized by what is ``inside`` on the grid of ``x``, 0 elsewhere."""
-        if cpu_shortcut(x, backward=True) and is_ordinary(x) and not transformed():
-            return group_norm(*self._arguments(x, inside))
-        if inside is None:  # not in channels-last memory, where torch's own loses digits on a CPU
-            return super().forward(x.contiguous())
-        return self._by_formula(x, inside.outside()[:, None, None])
-
-    def relu_(self, x: Tensor, inside: Inside | None = None) -> Tensor:
-        """ReLU of the same, in the memory of ``x``, which is on a CPU, without a backward pass."""
-        return group_norm_relu_(*self._arguments(x, inside))
-
-    def _arguments(self, x: Tensor, inside: Inside | None) -> tuple[Any, ...]:
-        sizes = None
-        if inside is not None:
-            rows, cols = (along.sum(1).tolist() for along in inside)
-            sizes = list(zip(rows, cols))
-        return x, self.num_groups, self.weight, self.bias, self.eps, sizes
-
-    def _by_formula(self, x: Tensor, outside: Tensor) -> Tensor:
-        """Where no size may be looked at."""
-        image = x.to(compute_dtype(x)).unflatten(1, (self.num_groups, -1))
-        numbers = image.shape[2] * (~outside).sum((2, 3, 4), keepdim=True)
-        total = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True)
-        centred = (image - total / numbers).masked_fill(outside, 0)
-        variance = centred.square().sum((2, 3, 4), keepdim=True) / numbers
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:  # on numbers, not on pixels: less is kept for the backward pass
-            scale = scale * self.weight.view(self.num_groups, -1, 1, 1)
-        image = (centred * scale).flatten(1, 2)
-        if self.affine:
-            image = (image + self.bias[:, None, None]).masked_fill(outside[:, 0], 0)
-        return image.to(x.dtype)
-
-
-def _build_norm(norm_cfg: Any, channels: int) -> nn.Module:
-    if norm_cfg is None:  # up to 16 groups of at least two channels: one pixel has a variance, too
-        return ImageNorm(max(math.gcd(32, channels) // 2, 1), channels)
-    try:
-        norm = build_norm_layer(norm_cfg, channels)[1]
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"norm_cfg {norm_cfg!r} gives no norm: {error}") from error
-    if type(norm) is nn.LayerNorm:
-        raise ValueError(f"norm_cfg must be of a norm of images, got {norm_cfg!r}")
-    if type(norm) is nn.GroupNorm:
-        image_norm = ImageNorm(norm.num_groups, channels, norm.eps, norm.affine)
-        for own, configured in zip(image_norm.parameters(), norm.parameters()):
-            own.requires_grad_(configured.requires_grad)
-        return image_norm
-    return norm
-
 
 _FOLDABLE_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
@@ -92,7 +31,7 @@ class ConvNormAct(nn.Sequential):
         super().__init__()
         self.stride = stride  # known whatever takes the convolution's place
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
-        self.norm = _build_norm(norm_cfg, out_channels)
+        self.norm = build_norm(norm_cfg, out_channels)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
@@ -113,25 +52,6 @@ class ConvNormAct(nn.Sequential):
         conv: Any = self.conv
         weight, bias = self._folded()
         return self.act(self._convolve(lambda x: conv._conv_forward(x, weight, bias), x))
-
-    def use_batch_norm(self, wanted: bool) -> bool:
-        """Change between BatchNorm and the default; the parameters, which others may know, stay.
-
-        Returns:
-            Whether anything has changed.
-        """
-        norm: Any = self.norm
-        known = isinstance(norm, _BatchNorm | ImageNorm) and norm.affine
-        if isinstance(norm, _BatchNorm) == wanted or not known:
-            return False
-        channels = norm.weight.numel()
-        other: Any = nn.BatchNorm2d(channels) if wanted else _build_norm(None, channels)
-        other.to(norm.weight)
-        other.weight, other.bias = norm.weight, norm.bias
-        if hasattr(norm, "_params_init_info"):  # MMEngine's, of every module while it initializes
-            other._params_init_info = norm._params_init_info
-        self.norm = other.train(norm.training)
-        return True
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """A frozen norm as part of the convolution: one pass over the image less."""

@@ -154,9 +154,11 @@ def _moments(pixels: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal deviation of each group of channels, ``[groups, 1]`` in float64."""
     if pixels.is_contiguous() and pixels.numel() > 0:  # else torch's kernel is the slow one
         mean, variance = _plain_moments(pixels, groups)
-        if bool((mean.square() <= FAR * FAR * variance).all()):
+        if bool((mean.square() <= FAR * FAR * variance).all() & variance.isfinite().all()):
             return mean, (variance + eps).rsqrt_()
     mean, variance = _careful_moments(pixels, groups)
+    if not bool(variance.isfinite().all()):  # squares overflow, or a number is not finite
+        mean, variance = _careful_moments(pixels.double(), groups)
     return mean, (variance + eps).rsqrt_()
 
 

@@ -106,6 +106,19 @@ def test_backbone_of_any_size_by_content(tmp_path):
     assert len(set(sizes)) == 3
 
 
+def test_weights_that_bring_batch_norm(tmp_path):
+    """As released ones: the norms have been changed in place, and are no operators of the file."""
+    torch.manual_seed(0)
+    source = SOFT(SMALL, out_indices=(0,), newton_steps=7, norm_cfg=dict(type="BN")).train()
+    source(1 + torch.randn(2, 3, 64, 64))  # statistics
+    backbone = SOFT(SMALL, out_indices=(0,), newton_steps=7)
+    backbone.load_state_dict(source.state_dict())
+    module = exportable(Model(backbone).eval(), "backbone")
+    file, _ = check(module, Input((64, 97)), tmp_path / "released.onnx")
+    kinds = {node.op_type for node in file.graph.node}
+    assert not kinds & {"BatchNormalization", "GroupNormalization", "InstanceNormalization"}
+
+
 @pytest.mark.parametrize("backbone", [pytest.param(SOFT, marks=long), SOFTPlusPlus])
 def test_direct_solver(tmp_path, monkeypatch, backbone):
     """Of released landmarks, which alone have an inverse: products of matrices, and no loop."""

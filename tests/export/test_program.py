@@ -46,6 +46,7 @@ def operators(program):
         pytest.param(dict(max_landmarks=9, max_keys=64), ANY, marks=pytest.mark.long),
         pytest.param(dict(max_landmarks=None, out_indices=(0,)), ANY, marks=pytest.mark.long),
         (dict(landmarks="content", max_landmarks=4, out_indices=(0,)), dict()),
+        (dict(landmarks="released", norm_cfg=dict(type="BN"), out_indices=(0,)), dict()),
     ],
     ids=str,
 )

@@ -11,8 +11,10 @@ from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from mmsoft.checkpoint import load_backbone
-from mmsoft.models import SOFT, SOFTPlusPlus, layers
-from mmsoft.models.layers import ConvNormAct, ImageNorm
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.models import norms as norms_module
+from mmsoft.models.layers import ConvNormAct
+from mmsoft.models.norms import ImageNorm, become
 from mmsoft.models.padding import Inside
 from mmsoft.ops import group_norm
 
@@ -110,7 +112,7 @@ def test_what_is_inside_is_normalized_alone(
     """In both forms: where sizes may be looked at, and where not, as on a GPU."""
     monkeypatch.setattr(group_norm, "BAND", band)
     if not looks:
-        monkeypatch.setattr(layers, "cpu_shortcut", lambda x, backward: False)
+        monkeypatch.setattr(norms_module, "cpu_shortcut", lambda x, backward: False)
     norm, x = image_norm(dtype, affine=affine), filled_up(dtype, beyond, offset)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -124,6 +126,15 @@ def test_what_is_inside_is_normalized_alone(
         assert (mine.double() - truth).abs().max() <= error
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("size", [1e15, 1e25, 1e37])
+def test_squares_may_overflow(size):
+    norm, x = image_norm(), (size * torch.randn(2, 12, 5, 7)).requires_grad_()
+    found, truth = norm(x), copy.deepcopy(norm).double()(x.double())
+    assert (found - truth).abs().max() <= 1e-5
+    assert torch.autograd.grad(found.square().sum(), x)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("offset", [0.0, 20.0, 1000.0])
 def test_large_images_keep_their_digits(offset):
     """torch's own, in this memory format, is wrong by 0.0003, 0.05 and 3000."""
@@ -135,6 +146,7 @@ def test_large_images_keep_their_digits(offset):
     assert (found - truth).abs().max() <= error
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("band", [1 << 17, 100])
 def test_norm_and_relu_in_place(dtype, band, monkeypatch):
@@ -180,6 +192,7 @@ def test_what_others_have_seen_is_not_overwritten(what):
         assert all(torch.equal(*pair) for pair in kept)
 
 
+@pytest.mark.cpu
 def test_second_derivatives_are_refused():
     x = torch.randn(1, 12, 4, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(image_norm()(x).square().sum(), x, create_graph=True)
@@ -288,6 +301,75 @@ def test_and_back():
         assert torch.equal(model(image)[3], other(image)[3])
 
 
+def test_a_switch_keeps_the_module():
+    """And with it hooks, wrappers, and what an optimizer or a sharding knows of its parameters."""
+    norm, seen = ImageNorm(4, 8), []
+    norm.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    norm.note, image = "of the user", torch.randn(2, 8, 3, 3)
+    parameters = list(norm.parameters())
+    for of_batch, kind in ((True, nn.BatchNorm2d), (False, ImageNorm), (True, nn.BatchNorm2d)):
+        assert become(norm, of_batch)
+        assert not become(norm, of_batch)
+        new = nn.BatchNorm2d(8) if of_batch else ImageNorm(4, 8)
+        assert (type(norm), repr(norm)) == (kind, repr(new))
+        assert norm.state_dict().keys() == new.state_dict().keys()
+        assert torch.equal(norm(image), new(image))
+        assert norm.note == "of the user"
+        assert all(map(lambda mine, before: mine is before, norm.parameters(), parameters))
+    assert seen == [nn.BatchNorm2d, ImageNorm, nn.BatchNorm2d]
+
+
+@pytest.mark.parametrize(
+    "norm_cfg", [dict(type="GN", num_groups=4, eps=1e-3), dict(type="BN", eps=1e-2)]
+)
+def test_what_the_weights_tell_of_their_norm(norm_cfg, log):
+    """Groups and eps, which are in no tensor."""
+    source, model, image = backbone(norm_cfg=norm_cfg), backbone(seed=2), torch.randn(1, 3, 64, 64)
+    model.load_state_dict(source.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image)[3], source.eval()(image)[3])
+    kind = "GroupNorm of 4 groups" if norm_cfg["type"] == "GN" else "BatchNorm"
+    assert any(f"trained with {kind} in the patch embeddings, which is used" in x for x in log)
+
+
+@pytest.mark.parametrize(
+    ("norm_cfg", "name"),
+    [
+        (dict(type="IN", affine=True), "InstanceNorm2d"),
+        (dict(type="BN", track_running_stats=False), "BatchNorm without statistics"),
+    ],
+)
+def test_weights_of_other_norms_are_not_taken_for_the_default(norm_cfg, name):
+    source = backbone(norm_cfg=norm_cfg).state_dict()
+    with pytest.raises(ValueError, match=rf"trained with {name} .*norm_cfg"):
+        backbone().load_state_dict(source)
+    backbone(norm_cfg=norm_cfg).load_state_dict(source)
+
+
+def test_a_config_with_another_norm_than_the_weights_is_warned(log):
+    backbone(norm_cfg=dict(type="GN", num_groups=4)).load_state_dict(backbone().state_dict())
+    assert any("trained with GroupNorm of 16 groups" in line and "norm_cfg" in line for line in log)
+
+
+NOTES = [None, "BN", {"stages.0.patch_embed.0": None}] + [
+    {"stages.0.patch_embed.0": note}
+    for note in (
+        ("GroupNorm", 5, 1e-5), ("GroupNorm", 0, 1e-5), ("GroupNorm", True, 1e-5),
+        ("GroupNorm", 8, 2.0), ("GroupNorm", 8, float("nan")), ("GroupNorm", None, 1e-5), (1, 2, 3),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("notes", NOTES, ids=str)
+def test_notes_that_make_no_sense_change_nothing(notes):
+    model, source = backbone(), backbone(seed=2)
+    weights = source.state_dict()
+    weights._metadata[""]["patch_norms"] = notes
+    expected = [repr(norm) for norm in norms(model)]
+    model.load_state_dict(weights)
+    assert [repr(norm) for norm in norms(model)] == expected
+
+
 def test_a_part_of_the_weights_decides_for_its_part():
     model, source = backbone(), trained().state_dict()
     part = {k: v for k, v in source.items() if k.startswith("stages.1.patch_embed.")}
@@ -334,6 +416,33 @@ def test_a_norm_of_ones_own_is_left_alone():
     _, unexpected = model.load_state_dict(trained().state_dict(), strict=False)
     assert type(model.stages[0].patch_embed[0].norm) is nn.Identity
     assert {name.rpartition(".")[0] for name in unexpected} == {"stages.0.patch_embed.0.norm"}
+
+
+def test_weights_reach_a_model_that_is_sharded(tmp_path):
+    """FSDP2 knows modules and parameters by what they were when it sharded them."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("FSDP2 came with torch 2.6")
+    from torch.distributed.tensor import distribute_tensor
+
+    rendezvous = f"file://{tmp_path}/rendezvous"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model, source = backbone(), trained().eval()
+        fsdp.fully_shard(model, mesh=mesh)
+        parameters, weights = dict(model.named_parameters()), source.state_dict()
+        for name, own in parameters.items():
+            weights[name] = distribute_tensor(weights[name], mesh, own.placements)
+        model.load_state_dict(weights)
+        image = torch.randn(1, 3, 64, 96)
+        with torch.no_grad():
+            for mine, theirs in zip(model.eval()(image), source(image), strict=True):
+                torch.testing.assert_close(mine, theirs)
+        model.train()(image)[3].sum().backward()
+        assert all(own.grad is not None for own in model.stages[0].patch_embed.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_precision_and_copies():

@@ -13,13 +13,13 @@ from mmsoft.models import attention as attention_module
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import (
     ConvNormAct,
-    ImageNorm,
     Mlp,
     SOFTBlock,
     TanhGELU,
     as_image,
     stem,
 )
+from mmsoft.models.norms import ImageNorm
 from mmsoft.ops import landmark_attention, landmark_candidates, softmax_free_attention
 
 
@@ -190,6 +190,7 @@ CONDITIONS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("name", SHORTCUTS)
@@ -227,6 +228,7 @@ def test_training_without_gradients_takes_all_tokens_at_once(monkeypatch):
     assert shapes == [TOKENS]
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -265,6 +267,7 @@ def test_tokens_read_landmarks_by_part(monkeypatch, batch, autocast):
     torch.testing.assert_close(out, whole, **tolerance)
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(33, 47), (64, 5), (5, 64), (1, 90), (90, 1), (66, 66)])
 @pytest.mark.parametrize("elements", [1, 700])  # bands of one row, and of several
@@ -285,6 +288,7 @@ def test_bands_join(size, elements):
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 def test_a_band_is_of_one_sample():
     """However many there are: a band of all would be a row or less."""
@@ -326,6 +330,7 @@ CHANGES = {  # of the stem's second layer
 }
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_bands_of_other_convolutions(change):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from metrics import same
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from on_device import device_type
 from operators import needs_torch_2_9
 from released import ARCH, images
 from torch import nn
@@ -18,13 +19,13 @@ from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.backbones.arch import ARCHS, resolve_arch
 from mmsoft.models.layers import (
-    ImageNorm,
     SOFTBlock,
     SoftmaxBlock,
     Stage,
     TanhGELU,
     resize_pos_embed,
 )
+from mmsoft.models.norms import ImageNorm
 
 DIMS = ARCH["embed_dims"]
 SIZES = [(33, 33), (17, 900), (112, 137), (511, 511), (32, 32), (31, 2), (5, 70), (1, 1)]
@@ -612,6 +613,7 @@ def test_tanh_gelu():
         assert torch.equal(TanhGELU()(half), F.gelu(half, approximate="tanh"))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("max_keys", [None, 4])
 def test_parts_of_an_evaluation_make_the_whole(mini, monkeypatch, max_keys):
     """Without gradients a CPU takes the tokens in turns: 7 at a time here, an uneven last part."""
@@ -634,7 +636,7 @@ def test_parts_of_an_evaluation_make_the_whole(mini, monkeypatch, max_keys):
             assert part.stride() == out.stride()
         for out in backbone(x[:0]):
             assert out.shape[0] == 0
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_type(), torch.bfloat16):
             halves = backbone(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         assert [out.dtype for out in backbone(x)] == [out.dtype for out in halves]

@@ -5,7 +5,6 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
-from torch.nn import Module
 
 from mmsoft.checkpoint import LoadReport, foresee_backbone, load_backbone
 
@@ -29,10 +28,16 @@ class Backbone(BaseModule):
         check_init_cfg(init_cfg)
         super().__init__(init_cfg=init_cfg)
         self.load_report: LoadReport | None = None  # of weights loaded since the last train()
-        self._register_state_dict_hook(_save_variant)
+        self._register_state_dict_hook(_save_notes)
 
-    def match_weights(self, state_dict: dict, prefix: str) -> None:
-        """Become the backbone for which weights were trained."""
+    def match_weights(self, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+        """Become the backbone for which weights were trained, as far as they and the notes tell.
+
+        Args:
+            state_dict: the weights, maybe of more than the backbone.
+            prefix: of the backbone's names in it.
+            local_metadata: what is noted of the backbone beside it.
+        """
         self._match_landmarks(state_dict, prefix)
 
     def _foresee_weights(self) -> None:
@@ -112,6 +117,10 @@ class Backbone(BaseModule):
                 "type of the config's backbone, or name another checkpoint"
             )
 
+    def notes(self) -> dict[str, Any]:
+        """What is not in the weights but belongs to them."""
+        return dict(variant=self.variant)
+
     def _own_tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
@@ -149,6 +158,6 @@ class Backbone(BaseModule):
         }
 
 
-def _save_variant(module: Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Note the variant beside the state dict: the keys of both are the same."""
-    local_metadata["variant"] = module.variant
+def _save_notes(module: Any, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Note what the keys and tensors of a state dict do not tell beside it."""
+    local_metadata.update(module.notes())

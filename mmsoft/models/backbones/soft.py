@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +20,7 @@ from mmsoft.registry import MODELS
 
 from ..attention import SoftmaxAttention, SoftmaxFreeAttention
 from ..layers import ConvNormAct, PatchEmbed, SOFTBlock, SoftmaxBlock, Stage, as_image, stem
+from ..norms import NormKind, become
 from ..padding import Inside, inside
 from .arch import (
     STAGES,
@@ -75,7 +77,7 @@ class SOFT(Backbone):
             is GroupNorm of up to 16 groups, until weights are loaded that were trained with
             BatchNorm, as released ones.
         ignore_padding: whether landmarks by content, stage 4's keys beside them, and the default
-            norm are of the images alone, not of what fills up a batch; see
+            norm are of the images advice, not of what fills up a batch; see
             :func:`mmsoft.models.padding.inside`.
         with_cp: gradient checkpointing of every block.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.
@@ -240,34 +242,59 @@ class SOFT(Backbone):
             ]
             check_is_ours(state_dict, prefix, [*own, *statistics], self.variant)
         self._match_variant(local_metadata)
-        self.match_weights(state_dict, prefix)
+        self.match_weights(state_dict, prefix, local_metadata)
         if whole:  # after the switch, because landmarks by content are among the tensors
             self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def match_weights(self, state_dict: dict, prefix: str) -> None:
+    def match_weights(self, state_dict: dict, prefix: str, local_metadata: dict) -> None:
         """Become the backbone for which weights were trained: its landmarks, and its norms."""
-        super().match_weights(state_dict, prefix)
-        self._match_norms(state_dict, prefix)
+        super().match_weights(state_dict, prefix, local_metadata)
+        noted = local_metadata.get("patch_norms")
+        self._match_norms(state_dict, prefix, noted if isinstance(noted, dict) else {})
 
-    def _match_norms(self, state_dict: dict, prefix: str) -> None:
-        """Weights decide whether patch embeddings have BatchNorm, unless ``norm_cfg`` has."""
-        if not self._norm_by_weights:
-            return
-        layers = {f"{prefix}{name}.norm.": m for name, m in self._patch_convs().items()}
-        given = {key: layer for key, layer in layers.items() if f"{key}weight" in state_dict}
+    def notes(self) -> dict[str, Any]:
+        """The variant, and for every norm of the patch embeddings what its tensors do not tell."""
+        kinds = {name: NormKind.of(layer.norm) for name, layer in self._patch_convs().items()}
+        patch_norms = {name: tuple(kind) for name, kind in kinds.items() if kind is not None}
+        return dict(super().notes(), patch_norms=patch_norms)
+
+    def _match_norms(self, state_dict: dict, prefix: str, noted: dict) -> None:
+        """Weights decide about the norms of patch embeddings, unless ``norm_cfg`` has."""
+        layers = self._patch_convs().items()
+        given = {
+            name: layer.norm
+            for name, layer in layers
+            if f"{prefix}{name}.norm.weight" in state_dict
+        }
         # One is enough: then none of the others may be missing.
-        wanted = any(f"{key}running_mean" in state_dict for key in given)
-        switched = [layer.use_batch_norm(wanted) for layer in given.values()]
-        if self.norm_eval and wanted:
-            for layer in given.values():
-                layer.norm.eval()
-        if any(switched):
-            norm = "BatchNorm" if wanted else "GroupNorm"
+        of_batch = any(f"{prefix}{name}.norm.running_mean" in state_dict for name in given)
+        changed, unlike = [], []
+        for name, norm in given.items():
+            kind = NormKind.noted(noted.get(name))
+            if not self._norm_by_weights:
+                unlike += [kind] if kind not in (None, NormKind.of(norm)) else []
+            elif become(norm, of_batch, kind):
+                changed.append(NormKind.of(norm))
+            if self.norm_eval and isinstance(norm, _BatchNorm):
+                norm.eval()
+        if changed:
+            advice = ""
+            if of_batch and not self.norm_eval:
+                advice = "; norm_eval=True keeps its statistics where images on a GPU are few"
+                if get_world_size() > 1:
+                    advice += ", norm_cfg=dict(type='SyncBN') takes those of all GPUs"
             print_log(
-                f"{type(self).__name__}: the weights were trained with {norm} in the patch "
-                "embeddings, which is used from now on",
+                f"{type(self).__name__}: the weights were trained with {changed[0]} in the patch "
+                f"embeddings, which is used from now on{advice}",
                 logger="current",
+            )
+        if unlike:
+            print_log(
+                f"{type(self).__name__}: the weights were trained with {unlike[0]} in the patch "
+                "embeddings, norm_cfg has another norm",
+                logger="current",
+                level=logging.WARNING,
             )
 
     def _patch_convs(self) -> dict[str, ConvNormAct]:
