@@ -63,6 +63,26 @@ def independence_of_other_tests():
             del loggers[name]
 
 
+@pytest.fixture(autouse=True)
+def tensors_on_device(request):
+    """Operators and models are tested on --device, but for what only a CPU does."""
+    device = request.config.getoption("device")
+    folder = request.path.relative_to(ROOT).parts[1]
+    if device == "cpu" or folder not in ("ops", "models"):
+        yield
+        return
+    if request.node.get_closest_marker("cpu"):
+        pytest.skip("of CPUs alone")
+    import torch
+    from on_device import OnDevice
+
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with OnDevice(device):
+        yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
 @pytest.fixture(scope="session")
 def root():
     """The root of the repository."""

@@ -73,7 +73,7 @@ def plan(tokens: list[int], landmarks: list[int]) -> list[KernelCase]:
         for mode in TOLERANCE
     ]
     choices = [KernelCase("choice", n, m, "forward") for m in landmarks for n in CANDIDATES]
-    return products + inverses + choices
+    return inverses + products + choices
 
 
 def _definition(x: Tensor, y: Tensor, w: Tensor) -> Tensor:

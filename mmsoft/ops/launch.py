@@ -24,7 +24,12 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
     """The function ``name`` of ``module``, which is imported at the first call."""
 
     def run(*args: Any) -> Any:
-        return getattr(import_module(module), name)(*args)
+        function = getattr(import_module(module), name)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.type != "cuda":
+            return function(*args)
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return function(*args)
 
     return run
 

@@ -5,6 +5,7 @@ precision to learn what plain PyTorch would lose there. Sources: SOFT (arXiv 211
 and SOFT++ (arXiv 2207.03341, section 3), with the step rules of the authors' release.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -89,10 +90,12 @@ def choose_landmarks(
     """:func:`mmsoft.ops.choose_landmarks`, each residual from the whole Gram matrix."""
     batch, heads, total, _ = candidates.shape
     kept = min(total, budget)
-    index = torch.zeros(batch, heads, kept, dtype=torch.long)
-    present = torch.zeros(batch, heads, kept, dtype=torch.bool)
-    for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
-        numbers = torch.arange(total) if mask is None else mask[b].nonzero()[:, 0]
+    device = candidates.device
+    index = torch.zeros(batch, heads, kept, dtype=torch.long, device=device)
+    present = torch.zeros(batch, heads, kept, dtype=torch.bool, device=device)
+    everything = torch.arange(total, device=device)
+    for b, h in product(range(batch), range(heads)):
+        numbers = everything if mask is None else mask[b].nonzero()[:, 0]
         if len(numbers) == 0:
             continue
         points = candidates[b, h, numbers]
@@ -140,7 +143,8 @@ def softmax_free_attention(
         options: dict[str, Any] = dict(normalize=normalize, solver=solver, steps=steps, scale=scale)
         out = torch.zeros_like(v)
         for b in range(len(q)):
-            tokens = torch.arange(q.shape[2]) if mask is None else mask[b].nonzero()[:, 0]
+            everything = torch.arange(q.shape[2], device=q.device)
+            tokens = everything if mask is None else mask[b].nonzero()[:, 0]
             kept = slice(None) if landmark_mask is None else landmark_mask[b]
             if len(tokens) and landmarks[b, :, kept].shape[1]:
                 result = softmax_free_attention(
@@ -149,8 +153,8 @@ def softmax_free_attention(
                     landmarks[b, None, :, kept],
                     **options,
                 )
-                heads = torch.arange(q.shape[1])[:, None]
-                out = out.index_put((torch.tensor(b), heads, tokens), result[0])
+                heads = torch.arange(q.shape[1], device=q.device)[:, None]
+                out = out.index_put((torch.full_like(heads, b), heads, tokens), result[0])
         return out
     kernel = gaussian_kernel(q, landmarks)
     a = gaussian_kernel(landmarks, landmarks)
@@ -188,8 +192,9 @@ def landmark_attention(
             if tokens.any():
                 queries, values = (t[b, None][:, :, tokens] for t in (q, v))
                 result = landmark_attention(queries, values, landmarks[b, None], present[b, None])
-                heads = torch.arange(q.shape[1])[:, None]
-                out = out.index_put((torch.tensor(b), heads, tokens.nonzero()[:, 0]), result[0])
+                heads = torch.arange(q.shape[1], device=q.device)[:, None]
+                where = (torch.full_like(heads, b), heads, tokens.nonzero()[:, 0])
+                out = out.index_put(where, result[0])
         return out
 
     def normalized(x: Tensor, y: Tensor, there: Tensor) -> Tensor:

@@ -69,6 +69,10 @@ def test_amp_trains_with_finite_weights(model, dtype, root, shapes, tmp_path):
     cfg = config(root, shapes, model, tmp_path, iterations=ITERATIONS)
     cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype)
     cfg.custom_hooks = [dict(type="mmsoft.FiniteGradientHook")]
+    if (model, dtype) == ("mask_rcnn", "bfloat16"):  # docs/cuda.md
+        with pytest.raises(RuntimeError, match="BFloat16"):
+            train(cfg)
+        return
     runner, losses = train(cfg)
     assert np.isfinite(losses).all()
     assert np.mean(losses[-25:]) < 0.9 * np.mean(losses[:25])

@@ -92,7 +92,8 @@ def plain_loop(cfg, iterations, dtype=None, seed=0):
     losses = []
     for _ in range(iterations):
         data = model.data_preprocessor(next(loader), True)
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
             loss, _ = model.parse_losses(model(**data, mode="loss"))
         optimizer.zero_grad()
         loss.backward()

@@ -41,20 +41,20 @@ def state_dict(ill_conditioned: bool = False, seed: int = 0) -> dict[str, Tensor
         z = np.asarray(z, dtype=np.float32)
         if ill_conditioned and name.endswith("Qnorm_act.0.weight"):
             z = z * np.float32(0.3)
-        weights[name] = torch.from_numpy(z)
+        weights[name] = torch.tensor(z)
     return weights
 
 
 def images(height: int, width: int) -> Tensor:
     rng = np.random.default_rng(7)
-    return torch.from_numpy(rng.standard_normal((2, 3, height, width)).astype(np.float32))
+    return torch.tensor(rng.standard_normal((2, 3, height, width)).astype(np.float32))
 
 
 def cotangent() -> Tensor:
-    return torch.from_numpy(np.random.default_rng(5).standard_normal((1, 10)).astype(np.float32))
+    return torch.tensor(np.random.default_rng(5).standard_normal((1, 10)).astype(np.float32))
 
 
 def outputs(variant: str, condition: str, size: tuple[int, int]) -> dict[str, Tensor]:
     """The recorded arrays of the authors' code."""
     file = np.load(GOLDEN / f"mini_{variant}_{condition}_{size[0]}x{size[1]}.npz")
-    return {name: torch.from_numpy(file[name]) for name in file.files}
+    return {name: torch.tensor(file[name]) for name in file.files}

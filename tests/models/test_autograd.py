@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from on_device import device_type
 from operators import JVPS, before_torch
 from released import ARCH
 from torch import nn
@@ -42,9 +43,9 @@ def test_backward_inside_autocast(variant, options):
     image, gradients = torch.randn(2, 3, 96, 128), []
     for inside in (False, True):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_type(), torch.bfloat16):
             loss = sum(out.float().square().mean() for out in model(image))
-        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        with torch.autocast(device_type(), torch.bfloat16, enabled=inside):
             loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, outside in gradients[0].items():
@@ -98,25 +99,27 @@ def test_derivatives_with_respect_to_parameters(landmarks):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("device", ["meta", "fake"])
+@pytest.mark.parametrize("kind", ["meta", "fake"])
 @pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
-def test_tensors_without_data(variant, options, device, train, autocast):
+def test_tensors_without_data(variant, options, kind, train, autocast):
     """Shapes and dtypes of a large image at no cost, and of all gradients."""
 
+    place = device_type()
+
     def run(function, parameters):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(place, torch.bfloat16, enabled=autocast):
             outs = function()
         assert [out.shape for out in outs] == [
             (2, c, 800 >> i, 1280 >> i) for i, c in enumerate(ARCH["embed_dims"], 2)
         ]
-        if device == "fake":
+        if kind == "fake":
             assert {out.dtype for out in outs} == {torch.bfloat16 if autocast else torch.float32}
         if train:
             sum(out.sum() for out in outs).backward()
             assert all(p.grad.shape == p.shape for p in parameters)
 
     with torch.set_grad_enabled(train):
-        if device == "meta":
+        if kind == "meta":
             with torch.device("meta"):
                 with_cp = not before_torch("2.4")  # whose checkpointing does not know the device
                 model = variant(ARCH, with_cp=with_cp, **OPTIONS, **options).train(train)

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from on_device import device_type
 from operators import before_torch
 from released import ARCH, SMALL
 
@@ -20,12 +21,13 @@ BOXES = torch.tensor(
 
 
 def roi_align(x):
-    return ops.RoIAlign(7, 1 / 8, sampling_ratio=0)(x, BOXES)
+    return ops.RoIAlign(7, 1 / 8, sampling_ratio=0)(x, BOXES.to(x.device))
 
 
 def roi_align_rotated(x):
     angles = torch.tensor([0.3, -0.8, 0.0])
-    boxes = torch.column_stack([BOXES[:, 0], BOXES[:, 1:3] + 20, BOXES[:, 3:] / 3, angles])
+    boxes = BOXES.to(x.device)
+    boxes = torch.column_stack([boxes[:, 0], boxes[:, 1:3] + 20, boxes[:, 3:] / 3, angles])
     return ops.RoIAlignRotated(7, 1 / 8, sampling_ratio=2)(x, boxes)
 
 
@@ -107,7 +109,7 @@ def features(mode, variant=SOFTPlusPlus):
     with (
         torch.set_grad_enabled(mode in ("train", "checkpointed", "autocast")),
         torch.inference_mode(mode == "inference"),
-        torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
+        torch.autocast(device_type(), torch.bfloat16, enabled=mode == "autocast"),
     ):
         if mode == "compiled":
             torch._dynamo.reset()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
+from on_device import device_type
 from operators import before_torch
 
 from mmsoft.models import SOFT, SOFTPlusPlus
@@ -42,6 +43,7 @@ def test_rows_and_columns_of_zeros_at_the_end_are_padding():
     assert found.tokens().sum(1).tolist() == [h * w for h, w in sizes]
 
 
+@pytest.mark.cpu
 def test_a_batch_without_padding_is_told_at_a_glance(monkeypatch):
     images = padded([(64, 96)] * 2, 64, 96)
     images[:, :, 20:40] = 0  # zeros within are none
@@ -155,7 +157,7 @@ def test_means_of_stage_4_are_of_the_image_alone():
                 part = image[6 * row : min(6 * row + 6, h), 8 * col : min(8 * col + 8, w)]
                 key = 1 + 4 * row + col
                 count = part[..., 0].numel()
-                assert bias[number, 0, 0, key].exp() == pytest.approx(count, rel=1e-5)
+                assert bias[number, 0, 0, key].exp().item() == pytest.approx(count, rel=1e-5)
                 if count:
                     mean = part.flatten(0, 1).mean(0)
                     torch.testing.assert_close(keys[number, key], mean, rtol=1e-4, atol=1e-5)
@@ -274,6 +276,7 @@ def test_batch_norm_lets_it_in_at_the_border():
     assert 1e-4 < ignored < 0.15 * seen
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("size", [(64, 96), (200, 333)])
 def test_without_padding_nothing_changes(size):
     images = normal(2, 3, *size)
@@ -301,7 +304,7 @@ def test_padding_in_other_precision(dtype):
         if dtype == torch.float64:
             found = model.double()(images.double())
         else:
-            with torch.autocast("cpu", dtype):
+            with torch.autocast(device_type(), dtype):
                 found = model(images)
     for a, b in zip(found, expected):
         error = (a.double() - b).norm() / b.norm()
@@ -428,6 +431,7 @@ def test_an_attention_of_ones_own_need_not_know_of_it(own):
     assert not torch.equal(features(SOFTPlusPlus, True), features(SOFTPlusPlus, False))
 
 
+@pytest.mark.cpu
 def test_what_the_operator_is_replaced_by_is_called_with_padding(monkeypatch):
     model = backbone()
     calls = []
@@ -478,6 +482,7 @@ def test_the_option_is_checked():
         SOFTPlusPlus(ARCH, ignore_padding=1)
 
 
+@pytest.mark.cpu
 def test_a_detector_sees_each_image_of_a_batch_as_if_alone():
     """Through MMDetection's preprocessor, which normalizes and fills up."""
     pytest.importorskip("mmdet")

@@ -61,6 +61,7 @@ def test_the_whole_index_is_sound():
         assert (ROOT / collection.readme).is_file()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "name",
     [
@@ -83,6 +84,7 @@ def test_get_model_and_inference(name):
     assert result["pred_scores"].shape == (1000,)
 
 
+@pytest.mark.cpu
 def test_inferencer(tmp_path):
     """By name, with weights from a file: it predicts what the model that saved them does."""
     from mmpretrain import ImageClassificationInferencer, get_model, inference_model

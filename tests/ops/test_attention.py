@@ -3,6 +3,7 @@
 import pytest
 import torch
 from metrics import error
+from on_device import device_type
 from operators import VARIANTS, before_torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def arguments(shape, spread=1.0, dtype=torch.float64, seed=0) -> tuple[Tensor, T
 def run(function, tensors, autocast=None, **kwargs) -> list[Tensor]:
     """Output and the three gradients for a fixed random cotangent."""
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+    with torch.autocast(device_type(), dtype=autocast, enabled=autocast is not None):
         out = function(*tensors, **kwargs)
     g = torch.Generator().manual_seed(1)
     weight = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)
@@ -106,6 +107,7 @@ def test_low_precision_loses_no_more_than_plain_torch(shape, normalize, solver, 
         assert error(mine, exact) <= allowed + rounding, name
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
 @pytest.mark.parametrize("spread", [1.0, 0.03])
@@ -215,9 +217,9 @@ BAD = [
     (dict(landmarks=(1, 2, 4, 16)), ValueError, "head dimension of q, 32, got 16"),
     (dict(landmarks=(1, 3, 4, 32)), ValueError, r"batch and heads of q, \(1, 2\), got \(1, 3\)"),
     (dict(landmarks=(1, 2, 0, 32)), ValueError, "at least one token"),
-    (dict(v=torch.zeros(1, 2, 10, 32).double()), TypeError, "v must have the dtype of q"),
-    (dict(q=torch.zeros(1, 2, 10, 32).long()), TypeError, "q must be a floating-point tensor"),
-    (dict(landmarks=torch.zeros(1, 2, 4, 32).half()), TypeError, "landmarks must be torch.float32"),
+    (dict(v=torch.float64), TypeError, "v must have the dtype of q"),
+    (dict(q=torch.int64), TypeError, "q must be a floating-point tensor"),
+    (dict(landmarks=torch.float16), TypeError, "landmarks must be torch.float32"),
     (dict(v=torch.zeros(1, 2, 10, 32, device="meta")), ValueError, "v must be on the device of q"),
     (dict(solver="exact"), ValueError, "solver must be one of"),
     (dict(steps=0), ValueError, "steps must be a positive integer"),
@@ -227,7 +229,12 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[b[2] for b in BAD])
 def test_bad_input(change, kind, message):
-    call = dict(q=(1, 2, 10, 32), v=(1, 2, 10, 32), landmarks=(1, 2, 4, 32)) | change
-    call = {k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in call.items()}
+    shapes = dict(q=(1, 2, 10, 32), v=(1, 2, 10, 32), landmarks=(1, 2, 4, 32))
+    call = shapes | change
+    for name, value in call.items():
+        if isinstance(value, tuple):
+            call[name] = torch.zeros(value)
+        elif isinstance(value, torch.dtype):
+            call[name] = torch.zeros(shapes[name], dtype=value)
     with pytest.raises(kind, match=message):
         softmax_free_attention(call.pop("q"), call.pop("v"), call.pop("landmarks"), **call)

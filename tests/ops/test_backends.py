@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from metrics import same
+from on_device import device_type
 from operators import needs_torch_2_6
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -245,6 +246,7 @@ def test_tangents_of_a_backward_pass_come_from_plain_torch_or_raise(fake):
                 torch.autograd.grad(out, leaf, cotangent)
 
 
+@pytest.mark.cpu
 def test_the_kernel_is_stored_or_streamed_as_asked(fake):
     pair = "gaussian_kernel_pair"
     tensors = arguments()
@@ -263,7 +265,7 @@ def test_the_kernel_is_stored_or_streamed_as_asked(fake):
                 softmax_free_attention(*tensors)
         with use_backend("stored"):
             assert torch.equal(softmax_free_attention(*tensors), stored)
-            n = BLOCK_ELEMENTS["cpu"] // 16
+            n = BLOCK_ELEMENTS[device_type()] // 16
             q, landmarks = torch.zeros(1, 1, n + 1, 8), torch.zeros(1, 1, 16, 8)
             softmax_free_attention(q[:, :, 1:], q[:, :, 1:], landmarks)
             with pytest.raises(RuntimeError, match="more than 524288 elements"):
@@ -281,4 +283,4 @@ def test_triton_of_older_torch_is_refused(monkeypatch, found, reason):
     monkeypatch.setattr(launch, "find_spec", lambda name: name)
     monkeypatch.setattr(launch, "version", lambda name: found)
     monkeypatch.setattr(launch, "lacking", launch.lacking.__wrapped__)  # which remembers
-    assert launch.refusal(torch.ones(1)) == reason
+    assert launch.refusal(torch.ones(1, device="cpu")) == reason

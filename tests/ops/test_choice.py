@@ -85,6 +85,7 @@ def test_clusters_have_one_landmark_each():
     assert present[0, 0].tolist() == [True] * 3 + [False] * 13
 
 
+@pytest.mark.cpu
 def test_lapack_refuses_what_it_is_not_for(monkeypatch):
     pytest.importorskip("scipy")
     candidates = normal(1, 1, choice.FEW + 1, 4)

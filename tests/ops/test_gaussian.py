@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_device import device_type
 from operators import opcheck
 
 from mmsoft.ops import gaussian_gram, gaussian_kernel, gaussian_kernel_product
@@ -13,7 +14,7 @@ from mmsoft.ops.reference import gaussian_kernel as naive
 @pytest.fixture
 def tiny_blocks(monkeypatch):
     """Blocks so small that every loop runs several times, the last one short."""
-    monkeypatch.setitem(eager.BLOCK_ELEMENTS, "cpu", 500)
+    monkeypatch.setitem(eager.BLOCK_ELEMENTS, device_type(), 500)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1000, 7), (7, 1000), (63, 63), (1, 5), (5, 1), (1, 1)])
@@ -146,10 +147,11 @@ def peak_elements(function) -> int:
     return mode.elements
 
 
-def test_no_block_exceeds_the_bound():
+def test_no_block_exceeds_the_bound(monkeypatch):
+    monkeypatch.setitem(eager.BLOCK_ELEMENTS, device_type(), 1 << 19)
     n, m = 20000, 256
     x, y = torch.randn(1, 2, n, 32), torch.randn(1, 2, m, 32)
     stream = eager.Stream(x, y, torch.float32)
-    assert max(k.numel() for *_, k in stream) <= eager.BLOCK_ELEMENTS["cpu"] < 2 * n * m
+    assert max(k.numel() for *_, k in stream) <= eager.BLOCK_ELEMENTS[device_type()] < 2 * n * m
     assert sum(k.shape[2] for *_, k in stream) == n
     assert peak_elements(lambda: [None for _ in stream]) < n * m

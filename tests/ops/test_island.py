@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_device import device_type
 from operators import VARIANTS, before_torch, needs_torch_2_6
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -17,7 +18,7 @@ from mmsoft.ops import (
 
 
 def autocast(enabled: bool):
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+    return torch.autocast(device_type(), torch.bfloat16, enabled=enabled)
 
 
 def arguments(**kwargs) -> list[Tensor]:
@@ -88,9 +89,9 @@ def test_second_derivatives_inside_autocast():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("device", ["meta", "fake"])
+@pytest.mark.parametrize("kind", ["meta", "fake"])
 @pytest.mark.parametrize(("normalize", "solver"), VARIANTS)
-def test_tensors_without_data(normalize, solver, device, grad):
+def test_tensors_without_data(normalize, solver, kind, grad):
     """Shape, dtype and memory of the result and the gradients, under autocast as well."""
     real = [t.requires_grad_(grad) for t in arguments(dtype=torch.bfloat16)]
     real[2] = real[2].detach().float().requires_grad_(grad)
@@ -101,7 +102,7 @@ def test_tensors_without_data(normalize, solver, device, grad):
             out = softmax_free_attention(*tensors, normalize=normalize, solver=solver)
         return [out, *(torch.autograd.grad(out.sum(), tensors) if grad else ())]
 
-    if device == "meta":
+    if kind == "meta":
         results = outputs([t.detach().to("meta").requires_grad_(grad) for t in real])
     else:
         with fake:

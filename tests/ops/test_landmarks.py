@@ -103,7 +103,7 @@ def test_centres_are_the_means_of_the_patches(size, budget):
     grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
     patches = landmark_patches(grid[None], size, 1, 4, budget)
     centres = landmark_centres(height, width, 4, budget)
-    torch.testing.assert_close(centres, patches.mean(3)[0, :, 0])
+    torch.testing.assert_close(centres, patches.mean(3)[0, :, 0].cpu())
 
 
 def test_a_budget_keeps_the_middles_of_equal_intervals():

@@ -11,6 +11,7 @@ from mmsoft.models.layers import Mlp, TanhGELU
 from mmsoft.ops.linear import fused_dtype, fused_linear
 
 pytestmark = [
+    pytest.mark.cpu,
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN"),
     # what torch says of its own settings
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),

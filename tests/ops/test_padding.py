@@ -3,6 +3,7 @@
 import pytest
 import torch
 from metrics import error
+from on_device import device_type
 from operators import FLOAT16, VARIANTS, jvp_of_duals, opcheck
 
 from mmsoft.ops import (
@@ -107,7 +108,7 @@ def test_through_landmarks_a_sample_of_padding_alone_is_zero():
 @pytest.mark.parametrize("block", [1 << 19, 1])
 def test_what_padding_holds_changes_no_bit(monkeypatch, normalize, solver, dtype, block):
     """In one block or several, the kernel stored or streamed."""
-    monkeypatch.setitem(eager.BLOCK_ELEMENTS, "cpu", block)
+    monkeypatch.setitem(eager.BLOCK_ELEMENTS, device_type(), block)
     results = []
     for fill in (torch.nan, torch.inf, 0.0, 6e4):
         tensors, mask, landmark_mask = padded(dtype, fill)
@@ -240,10 +241,14 @@ def test_salient_means_of_patches_with_padding():
         (
             dict(mask=torch.ones(3, 62).bool()),
             ValueError,
-            r"mask must be of shape \(3, 63\) on cpu",
+            r"mask must be of shape \(3, 63\) on (cpu|cuda:0)",
         ),
         (dict(landmark_mask=torch.ones(3, 2, 9).bool()), ValueError, r"landmark_mask .* \(3, 9\)"),
-        (dict(mask=torch.ones(3, 63, device="meta").bool()), ValueError, "on cpu, got .* on meta"),
+        (
+            dict(mask=torch.ones(3, 63, device="meta").bool()),
+            ValueError,
+            r"on (cpu|cuda:0), got .* on meta",
+        ),
     ],
 )
 def test_invalid_masks(options, kind, message):

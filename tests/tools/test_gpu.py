@@ -8,10 +8,11 @@ import pytest
 import torch
 from loading import load_tool
 
+from mmsoft.benchmark import __main__ as benchmark
 from mmsoft.benchmark import kernels
 from mmsoft.ops import reference
 
-EVERY = ["tests", "kernels", "data", "detector", "segmentor", "backbones"]
+EVERY = ["tests", "kernels", "large", "data", "detector", "segmentor", "amp", "backbones"]
 
 
 def run(root, out, *arguments):
@@ -38,8 +39,31 @@ def test_dry_run(steps, root, tmp_path):
     assert all(entry["right"] and entry["median_ms"] > 0 for entry in eager)
     assert all("on cpu" in e["reason"] for e in kernels if e["way"] == "triton")
     if "backbones" in steps:
-        measured = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+        measured = json.loads((tmp_path / "large/benchmark.json").read_text())["results"]
         assert {entry["dtype"] for entry in measured} == {"float32", "tf32"}
+
+
+def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
+    """Not those of the dry run: what they ask for exists, and ends with the limits."""
+    gpu = load_tool("dev/gpu.py")
+    steps = {step.name: step for step in gpu.steps(tmp_path, dry=False)}
+    assert list(steps) == EVERY
+    assert sum(step.limit for step in steps.values()) <= gpu.SECONDS
+    for name in ("large", "backbones"):
+        _, _, module, *arguments = steps[name].command
+        assert module == "mmsoft.benchmark"
+        args = benchmark.parser().parse_args(arguments)
+        assert set(args.models) <= set(benchmark.BACKBONES)
+    arguments = steps["kernels"].command[3:]
+    monkeypatch.setattr("sys.argv", ["kernels", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or it would run
+    with pytest.raises(SystemExit):
+        kernels.main()
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+    for name in ("tests", "amp"):
+        paths = [word for word in steps[name].command if word.startswith("tests/")]
+        assert paths
+        assert all((gpu.ROOT / path).exists() for path in paths)
 
 
 def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypatch):

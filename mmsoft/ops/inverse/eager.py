@@ -21,7 +21,8 @@ def step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
     candidates = alpha[..., None] * torch.exp2(-numbers)  # [B, 1, 1, 10]
     off_diagonal = (columns - diagonal)[..., None]
     norm = (1 - candidates * diagonal[..., None]).abs() + candidates * off_diagonal
-    accepted = 1 - (norm.amax((1, 2)) > guard).to(a.dtype)
+    # Integers, of which a GPU has a deterministic sum.
+    accepted = 1 - (norm.amax((1, 2)) > guard).to(torch.int32)
     rejected = (accepted.cumsum(-1) == 0).to(a.dtype).sum(-1)[:, None, None]  # [B]
     alpha = alpha * torch.exp2(-rejected)
     cubic = torch.where(rejected == 0, alpha.square() / 4, 0)
@@ -58,4 +59,7 @@ def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
         normal.diagonal(dim1=-2, dim2=-1).add_(mu.square().squeeze(-1))
         factor, info = torch.linalg.cholesky_ex(normal)
         failed = (info > 0)[..., None, None]  # not looked at here: that would make a GPU wait
-        return torch.cholesky_solve(b, factor).masked_fill(failed, torch.nan).contiguous()
+        # cholesky_solve takes a GPU's matrices one after the other, or waits for them.
+        half = torch.linalg.solve_triangular(factor, b, upper=False)
+        solution = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        return solution.masked_fill(failed, torch.nan).contiguous()
