@@ -40,7 +40,10 @@ def run_of_library(script: str, description: str) -> None:
         sys.exit(f"error: no config among the arguments of {script}; its name ends in .py")
     if not Path(configs[0]).is_file():
         sys.exit(f"error: no config {configs[0]}")
-    library = Config.fromfile(configs[0]).get("default_scope")
+    try:
+        library = Config.fromfile(configs[0]).get("default_scope")
+    except ImportError as error:  # it inherits from a library that is not there
+        sys.exit(f"error: {configs[0]}: {error}")
     if library not in LIBRARIES:
         sys.exit(
             f"error: the default_scope of {configs[0]} is {library!r}, which should be one of "

@@ -44,7 +44,7 @@ def check_versions() -> None:
     Raises:
         ImportError: a core dependency is missing or out of range. The message names the version
             found and the range wanted. (A RuntimeError with the same message if MMEngine's
-            registry is importing the package, because it hides import errors.)
+            registry or ``custom_imports`` is importing the package: it hides import errors.)
     """
     for name, (distributions, wanted) in CORE_DEPENDENCIES.items():
         _check_version(name, distributions, wanted)
@@ -242,9 +242,10 @@ def _is_before(found: str | None, version: str) -> bool:
 
 
 def _error_type() -> type[Exception]:
-    # `type='mmsoft.X'` makes MMEngine import us inside a `try` that drops ImportErrors; the user
-    # would only read that X is not registered.
-    return RuntimeError if _is_called_by("mmengine/registry/registry.py") else ImportError
+    # `type='mmsoft.X'` makes MMEngine import us inside a `try` that drops ImportErrors: the user
+    # would only read that X is not registered. With `custom_imports` it raises another one.
+    swallow = "mmengine/registry/registry.py", "mmengine/utils/misc.py"
+    return RuntimeError if any(map(_is_called_by, swallow)) else ImportError
 
 
 def _is_called_by(file: str) -> bool:

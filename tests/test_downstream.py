@@ -187,10 +187,18 @@ def test_what_the_templates_readme_exempts_is_the_trial_on_a_gpu(template, root)
     trial = "\n".join(command for command in tested if re.match("mim (train|test)", command))
     for old, new in (("_trial", "_mydata"), ("--gpus 0", "--gpus 1"), ("epoch_1.", "epoch_12.")):
         trial = trial.replace(old, new)
-    assert exempt == trial.splitlines()
+    *ours, fine_tuning = exempt
+    assert ours == trial.splitlines()
     pytest.importorskip("mmdet")
     config = Config.fromfile(root / "projects/template/configs/retinanet_softpp-t_mydata.py")
     assert config.train_cfg.max_epochs == 12
+    words = fine_tuning.split()
+    options = dict(word.split("=") for word in words[words.index("--cfg-options") + 1 :])
+    config.merge_from_dict(options)
+    init_cfg = dict(type="Pretrained", checkpoint="SOFT_Tiny_norm.pth")
+    assert config.model.backbone.init_cfg == init_cfg
+    assert config.model.backbone.norm_eval
+    assert " ".join(words[:6]) == " ".join(ours[0].split()[:6])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +223,6 @@ def test_project_trains_with_the_wheel_and_no_pythonpath(
     command = [fresh_python, "-m", "mim", "train", library, f"configs/{name}.py", "--gpus", "0"]
     output = train_two_steps(command, project, length, *OPTIONS[name])
 
-    assert "do not normalize" not in output  # norm_eval=True, and no weights: there is no BatchNorm
     # The config as it was resolved: our backbone, and no trace of the repository.
     resolved = (project / "work" / f"{name}.py").read_text()
     assert "type='mmsoft.SOFTPlusPlus'" in resolved

@@ -162,16 +162,23 @@ def test_mmcv_lite_is_enough(monkeypatch):
     integration.check_versions()
 
 
-def test_wrong_version_is_named_when_the_registry_imports_us(run_outside):
-    # MMEngine drops ImportErrors there, and would say only that SOFT is not registered.
+BY_THE_REGISTRY = "from mmengine.registry import MODELS\nMODELS.build(dict(type='mmsoft.SOFT'))\n"
+BY_A_CONFIG = (
+    "from mmengine.config import Config\n"
+    "Config.fromstring('custom_imports = dict(imports=[\\'mmsoft\\'])', '.py')\n"
+)
+
+
+@pytest.mark.parametrize("how", [BY_THE_REGISTRY, BY_A_CONFIG], ids=["registry", "config"])
+def test_wrong_version_is_named_when_mmengine_imports_us(run_outside, how):
+    # MMEngine drops ImportErrors there, and would say only that SOFT is not registered, or raises
+    # one of its own.
     program = (
         "from importlib import metadata\n"
         "real = metadata.version\n"
         "metadata.version = lambda name: '2.0.1' if name == 'torch' else real(name)\n"
-        "from mmengine.registry import MODELS\n"
-        "MODELS.build(dict(type='mmsoft.SOFT'))\n"
     )
-    error = run_outside("-c", program).stderr
+    error = run_outside("-c", program + how).stderr
     assert error.rstrip().endswith("mmsoft needs torch>=2.1, but torch 2.0.1 is installed.")
 
 

@@ -27,6 +27,7 @@ def program(tmp_path, monkeypatch):
     page.write_text("before\n<!-- versions -->\n\n<!-- /versions -->\nafter\n")
     monkeypatch.setattr(module, "PAGE", page)
     monkeypatch.setattr(module, "call", call)
+    module.find_python_for_real = module.find_python
     monkeypatch.setattr(module, "find_python", lambda version: f"python{version}")
     return module
 
@@ -101,6 +102,21 @@ def test_an_environment_is_kept_for_the_same_packages_alone(program, run, monkey
     monkeypatch.setattr(program, "PACKAGES", (*program.PACKAGES, "extra==1.0"))
     run()
     assert installed(program) == 4
+
+
+def test_a_row_without_its_python_is_left_out(program, run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "find_python", program.find_python_for_real)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    assert run() == (0,)
+    assert "left out" in capsys.readouterr().out
+    python = tmp_path / "python3.10"
+    python.write_text("#!/bin/sh\necho 3.10\n")
+    python.chmod(0o755)
+    assert program.find_python_for_real("3.10") == str(python)
+    python.write_text("#!/bin/sh\necho 3.9\n")
+    with pytest.raises(program.NoPythonError):
+        program.find_python_for_real("3.10")
 
 
 def test_a_set_up_that_fails_goes_on_where_it_stopped(program, run, capsys):

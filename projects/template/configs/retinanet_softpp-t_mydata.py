@@ -3,10 +3,8 @@ _base_ = __import__("mmsoft") and "mmsoft::retinanet/retinanet_softpp-t_fpn_1x_c
 
 data_root = "data/mydata/"
 metainfo = dict(classes=("disc", "bar", "triangle", "crescent", "cross"))  # as in `categories`
-weights = None  # or a file that the authors released, such as "SOFT_Tiny_norm.pth"
 
-init_cfg = dict(type="Pretrained", checkpoint=weights) if weights else None
-model = dict(backbone=dict(init_cfg=init_cfg), bbox_head=dict(num_classes=len(metainfo["classes"])))
+model = dict(bbox_head=dict(num_classes=len(metainfo["classes"])))
 
 train_dataloader = dict(
     batch_size=4,
