@@ -10,6 +10,7 @@ import logging
 import math
 import multiprocessing
 import platform
+import random
 import re
 import resource
 import subprocess
@@ -110,7 +111,9 @@ def measure_times(
         samples[case] = [1e3 * seconds] if seconds > LONG_SECONDS else []
     for turn in range(max(wanted.values(), default=0)):
         start = time.perf_counter()
-        for case, step in steps.items():
+        order = list(steps.items())
+        random.Random(turn).shuffle(order)  # else each always follows the same neighbour
+        for case, step in order:
             if len(samples[case]) < wanted[case]:
                 samples[case].append(1e3 * seconds_of(step, calls[case], case.device))
         log(f"round {turn + 1} of {max(wanted.values())}: {time.perf_counter() - start:.1f} s")

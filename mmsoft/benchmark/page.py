@@ -232,7 +232,8 @@ work on the machine disturbs least; the table of targets has the same ratios of 
 images/s are of medians. Peak memory is that of a fresh process above what it holds with the model
 and its input loaded. Weights are random. Peers are at their best: the attention of PVT and PVTv2
 runs fused (Swin and DaViT have their own, which store the matrix of a window), BatchNorms are
-folded into convolutions in forward passes, as ours are, and every peer is measured in both memory
+folded into convolutions in forward passes of backbones alone (ours has GroupNorm, which is not;
+whole models are measured as they are), and every peer is measured in both memory
 formats; targets and the comparison take the faster. ResNet trains with its first stage frozen, as
 its config says, which makes its step cheaper. A multiply-add counts as one; multiply-adds are of
 one image's forward pass, with the Newton-Raphson iteration where the solver is one. "Ours" is the
