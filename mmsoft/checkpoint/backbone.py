@@ -71,7 +71,8 @@ def foresee_backbone(backbone: Any, checkpoint: str, prefix: str | None = None, 
         return
     with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError):
         own: Any = _read_backbone(backbone, checkpoint, prefix, "cpu")[3]
-        backbone.match_weights(own, "", own._metadata.get("", {}))
+        noted = own._metadata.get("")
+        backbone.match_weights(own, "", noted if isinstance(noted, dict) else {})
 
 
 def _read_backbone(

@@ -41,10 +41,10 @@ class ConvNormAct(nn.Sequential):
         """
         if not self._foldable(x):
             padding = () if inside is None or not isinstance(self.norm, ImageNorm) else (inside,)
-            alone = self._owns_result(x)
+            in_place = self._owns_result(x)
             x = self._convolve(self.conv, x)
             norm: Any = self.norm
-            if alone:
+            if in_place:
                 return norm.relu_(x, *padding)
             x = norm(x, *padding)
             # The ReLU overwrites what a hook may have kept.

@@ -89,6 +89,7 @@ class NormKind(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.Module) -> "NormKind | None":
+        """That of a module; ``None`` if it has no eps, and so is no norm that we know."""
         eps = getattr(norm, "eps", None)
         if not isinstance(eps, float):
             return None

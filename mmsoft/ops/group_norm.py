@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .island import compute_dtype
 
 BAND = 1 << 17  # numbers, which stay in the caches
+PIXELS = 2048  # at a time, because torch's kernel adds up one by one
 FAR = 4  # deviations: a mean beyond loses digits in sums of the numbers as they are
 
 
@@ -163,17 +164,15 @@ def _moments(pixels: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _plain_moments(pixels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """By torch's kernel for the statistics of a batch, a band at a time: a third of the time."""
-    dtype, bands = compute_dtype(pixels), _bands(pixels)
-    moments = [
-        torch.batch_norm_update_stats(band.to(dtype)[None].permute(0, 3, 1, 2), None, None, 0.0)
-        for band in bands
-    ]  # of each band and channel
+    """By torch's kernel for the statistics of a batch, some pixels at a time: it is faster."""
+    dtype, parts = compute_dtype(pixels), pixels.flatten(0, 1).split(PIXELS)
+    images = (part.to(dtype)[None, None].permute(0, 3, 1, 2) for part in parts)
+    moments = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in images]
     both = torch.stack([torch.stack(pair) for pair in moments], 2).double()
     means, variances = both.unflatten(1, (groups, -1)).flatten(2)
-    rows = torch.tensor([len(band) for band in bands], dtype=torch.float64)
-    channels = means.shape[1] // len(bands)
-    share = (rows / (len(pixels) * channels)).repeat(channels)
+    numbers = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    channels = means.shape[1] // len(parts)
+    share = (numbers / (numbers.sum() * channels)).repeat(channels)
     mean = (means * share).sum(1, keepdim=True)
     variance = (means - mean).square_().add_(variances).mul_(share).sum(1, keepdim=True)
     return mean, variance

@@ -111,6 +111,7 @@ def test_what_is_inside_is_normalized_alone(
 ):
     """In both forms: where sizes may be looked at, and where not, as on a GPU."""
     monkeypatch.setattr(group_norm, "BAND", band)
+    monkeypatch.setattr(group_norm, "PIXELS", band)
     if not looks:
         monkeypatch.setattr(norms_module, "cpu_shortcut", lambda x, backward: False)
     norm, x = image_norm(dtype, affine=affine), filled_up(dtype, beyond, offset)
@@ -152,6 +153,7 @@ def test_large_images_keep_their_digits(offset):
 def test_norm_and_relu_in_place(dtype, band, monkeypatch):
     """In evaluation, of what the convolution gives; padding is 0 in the result."""
     monkeypatch.setattr(group_norm, "BAND", band)
+    monkeypatch.setattr(group_norm, "PIXELS", band)
     norm, x = image_norm(dtype).requires_grad_(False), filled_up(dtype, 1e4)
     truth = each_alone(copy.deepcopy(norm).requires_grad_(), x, x)[0].detach().relu()
     error = 16 * torch.finfo(dtype).eps * truth.max()

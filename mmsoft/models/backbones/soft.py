@@ -77,7 +77,7 @@ class SOFT(Backbone):
             is GroupNorm of up to 16 groups, until weights are loaded that were trained with
             BatchNorm, as released ones.
         ignore_padding: whether landmarks by content, stage 4's keys beside them, and the default
-            norm are of the images advice, not of what fills up a batch; see
+            norm are of the images alone, not of what fills up a batch; see
             :func:`mmsoft.models.padding.inside`.
         with_cp: gradient checkpointing of every block.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or ``None``.

@@ -48,9 +48,9 @@ def of_bands(q: Tensor, height: int, width: int, heads: int, stride: int, centre
     rows, cols = height // stride, width // stride
     origin = centre.to(dtype)[:, None, None]
     means = q.new_empty(q.shape[0], rows, cols, *centre.shape[1:], dtype=dtype)
-    step = max(1, BAND // max(1, q.shape[0] * q.shape[2] * stride * width))
-    if q.device.type != "cpu":
-        step = max(1, rows)
+    step = rows  # of a GPU, which has no such caches and launches for every band
+    if q.device.type == "cpu":
+        step = max(1, BAND // max(1, q.shape[0] * q.shape[2] * stride * width))
     for first in range(0, rows, step):
         band = image[:, first * stride : min(first + step, rows) * stride, : cols * stride]
         offset = (band.to(dtype) - origin).clamp_(-COORDINATE_MAX, COORDINATE_MAX)
