@@ -10,7 +10,8 @@ Prints tables and writes `benchmark.json`, kept current after every group of mea
 plots. All models of a group are warmed at the measured shape and then timed in turns. Peak memory
 is that of a fresh process, above what it is with the model and its input loaded. `--write-docs`
 makes `benchmarks.md` and its plots from such files, `plot` the papers' figures alone. `compare`
-tells in two minutes what the working tree made slower than a commit, and fails if anything.
+tells in two minutes what the working tree made slower than a commit, and fails if anything got
+slower or the machine is too noisy to tell.
 """
 
 import argparse

@@ -145,7 +145,10 @@ def verdict(tree: np.ndarray, commit: np.ndarray, again: np.ndarray) -> tuple[fl
 def compare(
     commit: str, rounds: int, threads: int, cases: Sequence[Mapping[str, Any]] = CASES
 ) -> bool:
-    """Print what got slower or faster than a commit; tells whether nothing got slower.
+    """Print what got slower or faster than a commit.
+
+    Returns:
+        Whether nothing got slower; False as well where the machine was too noisy to tell.
 
     Raises:
         ValueError: the commit cannot be checked out, or a tree cannot run a case.
@@ -166,7 +169,7 @@ def compare(
     rows, fine = [], True
     for number, case in enumerate(cases):
         change, noise, word = verdict(*samples[:, number])
-        fine &= word != "slower"
+        fine &= word not in ("slower", "too noisy")
         words = [case["name"], "x".join(map(str, case["size"])), case.get("mode", "forward")]
         words += [f"batch {case.get('batch', 1)}", case.get("dtype", "float32")]
         times = (f"{1e3 * np.median(samples[place, number]):.1f}" for place in (1, 0))

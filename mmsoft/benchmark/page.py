@@ -264,8 +264,8 @@ PEERS = (
 NOTES = {
     "operator": "64 channels, 2 heads, projections included; each package's own defaults: 256 "
     "projected tokens (Linformer), 110 random features (Performer), 256 landmarks (Nyströmformer), "
-    "and 49 landmarks for ours. Softmax attention as torch fuses it, and with its matrix stored, "
-    "as far as 16 GiB suffice.",
+    "and 49 landmarks for ours; the last two with each other's number, too. Softmax attention as "
+    "torch fuses it, and with its matrix stored, as far as 16 GiB suffice.",
     "sequence": "The model of the Long Range Arena (2 blocks, 64 channels, 2 heads) with each "
     "attention: 64 landmarks for ours and Nyströmformer, the defaults of their packages for the "
     "others.",
@@ -364,6 +364,16 @@ def target_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def limits(ceilings: dict[str, float]) -> str:
+    """The ceilings of a run in words."""
+    return ", ".join(
+        f"{number(value)} GB/s copied (read and written)"
+        if name == "copy_gb_s"
+        else f"{number(value)} TFLOP/s in {name.removesuffix('_tflops')} matrix products"
+        for name, value in ceilings.items()
+    )
+
+
 def commit_of(data: dict[str, Any]) -> str:
     """The commit of a run as a sentence."""
     return f"Commit {data['commit']}. " if data.get("commit") else ""
@@ -381,16 +391,12 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     drawn: set[str] = set()
     for index, data in enumerate(runs, 1):
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-        best = ", ".join(
-            f"{number(value)} GB/s copied (read and written)"
-            if name == "copy_gb_s"
-            else f"{number(value)} TFLOP/s in {name.removesuffix('_tflops')} matrix products"
-            for name, value in data.get("ceilings", {}).items()
-        )
+        best = "; ".join(map(limits, data["limits"]))
         parts.append(
             f"## {data['device']}\n\n{data['threads']} threads, {data['date'][:10]}; {versions}.\n"
             f"{commit_of(data)}SOFT++'s landmarks: {landmarks_of(data)}.\n"
-            f"Limits of this device, as measured: {best}.\n\n```\n{data['command']}\n```\n"
+            f"Limits of this device, as measured in each run: {best}.\n"
+            f"\n```\n{data['command']}\n```\n"
         )
         if rows := target_rows(data):
             parts.append(f"### Targets\n\n{markdown(rows)}\n")
@@ -416,7 +422,8 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
             shown = [e for e in data[section] if e.get("backbone") not in LANDMARKS]
             for _, group in groupby(shown, of_kind):
                 entries = list(group)
-                rows = table(entries, data.get("ceilings"))
+                kind = section, of_kind(entries[0])
+                rows = table(entries, data["limits_of"].get(kind, data["limits"][0]))
                 parts.append(f"**{group_title(entries[0])}**\n\n{markdown(rows)}\n")
         if data.get("skipped"):
             rows = [["left out", "", "reason"]] + [

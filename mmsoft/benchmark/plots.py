@@ -20,10 +20,9 @@ from mmsoft.benchmark.report import (
 )
 from mmsoft.fileio import write_whole
 from mmsoft.visualization import draw_memory, draw_tradeoff
-from mmsoft.visualization.style import COLOURS, new_figure
+from mmsoft.visualization.style import COLOURS, GREY, new_figure
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS
-GREY = "#5F5F5F"
 DPI = 200
 INTERVALS = "points: medians; lines: from the minimum to the 90 % quantile"
 STYLES = {  # colour, marker, line
@@ -33,6 +32,8 @@ STYLES = {  # colour, marker, line
     "linformer": (ORANGE, "^", "-."),
     "performer": (GREEN, "D", ":"),
     "nystromformer": (PURPLE, "v", "--"),
+    "softpp-256": (BLUE, "o", ":"),
+    "nystromformer-49": (PURPLE, "v", ":"),
     "gaussian": (SKY, "P", "-."),
     "none": (GREY, "X", ":"),
     "softpp-tiny": (BLUE, "o", "-"),
@@ -110,7 +111,7 @@ def draw_backbones(entries: Sequence[Entry], landmarks: str) -> Any:
     handles.append(Line2D([], [], label="other backbones, channels-last", **style))
     figure.legend(
         handles=handles, loc="outside lower center", ncol=2, frameon=False, fontsize=8,
-        title=f"{INTERVALS[0].upper()}{INTERVALS[1:]}; numbers: the lesser median.",
+        title=f"{INTERVALS[0].upper()}{INTERVALS[1:]}; numbers: the lesser of a row's points.",
         title_fontsize=8,
     )  # fmt: skip
     first = entries[0]
@@ -140,13 +141,13 @@ def _points(axis: Any, entries: Sequence[Entry], key: str, rows: dict[str, int])
     for name, y in rows.items():
         mine = [entry for entry in entries if _base(entry) == name]
         if mine:
-            value, end = min(e[key] for e in mine), max(_interval(e, key)[2] for e in mine)
-            where: dict[str, Any] = dict(xytext=(5, 0), textcoords="offset points", va="center")
-            axis.annotate(number(value), (end, y), fontsize=6.5, **where)
+            value, end = min(e[key] for e in mine), min(_interval(e, key)[0] for e in mine)
+            where: dict[str, Any] = dict(xytext=(-5, 0), textcoords="offset points", va="center")
+            axis.annotate(number(value), (end, y), ha="right", fontsize=6.5, **where)
     if entries:
         low, high = (end(entry[key] for entry in entries) for end in (min, max))
         _logarithmic(axis.xaxis, (1, 2, 5) if high < 30 * low else (1,))
-        axis.set_xlim(low / 1.3, high * max(1.3, (high / low) ** 0.25))
+        axis.set_xlim(low / max(1.3, (high / low) ** 0.25), high * 1.3)
 
 
 def _name(backbone: str) -> str:
@@ -348,7 +349,8 @@ def plot_as_papers(data: dict[str, Any], folder: Path, prefix: str = "") -> dict
         entries = [entry for entry in data[section] if entry["peak_mib"]]
         if entries:
             entries = [e for e in entries if e["dtype"] == entries[0]["dtype"]]
-            figure = draw_memory(entries, title=f"Memory of {what}, {data['device']}")
+            title = f"Peak memory of {what}, {data['device']}"
+            figure = draw_memory(entries, title, STYLES)
             written[section] = _save(figure, folder / f"{prefix}{name}", data.get("commit"))
     passes, accuracies = forward_passes(data), published()
     if any(entry["backbone"] in accuracies for entry in passes):

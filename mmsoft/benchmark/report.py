@@ -218,15 +218,19 @@ def landmarks_of(run: dict[str, Any]) -> str:
 
 
 def merge(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join runs of one device, commit and versions: groups measured again replace the old."""
+    """Join runs of one device, commit and versions: groups measured again replace the old.
+
+    ``limits`` has the ceilings of each run, ``limits_of`` those of a section's kind of entries.
+    """
     found: dict[tuple, dict[str, Any]] = {}
     for run in runs:
         what = run["device"], run["threads"], landmarks_of(run), run.get("commit")
         key = (*what, *run["versions"].items())
         if key not in found:
-            found[key] = dict(run)
+            found[key] = {**run, "limits": [run.get("ceilings", {})], "limits_of": {}}
             continue
         old = found[key]
+        old["limits"].append(run.get("ceilings", {}))
         old["command"] += "\n" + run["command"]
         old["date"] = max(old["date"], run["date"])
         for section in SECTIONS:
@@ -234,5 +238,7 @@ def merge(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for entries in (old[section], run[section]):
                 groups |= {kind: list(group) for kind, group in groupby(entries, of_kind)}
             old[section] = [entry for group in groups.values() for entry in group]
+            again = {(section, of_kind(entry)): old["limits"][-1] for entry in run[section]}
+            old["limits_of"].update(again)
         old["skipped"] = old.get("skipped", []) + run.get("skipped", [])
     return list(found.values())

@@ -5,14 +5,21 @@ from typing import Any
 
 from .style import COLOURS, DASHES, MARKERS, new_figure
 
+Style = tuple[str, str, str]  # colour, marker, line
 
-def draw_memory(operators: Sequence[Mapping[str, Any]], title: str = "") -> Any:
+
+def draw_memory(
+    operators: Sequence[Mapping[str, Any]],
+    title: str = "",
+    styles: Mapping[str, Style] | None = None,
+) -> Any:
     """Peak memory against the length of the sequence, a line for each operator.
 
     Args:
         operators: with ``name``, ``tokens``, ``peak_mib`` and optionally ``label``, the display
             name, and ``mode``: each mode has a panel. Those without a figure are left out.
         title: above everything.
+        styles: by ``name``, where lines look like those of another figure.
 
     Returns:
         A matplotlib figure.
@@ -21,20 +28,22 @@ def draw_memory(operators: Sequence[Mapping[str, Any]], title: str = "") -> Any:
         ValueError: there is nothing to draw.
     """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    drawn: dict[str, Style] = {}
     for entry in operators:
         if entry.get("peak_mib"):
             lines = panels.setdefault(entry.get("mode", ""), {})
             name = entry.get("label", entry["name"])
             lines.setdefault(name, []).append((entry["tokens"], entry["peak_mib"]))
+            i = len(drawn)
+            usual = COLOURS[i % 7], MARKERS[i % 7], DASHES[i % 4]
+            drawn.setdefault(name, (styles or {}).get(entry["name"], usual))
     if not panels:
         raise ValueError("no entry under 'operator' has a peak_mib; nothing to draw")
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     figure = new_figure(1.4 + 4.6 * len(panels), 4.4)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (mode, lines) in zip(axes, panels.items()):
         for name, points in lines.items():
-            i = names.index(name)
-            style = dict(color=COLOURS[i % 7], marker=MARKERS[i % 7], ls=DASHES[i % 4])
+            style = dict(zip(("color", "marker", "ls"), drawn[name]))
             ax.plot(*zip(*sorted(points)), label=name, ms=5, mfc="none", **style)
         ax.set_xscale("log", base=2)
         ticks = sorted({tokens for points in lines.values() for tokens, _ in points})

@@ -18,6 +18,7 @@ Extent = tuple[float, float, float, float]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
+GREY = "#5F5F5F"  # an eighth, and what is not ours
 DPI = 100
 
 

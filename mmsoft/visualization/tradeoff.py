@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from .style import COLOURS, DASHES, MARKERS, new_figure
+from .style import COLOURS, DASHES, GREY, MARKERS, new_figure
 
+PALETTE = (*COLOURS, GREY)
+SHAPES = (*MARKERS, "h")
 ENDS = ("q90_ms", "min_ms")  # of the interval of a throughput
 
 
@@ -52,12 +54,13 @@ def draw_tradeoff(
             members = sorted(members, key=lambda member: member[key])
             x = [member[key] for member in members]
             y = [accuracies[member["backbone"]] for member in members]
-            style = dict(color=COLOURS[i % 7], marker=MARKERS[i % 7], ls=DASHES[i // 7 % 4])
+            colour = PALETTE[i % 8]
+            style = dict(color=colour, marker=SHAPES[i % 8], ls=DASHES[i // 8 % 4])
             ax.plot(x, y, ms=5, lw=1.2, label=family, **style)
             if key == "images_per_second" and all("q90_ms" in member for member in members):
                 # Throughput at the 90 % quantile of the time, and at its minimum.
                 ends = ([b * m["median_ms"] / m[k] for b, m in zip(x, members)] for k in ENDS)
-                ax.hlines(y, *ends, color=COLOURS[i % 7], lw=2.5, alpha=0.5)
+                ax.hlines(y, *ends, color=colour, lw=2.5, alpha=0.5)
         ax.set_xlabel(label)
         ax.margins(0.12)
         ax.grid(alpha=0.3)
@@ -71,7 +74,7 @@ def draw_tradeoff(
     figure.draw_without_rendering()  # places the axes
     for ax, (key, _) in zip(axes, panels):
         points = [(r[key], accuracies[r["backbone"]]) for r in drawn]
-        colours = [COLOURS[[*families].index(_family(r)[0]) % 7] for r in drawn]
+        colours = [PALETTE[[*families].index(_family(r)[0]) % 8] for r in drawn]
         _annotate(ax, points, [_family(r)[1] for r in drawn], colours)
     return figure
 

@@ -121,6 +121,9 @@ def test_memory_and_tradeoff_draw_what_was_measured():
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["SOFT"] == [[256, 2.56], [1024, 10.24], [4096, 40.96]]
     assert len(lines["softmax"]) == 3
+    (ax,) = draw_memory(OPERATORS, styles={"softmax": ("#0072B2", "v", ":")}).axes
+    looks = {line.get_label(): (line.get_color(), line.get_marker()) for line in ax.lines}
+    assert looks == {"SOFT": ("#0072B2", "o"), "softmax": ("#0072B2", "v")}
     left, right = tradeoff().axes
     assert "published" in left.get_ylabel()
     assert left.lines[0].get_xydata().tolist() == [[50, 80.0], [100, 70.0]]
