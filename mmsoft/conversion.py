@@ -115,7 +115,7 @@ class Problems:
 
 def track(items: Iterable[T], count: int) -> Iterator[T]:
     """Yield the items under a progress bar, which writes few lines to a log file."""
-    bar = ProgressBar(count)
+    bar = ProgressBar(count, file=sys.stdout)  # its default is what that was at import
     step = 1 if sys.stdout.isatty() else max(1, count // 10)
     for number, item in enumerate(items, 1):
         yield item

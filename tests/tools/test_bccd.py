@@ -71,7 +71,7 @@ def test_what_is_broken_is_named_and_left_out(run_tool, source, tmp_path):
     status, printed, _ = run_tool(TOOL, source, out)
     assert status == 0
     for found in (
-        "b.xml: object 1 has a box without area: ['5', '6', '5', '40']",
+        "b.xml: object 1 has a box of a line or a pixel: ['5', '6', '5', '40']",
         "b.xml: object 2 has the unknown class 'cell'",
         "b.xml: object 3 has no box: ['x', '1', '9', '9']",
         "d.xml: cannot be read: ",
@@ -85,6 +85,18 @@ def test_what_is_broken_is_named_and_left_out(run_tool, source, tmp_path):
     assert [image["file_name"] for image in train["images"]] == ["b.jpg"]
     assert [each["bbox"] for each in train["annotations"]] == [[1, 1, 8, 8]]
     assert sorted(path.name for path in (out / "images/train").iterdir()) == ["b.jpg"]
+
+
+def test_a_lost_image_comes_back(run_tool, source, tmp_path):
+    out = tmp_path / "out"
+    run_tool(TOOL, source, out)
+    before = read(out, "train")
+    (out / "images/train/a.jpg").unlink()
+    status, printed, _ = run_tool(TOOL, source, out)
+    assert status == 0
+    assert "nothing had to be left out" in printed
+    assert (out / "images/train/a.jpg").is_file()
+    assert read(out, "train") == before
 
 
 def test_another_folder_is_refused(run_tool, tmp_path):

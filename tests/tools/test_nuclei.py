@@ -1,6 +1,7 @@
 """The converter of the nuclei, on a repository made on the spot."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -42,8 +43,11 @@ def test_instances_and_masks(run_tool, source, tmp_path):
     printed = convert(run_tool, source, out)
     assert "3 images, 6 nuclei" in printed
     assert "1 images, 2 nuclei" in printed
-    assert "left out 1:" in printed
-    assert "missing, as 132 images of the validation set" in printed
+    names = load_tool(TOOL).VALIDATION.read_text().split()
+    for name in names[1:]:
+        assert f"stage1_train/{name}: missing, an image of the validation set" in printed
+    assert "4 images where the repository has 664" in printed
+    assert "left out 133:" in printed
     coco = COCO(str(out / "annotations/instances_val.json"))
     (image,) = coco.imgs.values()
     assert image == {"id": 1, "file_name": f"{VAL}.png", "width": 60, "height": 40}
@@ -86,8 +90,14 @@ def test_what_is_broken_is_named_and_left_out(run_tool, source, tmp_path):
     (root / "a/images/a.png").write_bytes(b"no image")
     (root / "b/images/b.png").unlink()
     write(root / VAL / "masks/2.png", np.zeros((40, 60), np.uint8))
-    write(root / VAL / "masks/3.png", np.ones((30, 60), np.uint8))
-    (root / VAL / "masks/4.png").write_bytes(b"")
+    for name in ("c", "e", "f"):
+        shutil.copytree(root / "d", root / name)
+        (root / name / "images/d.png").rename(root / name / f"images/{name}.png")
+    write(root / "c/masks/3.png", np.ones((30, 60), np.uint8))
+    (root / "e/masks/4.png").write_bytes(b"")
+    deep = np.zeros((40, 60), np.uint16)
+    deep[:2] = 1  # with 8 bits nothing would be left
+    write(root / "f/masks/5.png", deep)
     for mask in (root / "d/masks").iterdir():
         mask.unlink()
     out = tmp_path / "out"
@@ -96,20 +106,22 @@ def test_what_is_broken_is_named_and_left_out(run_tool, source, tmp_path):
         "a/images/a.png: not an image that can be decoded",
         "b/images/b.png: No such file",
         f"{VAL}/masks/2.png: an empty mask",
-        f"{VAL}/masks/3.png: 30x60, its image 40x60",
-        f"{VAL}/masks/4.png: not an image that can be decoded",
-        "d/masks: no masks",
-        "left out 7:",
+        "c/masks/3.png: 30x60, its image 40x60",
+        "e/masks/4.png: not an image that can be decoded",
+        "d/masks: no mask of a nucleus",
+        "left out 139:",  # those 6, 132 that the validation set has, and their number
     ):
         assert found in printed
     train, val = (
         json.loads((out / f"annotations/instances_{s}.json").read_text()) for s in ("train", "val")
     )
-    assert [image["file_name"] for image in train["images"]] == ["d.png"]
-    assert not train["annotations"]
+    # An image whose nuclei are not all known would teach that they are background.
+    assert [image["file_name"] for image in train["images"]] == ["f.png"]
+    assert [path.name for path in (out / "masks/train").iterdir()] == ["f.png"]
+    assert len(train["annotations"]) == 3
     assert len(val["annotations"]) == 2
     again = convert(run_tool, source, out)  # what had a problem is named again
-    assert "left out 7:" in again
+    assert "left out 139:" in again
 
 
 def test_resumes(run_tool, source, tmp_path, monkeypatch):
@@ -128,6 +140,12 @@ def test_resumes(run_tool, source, tmp_path, monkeypatch):
     assert not (out / "annotations").exists()
     assert "3 images, 6 nuclei" in convert(run_tool, source, out)
     assert len(decoded) == 10 + 3
+    lost = [out / "images/train/a.png", out / "masks/train/b.png"]
+    for path in lost:
+        path.unlink()
+    convert(run_tool, source, out)
+    assert all(path.is_file() for path in lost)
+    assert len(decoded) == 10 + 3 + 2 * 3
 
 
 def test_another_folder_is_refused(run_tool, tmp_path):

@@ -10,7 +10,7 @@ SOURCE has `BCCD/{Annotations,ImageSets/Main,JPEGImages}`. MMDetection reads
 The splits are the repository's. (MMDetection's own `pascal_voc.py` knows VOC's twenty classes and
 years only.) Boxes are cut at the border of the image. What is broken is named and left out: an
 image that is missing or cannot be read, or whose XML is missing or malformed, a class that is not
-one of the three, a box without area.
+one of the three, a box that is a line or a single pixel, as two of the repository's are.
 """
 
 import sys
@@ -49,7 +49,7 @@ def boxes(path: Path, width: int, height: int, problems: Problems) -> list[dict[
         left, right = max(left - 1, 0), min(right, width)
         top, bottom = max(top - 1, 0), min(bottom, height)
         if not (right - left > 1 and bottom - top > 1):
-            problems.add(path, f"object {number} has a box without area: {corners}")
+            problems.add(path, f"object {number} has a box of a line or a pixel: {corners}")
             continue
         size = [right - left, bottom - top]
         box = {"bbox": [left, top, *size], "area": size[0] * size[1]}

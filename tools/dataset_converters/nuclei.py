@@ -10,16 +10,16 @@ SOURCE has `stage1_train/ID/images/ID.png` and one mask for each nucleus in
 
 and MMSegmentation the same images with OUT/masks/{train,val}/ID.png: 0 background, 1 nucleus.
 Instance masks are run-length encoded, without loss. The validation set is that of
-`nuclei_val.txt` beside this script: every fifth image of each size, by its name.
+`nuclei_val.txt` beside this script: of the images of each size, in the order of their names, the
+third and every fifth after it.
 
-What is broken is named and left out: an image that cannot be read, a mask that cannot be read, is
-empty or has another size than its image. Run it again after an interruption: what was converted is
-kept.
+What is broken is named and left out: an image that cannot be read, or whose nuclei are not all
+known, because it has no mask or one that cannot be read or has another size. An empty mask is named
+and counts for nothing. Run it again after an interruption: what was converted is kept.
 """
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,34 @@ from mmsoft.conversion import Problems, copy_whole, parse_args, read_image, trac
 from mmsoft.fileio import write_whole
 
 CLASSES = ("nucleus",)
+SPLITS = ("train", "val")
+IMAGES = 664  # of the repository
 VALIDATION = Path(__file__).with_name("nuclei_val.txt")
 
 
-def instances(folder: Path, shape: tuple[int, int], problems: Problems) -> Iterator[np.ndarray]:
-    """The masks of one image, bool `[H, W]`."""
-    paths = sorted((folder / "masks").glob("*.png"))
-    if not paths:
-        problems.add(folder / "masks", "no masks")
-    for path in paths:
-        mask = read_image(path, cv2.IMREAD_GRAYSCALE, problems)
+def instances(folder: Path, shape: tuple[int, int], problems: Problems) -> list[np.ndarray] | None:
+    """The masks of one image, bool `[H, W]`; None if there are others that are not known."""
+    found, complete = [], True
+    for path in sorted((folder / "masks").glob("*.png")):
+        # As it is: 16 bits cut to 8 could make a mask empty.
+        mask = read_image(path, cv2.IMREAD_UNCHANGED, problems)
         if mask is None:
-            continue
-        if mask.shape != shape:
+            complete = False
+        elif mask.shape[:2] != shape:
             problems.add(path, f"{mask.shape[0]}x{mask.shape[1]}, its image {shape[0]}x{shape[1]}")
-        elif not mask.any():
+            complete = False
+        elif not (inside := _inside(mask)).any():
             problems.add(path, "an empty mask")
         else:
-            yield mask > 0
+            found.append(inside)
+    if not found:
+        problems.add(folder / "masks", "no mask of a nucleus")
+    return found if found and complete else None
+
+
+def _inside(mask: np.ndarray) -> np.ndarray:
+    """Pixels that are not black, bool `[H, W]`, whatever the channels; a fourth is the opacity."""
+    return mask > 0 if mask.ndim == 2 else (mask[..., :3] > 0).any(-1)
 
 
 def annotation(mask: np.ndarray) -> dict[str, Any]:
@@ -66,7 +76,8 @@ def convert(folder: Path, out: Path, split: str, problems: Problems) -> dict[str
     """Write one image and its index mask; what COCO has to know, or None if it is left out."""
     name = f"{folder.name}.png"
     done = out / ".converted" / f"{folder.name}.json"
-    if done.is_file():
+    written = [out / kind / split / name for kind in ("images", "masks")]
+    if done.is_file() and all(path.is_file() for path in written):
         return json.loads(done.read_text())
     source = folder / "images" / name
     before = len(problems.found)
@@ -74,12 +85,14 @@ def convert(folder: Path, out: Path, split: str, problems: Problems) -> dict[str
     if image is None:
         return None
     height, width = image.shape[:2]
-    masks = list(instances(folder, (height, width), problems))
-    copy_whole(source, out / "images" / split / name)
+    masks = instances(folder, (height, width), problems)
+    if masks is None:
+        return None
+    copy_whole(source, written[0])
     index = np.zeros((height, width), np.uint8)
     for mask in masks:
         index[mask] = 1
-    with write_whole(out / "masks" / split / name) as partial:
+    with write_whole(written[1]) as partial:
         partial.write_bytes(cv2.imencode(".png", index)[1].tobytes())
     result = {
         "image": {"file_name": name, "width": width, "height": height},
@@ -102,9 +115,11 @@ def main() -> None:
         )
     validation = set(VALIDATION.read_text().split())
     problems = Problems()
-    if missing := sorted(validation - {folder.name for folder in folders}):
-        problems.add(root / missing[0], f"missing, as {len(missing)} images of the validation set")
-    found: dict[str, list[dict]] = {"train": [], "val": []}
+    for name in sorted(validation - {folder.name for folder in folders}):
+        problems.add(root / name, "missing, an image of the validation set")
+    if len(folders) != IMAGES:
+        problems.add(root, f"{len(folders)} images where the repository has {IMAGES}")
+    found: dict[str, list[dict]] = {split: [] for split in SPLITS}
     for folder in track(folders, len(folders)):
         split = "val" if folder.name in validation else "train"
         if result := convert(folder, args.out, split, problems):
