@@ -18,6 +18,7 @@ from loading import load_tool
 from mmengine.config import Config
 from PIL import Image
 
+from mmsoft.builder import build_model
 from mmsoft.commands import mim, read_scalars
 from mmsoft.rows import timings
 
@@ -45,12 +46,17 @@ def test_the_page_is_current(tool):
     assert tool.PAGE.read_text() == text, "run real_data.py table"
 
 
-def test_every_row_is_of_a_config_as_it_is(tool):
-    """A row of an older schedule would stand beside the others as if it were of the same."""
+def test_every_row_is_of_a_config_of_the_same_schedule_and_size(tool):
+    """A row of an older one would stand beside the others as if it were of the same."""
+    parameters = {}
     for row in tool.read(tool.ROWS):
         path = ROOT / "configs" / row["config"]
-        config = Config.fromfile(path, import_custom_modules=False)
+        config = Config.fromfile(path)
         assert row["scheduled_iterations"] == config.train_cfg.max_iters, row["config"]
+        if path not in parameters:
+            model = build_model(config)
+            parameters[path] = sum(parameter.numel() for parameter in model.parameters())
+        assert row["parameters"] == parameters[path], row["config"]
 
 
 def row(config, seed=0, iterations=10, score=0.5, memory=5e8, **changes):
@@ -100,7 +106,7 @@ def test_seeds_share_a_line_and_rows_are_in_the_order_of_their_parameters(tool):
         *("1.00", "10", "700"),
     ]
     assert other[4] == "box AP"
-    assert "same time" not in page
+    assert "Other lengths" not in page
 
 
 def times(config, *seconds):
@@ -120,6 +126,7 @@ def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):
 
     def mim(title, arguments, log, folder):
         assert "train_cfg.max_iters=4" in arguments
+        assert "log_processor.window_size=1" in arguments  # or each is a mean with the warm-up
         run = log.parent / "now" / "vis_data"
         run.mkdir(parents=True)
         entries = [dict(step=s, time=t, loss=1) for s, t in enumerate((9, 9, 1 + len(order), 2), 1)]
@@ -141,7 +148,7 @@ def test_losses_of_scheduled_runs_are_drawn(tool, tmp_path, monkeypatch):
     monkeypatch.setattr("mmsoft.visualization.draw_learning", lambda runs: drawn.update(runs))
     empty = Image.new("RGB", (4, 4))
     monkeypatch.setattr("mmsoft.visualization.save_figure", lambda figure, path: empty.save(path))
-    curve = tool.loss_curve([dict(step=5, loss=2.00001), dict(step=5, mIoU=3)])
+    curve = tool.loss_curve([*4 * [dict(step=5, loss=2.00001)], dict(step=5, mIoU=3)])
     rows = [row(name, 0, loss=curve), row(name, 1), row(name, iterations=7, loss=[[5, 3.0]])]
     tool.draw(rows, tmp_path / "learning.png")
     assert drawn == {"Nuclei, UperNet": {"SOFT++ mini": dict(loss=[[[5, 2.0]]])}}
@@ -152,12 +159,74 @@ def test_losses_of_scheduled_runs_are_drawn(tool, tmp_path, monkeypatch):
 def test_rows_of_another_length_have_a_table_beside_ours(tool):
     names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
     page = tool.render([*map(row, names), row(names[1], iterations=7)], {})
-    same, rest = page.split("for about the same time")
+    same, rest = page.split("Other lengths of the same schedule")
     assert [line[3] for line in lines(same)[2:]] == ["10", "10"]
     assert [(line[0], line[3]) for line in lines(rest)[2:]] == [
         ("PVTv2-B0", "7"),
         ("SOFT++ mini", "10"),
     ]
+
+
+def parts_of(**scores):
+    return dict(
+        all=dict(images=4, mIoU=0.5), **{k: dict(images=2, mIoU=v) for k, v in scores.items()}
+    )
+
+
+def test_where_peers_are_ahead_is_told_beyond_the_seeds(tool):
+    ours, peer, other = (
+        f"nuclei/upernet_{n}_nuclei.py" for n in ("softpp-mini", "pvtv2-b0", "r18")
+    )
+    rows = [
+        row(ours, 0, score=0.80, where=parts_of(dark=0.7, bright=0.5)),
+        row(ours, 1, score=0.82, where=parts_of(dark=0.8, bright=0.6)),
+        row(peer, 0, score=0.81, where=parts_of(dark=0.75, bright=0.65)),
+        row(peer, 1, score=0.84, where=parts_of(dark=0.85, bright=0.61)),
+        row(other, 0, score=0.83, where=parts_of(dark=0.1, bright=0.1)),
+    ]
+    page = tool.render(rows, {})
+    told = [line for line in page.splitlines() if line.startswith("- ") and "SOFT++ mini" in line]
+    assert told == [
+        "- PVTv2-B0, mIoU of bright: 0.630 (0.610-0.650), SOFT++ mini 0.550 (0.500-0.600)",
+        "- ResNet-18, mIoU: 0.830, SOFT++ mini 0.810 (0.800-0.820)",
+    ]
+    assert "| dark (2 images) |" in " ".join(page.split())
+    behind = {**rows[4], "metrics": dict(mIoU=70)}
+    assert "No peer is ahead" in tool.render([*rows[:2], behind], {})
+
+
+def test_where_the_classes_agree(tool, tmp_path):
+    """A dark and a bright image, half of the first's nucleus and all of the second's found."""
+    for folder in ("images", "masks", "found"):
+        (tmp_path / folder).mkdir()
+    for name, side, grey in (("a", 40, 20), ("b", 400, 200)):
+        truth = np.zeros((side, side), np.uint8)
+        truth[:, : side // 2] = 1
+        found = truth.copy()
+        if name == "a":
+            found[: side // 2] = 0
+        for folder, image in (
+            ("images", np.full((side, side, 3), grey)),
+            ("masks", truth),
+            ("found", found),
+        ):
+            cv2.imwrite(str(tmp_path / folder / f"{name}.png"), image)
+    prefix = dict(img_path="images", seg_map_path="masks")
+    dataset = dict(
+        data_root=str(tmp_path), data_prefix=prefix, metainfo=dict(classes=("no", "yes"))
+    )
+    config = Config(dict(test_dataloader=dict(dataset=dataset)))
+    where = tool.where_classes_agree(config, tmp_path / "found")
+    half = (800 / 1200 + 400 / 800) / 2
+    assert where["0 to 340"] == where["dark"] == dict(images=1, mIoU=round(half, 4))
+    assert where["340 to 700"] == where["bright"] == dict(images=1, mIoU=1)
+    both = (80_800 / 81_200 + 80_400 / 80_800) / 2  # pixels of both images together
+    assert where["all"] == dict(images=2, mIoU=round(both, 4))
+    assert "700 to inf" not in where
+
+
+def test_a_curve_ends_with_a_whole_mean(tool):
+    assert tool.smooth([[n, n] for n in range(1, 11)]) == [[4, 2.5], [8, 6.5]]
 
 
 @pytest.mark.parametrize(
@@ -254,10 +323,13 @@ def run_row(run_outside, tmp_path, config, iterations):
 def test_a_row_from_drawn_images(tool, drawn, run_outside, name):
     found = run_row(run_outside, drawn, MINI[name], 2)
     detects = name != "upernet"
-    assert set(found) == {*tool.FIELDS, "loss", *["where"][:detects]}
-    if detects:
-        parts = ["RBC", "WBC", "Platelets"] if name == "retinanet" else ["0 to 340", "340 to 700"]
-        assert list(found["where"])[: len(parts) + 1] == ["all", *parts]
+    assert set(found) == {*tool.FIELDS, "loss", "where"}
+    parts = ["RBC", "WBC", "Platelets"] if name == "retinanet" else ["0 to 340"]
+    assert list(found["where"])[: len(parts) + 1] == ["all", *parts]
+    if not detects:  # the stock metric and ours count alike
+        assert found["metrics"]["mIoU"] == pytest.approx(
+            100 * found["where"]["all"]["mIoU"], abs=0.01
+        )
     sheet = ["draw", "work", "--number", 1, "--out", "sheet.png"]
     done = run_outside(ROOT / "tools/dev/real_data.py", *sheet)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -315,6 +387,17 @@ def unpack(archive, folder):
         file.extractall(folder, filter="data")
 
 
+def split_is_as_published(folder):
+    """Of the images of each size, by name, the third and every fifth after it."""
+    sizes, validation = {}, set()
+    for split in ("train", "val"):
+        images = json.loads((folder / f"instances_{split}.json").read_text())["images"]
+        for image in images:
+            sizes.setdefault((image["width"], image["height"]), []).append(image["file_name"])
+        validation = {image["file_name"] for image in images}
+    assert validation == {name for names in sizes.values() for name in sorted(names)[2::5]}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("converter", "archive", "names", "expected"),
@@ -349,6 +432,8 @@ def test_the_archives_are_converted_and_trained_on(
         path = tmp_path / f"data/{converter}/annotations/instances_{split}.json"
         content = json.loads(path.read_text())
         assert (len(content["images"]), len(content["annotations"])) == counts
+    if converter == "nuclei":
+        split_is_as_published(tmp_path / "data/nuclei/annotations")
     for name in names:
         package = "mmseg" if name == "upernet" else "mmdet"
         config, work = str(ROOT / "configs" / MINI[name]), f"work_{name}"
