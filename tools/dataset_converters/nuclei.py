@@ -58,7 +58,7 @@ def instances(folder: Path, shape: tuple[int, int], problems: Problems) -> list[
 
 def _inside(mask: np.ndarray) -> np.ndarray:
     """Pixels that are not black, bool `[H, W]`, whatever the channels; a fourth is the opacity."""
-    return mask > 0 if mask.ndim == 2 else (mask[..., :3] > 0).any(-1)
+    return np.asarray(mask if mask.ndim == 2 else mask[..., :3].max(-1)) > 0
 
 
 def annotation(mask: np.ndarray) -> dict[str, Any]:

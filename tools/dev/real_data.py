@@ -170,11 +170,13 @@ def where_it_is_right(config: Config, predictions: Path) -> Row:
 
 def where_classes_agree(config: Config, predictions: Path) -> Row:
     """Mean IoU by size and brightness of the image, over the pixels of all its images."""
+
+    def between(low: float, high: float) -> Callable[[np.ndarray], bool]:
+        return lambda image: low**2 <= image.shape[0] * image.shape[1] < high**2
+
     parts: dict[str, Callable[[np.ndarray], bool]] = {"all": lambda image: True}
     for low, high in pairwise((0, *SIDES, math.inf)):
-        parts[f"{low} to {high}"] = lambda image, low=low, high=high: (
-            low**2 <= image.shape[0] * image.shape[1] < high**2
-        )
+        parts[f"{low} to {high}"] = between(low, high)
     parts["dark"] = lambda image: image.mean() < BRIGHT
     parts["bright"] = lambda image: image.mean() >= BRIGHT
     agreed: dict[str, list[np.ndarray]] = {part: [] for part in parts}
@@ -185,7 +187,7 @@ def where_classes_agree(config: Config, predictions: Path) -> Row:
             if belongs(image):
                 agreed[part].append(found)
     return {
-        part: dict(images=len(found), mIoU=round(float(iou(sum(found))), 4))
+        part: dict(images=len(found), mIoU=round(float(iou(np.sum(found, 0))), 4))
         for part, found in agreed.items()
         if found
     }
