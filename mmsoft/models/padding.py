@@ -54,7 +54,7 @@ class Inside(NamedTuple):
 
     def every(self, step: int) -> "Inside":
         """On the grid of every ``step``-th row and column."""
-        return Inside(self.rows[:, ::step], self.cols[:, ::step])
+        return Inside(*(_every(along, step) for along in self))
 
     def tokens(self) -> Tensor:
         """``[B, H*W]``, row by row."""
@@ -97,6 +97,14 @@ def inside(images: Tensor) -> Inside | None:
         return Inside(_up_to_the_last(there.any(2)), _up_to_the_last(there.any(1)))
 
 
+def _every(along: Tensor, step: int) -> Tensor:
+    """``along[:, ::step]``."""
+    # By halves: torch 2.1 compiles no slice whose step it has made a variable of.
+    while step > 1 and step % 2 == 0:
+        along, step = along[:, ::2], step // 2
+    return along if step == 1 else along[:, ::step]
+
+
 def _up_to_the_last(there: Tensor) -> Tensor:
     """``[B, n]``, True up to the last True; everywhere where there is none."""
     after = there.flip(1).cumsum(1).flip(1) > 0
@@ -106,6 +114,6 @@ def _up_to_the_last(there: Tensor) -> Tensor:
 def _whole(along: Tensor, side: int) -> Tensor:
     """Which parts of ``side`` are inside to their end; at least the first one is."""
     count = torch.sym_max(along.shape[1] // side, 1)
-    whole = along[:, side - 1 :: side][:, :count]
+    whole = _every(along[:, side - 1 :], side)[:, :count]
     first = torch.ones_like(along[:, :1])
     return torch.cat((first, whole[:, 1:]), 1)

@@ -84,7 +84,8 @@ def check_choice(
     """Of :func:`mmsoft.ops.choose_landmarks`."""
     if not isinstance(candidates, Tensor) or not candidates.is_floating_point():
         raise TypeError("candidates must be a floating-point tensor")
-    if candidates.dim() != 4 or 0 in candidates.shape[1:]:
+    # Each by itself: torch 2.1 compiles no search among sizes that it has made variables of.
+    if candidates.dim() != 4 or not all(candidates.shape[dim] > 0 for dim in (1, 2, 3)):
         raise ValueError(
             f"candidates must be [B, heads, M, d], none of the last three 0, "
             f"got shape {tuple(candidates.shape)}"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from on_device import device_type
-from operators import before_torch
+from operators import FLOAT16, before_torch
 
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
@@ -294,7 +294,7 @@ def test_an_image_does_not_depend_on_those_it_is_padded_with():
                 torch.testing.assert_close(both[number], one[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16, torch.float64], ids=str)
 def test_padding_in_other_precision(dtype):
     """Under autocast the error is that of images without padding; in float64 there is none."""
     images = padded([(192, 160), (128, 200)], 192, 224)

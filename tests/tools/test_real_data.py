@@ -117,6 +117,12 @@ def test_what_was_not_timed_in_turns_has_no_times(tool):
     names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
     page = tool.render(list(map(row, names)), times(names[0], 0.25))
     assert [line[5:7] for line in lines(page)[2:]] == [["-", "-"], ["0.25", "2.50"]]
+    found = times(names[1], 0.25)
+    page = tool.render(list(map(row, names)), found)  # not in turns with ours
+    assert [line[5:7] for line in lines(page)[2:]] == [["0.25*", "2.50*"], ["-", "-"]]
+    found[names[1]]["in_turns_with"] = ["upernet_softpp-mini_nuclei.py"]
+    page = tool.render(list(map(row, names)), found)
+    assert [line[5:7] for line in lines(page)[2:]] == [["0.25", "2.50"], ["-", "-"]]
 
 
 def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):

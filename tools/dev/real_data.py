@@ -402,7 +402,9 @@ method](method.md#norm-of-the-patch-embeddings).
 Parameters are those of the whole model, heads included. Seconds per iteration are the median over
 runs of a few iterations in which configs of a task took turns on an otherwise idle machine, loading
 of images included, and training seconds those of so many iterations; "-" where that was not
-measured. Peak memory is the resident memory of the training process, of several seeds the highest.
+measured. A star: on another day, when the machine was faster and PVTv2-B0 took 0.59, 0.87 and 0.50
+seconds; compare with that. Peak memory is the resident memory of the training process, of several
+seeds the highest.
 Other figures of several seeds are their mean, with the lowest and the highest in parentheses; a
 seed sets the initial weights and the order of the images. Rows of one seed have no range: how far
 seeds differ is to be seen in the others.
@@ -492,16 +494,23 @@ def cells(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
 
     own = times.get(first["config"])
     iteration = statistics.median(own["seconds"]) if own else None
+    star = "" if own is None or in_turns_with_ours(own) else "*"
     return [
         BACKBONES[backbone_of(first)],
         f"{first['parameters'] / 1e6:.2f}",
         ", ".join(str(row["seed"]) for row in rows),
         str(first["iterations"]),
         *metrics,
-        seconds([iteration]),
-        seconds([iteration and iteration * first["iterations"]]),
+        seconds([iteration]) + star,
+        seconds([iteration and iteration * first["iterations"]]) + star,
         megabytes(max(row["peak_bytes"] for row in rows)),
     ]
+
+
+def in_turns_with_ours(times: Row) -> bool:
+    """Whether seconds were measured together with those of SOFT++ mini."""
+    names = [Path(times["config"]).name, *times.get("in_turns_with", [])]
+    return any("_softpp-mini_" in name for name in names)
 
 
 def megabytes(count: int) -> str:
