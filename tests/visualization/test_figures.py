@@ -12,6 +12,7 @@ from mmsoft.visualization import (
     draw_comparison,
     draw_convergence,
     draw_landmarks,
+    draw_learning,
     draw_memory,
     draw_predictions,
     draw_spectrum,
@@ -128,6 +129,25 @@ def test_memory_and_tradeoff_draw_what_was_measured():
     assert "published" in left.get_ylabel()
     assert left.lines[0].get_xydata().tolist() == [[50, 80.0], [100, 70.0]]
     assert right.lines[1].get_xydata().tolist() == [[13.0, 75.0]]
+
+
+def test_seeds_are_a_mean_with_their_range_where_iterations_agree():
+    runs = {
+        "task": {
+            "ours": dict(loss=[[(1, 2.0), (2, 1.0)], [(1, 4.0), (2, 2.0)]]),
+            "peer": dict(loss=[[(1, 3.0)], [(2, 1.0)]]),
+        }
+    }
+    figure = draw_learning(runs)
+    (ax,) = figure.axes
+    ours, *peer = (line.get_xydata().tolist() for line in ax.lines)
+    assert ours == [[1, 3.0], [2, 1.5]]
+    assert peer == [[[1, 3.0]], [[2, 1.0]]]
+    (band,) = ax.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 2.0), (1, 4.0), (2, 1.0), (2, 2.0)}
+    (legend,) = figure.legends  # beside the curves, not over them
+    assert [text.get_text() for text in legend.get_texts()] == ["ours", "peer"]
 
 
 def test_the_tradeoff_has_intervals_and_names_that_cover_nothing():
