@@ -35,10 +35,11 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def save_figure(figure: Any, path: str | os.PathLike) -> Path:
+def save_figure(figure: Any, path: str | os.PathLike, colours: int | None = None) -> Path:
     """Write a figure, whole or not at all; the format is the suffix's, e.g. ``.png``, ``.svg``.
 
-    A PNG has ``DPI`` pixels per inch of the figure.
+    A PNG has ``DPI`` pixels per inch of the figure, and with ``colours`` no more than so many
+    colours: a drawing of lines takes half the bytes with 64.
 
     Raises:
         ValueError: the suffix is not that of a known format.
@@ -51,6 +52,11 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     with write_whole(path) as partial:
         options = dict(pil_kwargs=dict(quality=60)) if kind in ("jpg", "jpeg") else {}
         figure.savefig(partial, format=kind, dpi=DPI, **options)
+        if kind == "png" and colours is not None:
+            from PIL import Image
+
+            picture = Image.open(partial).convert("RGB").quantize(colours)
+            picture.save(partial, format="png", optimize=True)
     return path
 
 

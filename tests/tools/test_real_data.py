@@ -153,7 +153,9 @@ def test_losses_of_scheduled_runs_are_drawn(tool, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr("mmsoft.visualization.draw_learning", lambda runs: drawn.update(runs))
     empty = Image.new("RGB", (4, 4))
-    monkeypatch.setattr("mmsoft.visualization.save_figure", lambda figure, path: empty.save(path))
+    monkeypatch.setattr(
+        "mmsoft.visualization.save_figure", lambda figure, path, colours: empty.save(path)
+    )
     curve = tool.loss_curve([*4 * [dict(step=5, loss=2.00001)], dict(step=5, mIoU=3)])
     rows = [row(name, 0, loss=curve), row(name, 1), row(name, iterations=7, loss=[[5, 3.0]])]
     tool.draw(rows, tmp_path / "learning.png")

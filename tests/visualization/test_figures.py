@@ -198,6 +198,17 @@ def test_nothing_to_draw_is_an_error():
         draw_tradeoff(RESULTS, {})
 
 
+def test_a_png_of_few_colours_is_the_same_picture(tmp_path):
+    paths = [tmp_path / "all.png", tmp_path / "few.png"]
+    for path, colours in zip(paths, (None, 64)):
+        save_figure(memory(), path, colours)
+    whole, few = (cv2.imread(str(path)).astype(int) for path in paths)
+    assert whole.shape == few.shape
+    assert np.abs(whole - few).mean() < 1
+    assert len(np.unique(few.reshape(-1, 3), axis=0)) <= 64
+    assert paths[1].stat().st_size < paths[0].stat().st_size
+
+
 def test_an_unknown_suffix_or_a_failure_leaves_no_file(tmp_path, monkeypatch):
     figure = memory()
     with pytest.raises(ValueError, match=r"figure\.gif2 must end in one of .*png"):

@@ -96,7 +96,7 @@ def main() -> None:
         for stage, rules in residuals.items()
     }
     figure = draw_convergence(named, args.norm, title=f"{images} images: mean, 10 % to 90 %")
-    picture = save_figure(figure, args.out)
+    picture = save_figure(figure, args.out, colours=64)
     write_csv(picture.with_suffix(".csv"), residuals, images)
     print(picture, picture.with_suffix(".csv"), sep="\n")
 

@@ -249,7 +249,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         }
         for task, own in by_task(rows).items()
     }
-    save_figure(draw_learning(runs), path)
+    save_figure(draw_learning(runs), path, colours=64)
 
 
 def main() -> None:

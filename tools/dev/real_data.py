@@ -666,12 +666,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             curves = lines.setdefault(BACKBONES[backbone_of(row)], dict(loss=[]))["loss"]
             curves.append(smooth(row["loss"]))
     if runs:
-        save_figure(draw_learning(runs), path)
-        from PIL import Image
-
-        picture = Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
-        with write_whole(path) as partial:  # lines of few colours: half the size
-            picture.save(partial, format="png", optimize=True)
+        save_figure(draw_learning(runs), path, colours=64)
 
 
 def main() -> None:
