@@ -50,7 +50,7 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.yaxis.set_minor_locator(NullLocator())
             ax.grid(alpha=0.3)
-    handles = {}
+    handles: dict[str, Any] = {}
     for ax in panels.flat:
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
     shown = [label for label in labels if label in handles]
