@@ -98,7 +98,7 @@ def inside(images: Tensor) -> Inside | None:
 
 
 def _every(along: Tensor, step: int) -> Tensor:
-    """``along[:, ::step]``."""
+    """``along[:, ::step]`` of ``[B, n]``."""
     # By halves: torch 2.1 compiles no slice whose step it has made a variable of.
     while step > 1 and step % 2 == 0:
         along, step = along[:, ::2], step // 2

@@ -181,8 +181,8 @@ def where_classes_agree(config: Config, predictions: Path) -> Row:
     parts["bright"] = lambda image: image.mean() >= BRIGHT
     agreed: dict[str, list[np.ndarray]] = {part: [] for part in parts}
     for path, there, said in maps_of(config, predictions):
-        image, count = mmcv.imread(path), len(config.test_dataloader.dataset.metainfo.classes)
-        found = np.array([overlap(there, said, number) for number in range(count)])
+        image, classes = mmcv.imread(path), config.test_dataloader.dataset.metainfo.classes
+        found = overlaps(there, said, len(classes))
         for part, belongs in parts.items():
             if belongs(image):
                 agreed[part].append(found)
@@ -205,15 +205,14 @@ def maps_of(config: Config, predictions: Path) -> Iterator[tuple[Path, np.ndarra
         yield path, there, said
 
 
-def overlap(there: np.ndarray, said: np.ndarray, number: int) -> tuple[int, int]:
-    """Pixels of a class in both maps, and in either."""
-    return int(((there == number) & (said == number)).sum()), int(
-        ((there == number) | (said == number)).sum()
-    )
+def overlaps(there: np.ndarray, said: np.ndarray, count: int) -> np.ndarray:
+    """Of each of so many classes its pixels in both maps, and in either: ``[classes, 2]``."""
+    pairs = [(there == number, said == number) for number in range(count)]
+    return np.array([((a & b).sum(), (a | b).sum()) for a, b in pairs])
 
 
 def iou(counts: np.ndarray) -> float:
-    """The mean over the classes that there are, of ``[classes, 2]`` as :func:`overlap` has them."""
+    """The mean over the classes that there are, of ``[classes, 2]`` as :func:`overlaps` has them."""
     return float(np.mean([both / either for both, either in counts if either]))
 
 
@@ -328,7 +327,7 @@ def segmented(config: Config, work_dir: Path) -> Iterator[tuple[str, Tested]]:
     """Of a segmentor; an image's score is its IoU, mean over the classes in it."""
     names = config.test_dataloader.dataset.metainfo.classes
     for path, there, said in maps_of(config, work_dir / "predictions"):
-        score = iou(np.array([overlap(there, said, number) for number in range(len(names))]))
+        score = iou(overlaps(there, said, len(names)))
         truth, found = (dict(kind="classes", names=names, map=one) for one in (there, said))
         about = f"{short(path)}, {there.shape[1]}x{there.shape[0]}"
         yield path.stem, Tested(path, truth, found, score, about)
@@ -410,7 +409,7 @@ seed sets the initial weights and the order of the images. Rows of one seed have
 seeds differ is to be seen in the others.
 """
 EMPTY = "\nNothing has been measured yet.\n"
-SAME_TIME = """
+OTHER_LENGTHS = """
 Other lengths of the same schedule, beside SOFT++ at its own length; what each took is in the column
 of training seconds:
 """
@@ -630,7 +629,9 @@ def render(rows: Sequence[Row], times: Mapping[str, Row], budgets: Sequence[Row]
         if len(scheduled) < len(own):
             ours = [row for row in scheduled if "softpp" in row["config"]]
             others = [row for row in own if row["iterations"] != row["scheduled_iterations"]]
-            text += SAME_TIME + "\n" + table(ours + others, lambda row: row["parameters"], times)
+            text += (
+                OTHER_LENGTHS + "\n" + table(ours + others, lambda row: row["parameters"], times)
+            )
         known = [row for row in scheduled if "where" in row]
         if known:
             text += where_table(known)
