@@ -263,9 +263,9 @@ PEERS = (
 )
 NOTES = {
     "operator": "64 channels, 2 heads, projections included; where a row names no number, each "
-    "package's own: 256 projected tokens (Linformer), 110 random features (Performer). 256 landmarks "
-    "are Nyströmformer's own number, 49 are ours. Softmax attention as torch fuses it, and with its "
-    "matrix stored, as far as 16 GiB suffice.",
+    "package's own: 256 projected tokens (Linformer), 110 random features (Performer). 256 is "
+    "Nyströmformer's own number of landmarks, 49 ours. Softmax attention as torch fuses it, and "
+    "with its matrix stored, as far as 16 GiB suffice.",
     "sequence": "The model of the Long Range Arena (2 blocks, 64 channels, 2 heads) with each "
     "attention: 64 landmarks for ours and Nyströmformer, the defaults of their packages for the "
     "others.",

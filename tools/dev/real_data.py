@@ -212,7 +212,7 @@ def overlaps(there: np.ndarray, said: np.ndarray, count: int) -> np.ndarray:
 
 
 def iou(counts: np.ndarray) -> float:
-    """The mean over the classes that there are, of ``[classes, 2]`` as :func:`overlaps` has them."""
+    """The mean over the classes that there are, of what :func:`overlaps` counts."""
     return float(np.mean([both / either for both, either in counts if either]))
 
 
