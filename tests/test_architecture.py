@@ -105,7 +105,8 @@ NUMBERS = {
     [
         ("ops", {"numpy", "scipy", "torch", "triton"}),
         ("analysis", {*NUMBERS, "mmsoft.builder", "mmsoft.models", "mmsoft.ops"}),
-        ("visualization", {"matplotlib", "numpy", "mmsoft.fileio"}),
+        # Pillow comes with matplotlib, which writes its pixels by it
+        ("visualization", {"matplotlib", "PIL", "numpy", "mmsoft.fileio"}),
     ],
 )
 def test_operators_need_torch_alone_numbers_no_pictures_and_pictures_no_models(
