@@ -444,6 +444,36 @@ def test_peers_attention_runs_fused():
     assert {name for name in calls.names if "scaled_dot_product" in name}
 
 
+@pytest.mark.parametrize("name", ["swin-tiny", "davit-tiny"])
+@torch.no_grad()
+def test_windows_of_peers_run_fused(name, monkeypatch):
+    """Shifted windows and a padded last one too; the result is the same."""
+    x = torch.randn(2, 3, 96, 160)
+    fused = cases.make_backbone(name)
+    monkeypatch.setattr(cases, "fuse_attention", lambda model: None)
+    plain = cases.make_backbone(name)
+    plain.load_state_dict(fused.state_dict())
+    with Calls() as calls:
+        expected = plain(x)
+    assert not {name for name in calls.names if "scaled_dot_product" in name}
+    with Calls() as calls:
+        found = fused(x)
+    assert {name for name in calls.names if "scaled_dot_product_flash" in name}
+    # DaViT's attention between channels stays
+    assert any("softmax" in name for name in calls.names) == (name == "davit-tiny")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def test_windows_of_peers_train_as_they_are():
+    """torch's fused kernel has no gradient of the bias of positions on CPUs."""
+    model = cases.make_backbone("swin-tiny", "train")
+    with Calls() as calls:
+        sum(y.sum() for y in model(torch.randn(1, 3, 64, 64))).backward()
+    assert not {name for name in calls.names if "scaled_dot_product" in name}
+    assert all(p.grad is not None for n, p in model.named_parameters() if "bias_table" in n)
+
+
 @pytest.mark.parametrize("name", ["resnet-50", "resnet-101", "van-b1"])
 @torch.no_grad()
 def test_forward_passes_of_peers_are_without_batch_norm(name):
