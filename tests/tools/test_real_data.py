@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 import pytest
 from loading import load_tool
+from mmengine import dump
 from mmengine.config import Config
 from PIL import Image
+from pycocotools import mask
 
 from mmsoft.builder import build_model
 from mmsoft.commands import mim, read_scalars
@@ -233,6 +235,73 @@ def test_where_the_classes_agree(tool, tmp_path):
     assert "700 to inf" not in where
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_what_a_detector_found_on_an_image(tool, tmp_path, masks):
+    """One of two objects found, another at a score too low to be painted, a third in vain."""
+    boxes = {1: (2, 3, 4, 5), 2: (10, 8, 6, 4)}  # by annotation: x, y, width, height
+    areas = {}
+    for number, (x, y, w, h) in boxes.items():
+        areas[number] = np.zeros((20, 30), np.uint8, order="F")
+        areas[number][y : y + h, x : x + w] = 1
+    coded = {n: mask.encode(area) for n, area in areas.items()}
+    annotations = [
+        dict(id=n, image_id=7, category_id=30 + n, bbox=box, area=box[2] * box[3], iscrowd=0)
+        | dict(segmentation=dict(coded[n], counts=coded[n]["counts"].decode()))
+        for n, box in boxes.items()
+    ]
+    image = dict(id=7, file_name="cells.png", height=20, width=30)
+    categories = [dict(id=31, name="white"), dict(id=32, name="red")]
+    content = dict(images=[image], annotations=annotations, categories=categories)
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    corners = [(x, y, x + w, y + h) for x, y, w, h in (boxes[1], boxes[2], (0, 0, 3, 3))]
+    found = dict(
+        bboxes=np.array(corners, float),
+        scores=np.array([0.9, 0.3, 0.5]),
+        labels=np.array([1, 0, 0]),  # in the order of the classes below, not of the file
+    )
+    if masks:
+        found["masks"] = [coded[1], coded[2], mask.encode(np.asfortranarray(areas[1] * 0))]
+    dump([dict(img_id=7, pred_instances=found)], tmp_path / "predictions.pkl")
+    dataset = dict(
+        data_root="root", data_prefix=dict(img="images/"), metainfo=dict(classes=("red", "white"))
+    )
+    evaluator = dict(ann_file=str(tmp_path / "truth.json"))
+    config = Config(dict(test_dataloader=dict(dataset=dataset), test_evaluator=evaluator))
+    ((name, image),) = tool.detected(config, tmp_path)
+    assert (name, image.path) == ("cells", Path("root/images/cells.png"))
+    assert image.about == "cells, 30x20, 2 objects"
+    assert image.score == pytest.approx((1 + 0.5) / 2, abs=0.01)  # red only after one in vain
+    if masks:
+        assert image.truth["kind"] == image.found["kind"] == "instances"
+        np.testing.assert_array_equal(image.truth["masks"], [areas[1], areas[2]])
+        np.testing.assert_array_equal(image.found["masks"], [areas[1], areas[1] * 0])
+    else:
+        assert (image.truth["boxes"], image.truth["labels"]) == (corners[:2], [1, 0])
+        np.testing.assert_array_equal(image.found["boxes"], [corners[0], corners[2]])
+        np.testing.assert_array_equal(image.found["labels"], [1, 0])
+
+
+def test_budgets_across_sizes(tool):
+    name = "nuclei/mask-rcnn_{}_fpn_nuclei.py"
+    budgets = [
+        {"budget": most, "seed": seed, "landmarks": had, "segm 0 to 340": ap, "bbox 0 to 340": 0}
+        for most, seed, had, ap in ((49, 0, 41, 0.1), (49, 1, 46, 0.3), ("all", 0, 41, 0.4))
+    ]
+    where = {"all": dict(images=1, segm=0.9), "0 to 340": dict(images=1, segm=0.25)}
+    rows = [
+        row(name.format("softpp-mini"), where=where),
+        row(name.format("softpp-mini-no-attention"), 3, where=where),
+    ]
+    page = tool.render(rows, {}, budgets)
+    table = lines(page.partition("### Across sizes of images")[2])
+    assert table[0][3] == "segm 0 to 340"
+    assert table[2:5] == [
+        ["49", "0, 1", "46", "0.200 (0.100-0.300)"],
+        ["all", "0", "41", "0.400"],
+        ["trained without attention", "3", "-", "0.250"],
+    ]
+
+
 def test_a_curve_ends_with_a_whole_mean(tool):
     assert tool.smooth([[n, n] for n in range(1, 11)]) == [[4, 2.5], [8, 6.5]]
 
@@ -357,6 +426,7 @@ def test_a_row_from_drawn_images(tool, drawn, run_outside, name):
 
 STEP = """
 import sys
+from mmengine import dump
 from mmengine.config import Config
 
 from mmengine.runner import Runner
