@@ -141,7 +141,7 @@ def _inverses(name, m):
 
 
 for _name in ("step_size", "newton", "solve"):
-    for _m in (25, 49) if _name == "solve" else (25, 49, 128):
+    for _m in (25, 49, 128):
         CASES[f"{_name}-{_m}"] = "inverse", _name, _inverses(_name, _m)
 
 

@@ -13,7 +13,7 @@ from ..mode import forward_mode, transformed
 from . import eager
 
 _TRITON = "mmsoft.ops.inverse.triton"
-_LANDMARKS, _SOLVED, _CHANNELS = 128, 64, 64  # what fits on chip
+_LANDMARKS, _CHANNELS = 128, 64  # what fits on chip
 
 
 def _refusal(a: Tensor, *others: Any) -> str | None:
@@ -28,8 +28,6 @@ def _refusal(a: Tensor, *others: Any) -> str | None:
 
 
 def _refusal_solve(a: Tensor, mu: Tensor, b: Tensor) -> str | None:
-    if a.shape[-1] > _SOLVED:
-        return f"there are more than {_SOLVED} landmarks"
     if b.shape[-1] > _CHANNELS:
         return f"there are more than {_CHANNELS} channels"
     return _refusal(a, mu, b)

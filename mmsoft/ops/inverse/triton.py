@@ -1,8 +1,9 @@
 """Both inverses in Triton, one program for each matrix: a launch in place of one for each step.
 
-Up to 32 landmarks all iterates of Newton-Raphson stay in registers; up to 128 they go tile by tile
-through memory of the program's own, which the caches hold: more in registers would spill. Products
-are of three TF32 parts, as in ``gaussian/triton.py``.
+Up to 64 landmarks all iterates of Newton-Raphson stay in registers; up to 128 they go tile by tile
+through memory of the program's own, which the caches hold: more in registers would spill. The
+regularized solve eliminates in registers up to 128. Products are of three TF32 parts, as in
+``gaussian/triton.py``.
 """
 
 import torch
@@ -72,7 +73,8 @@ def newton_kernel(
     third = tl.load(cubic + b * cubic_b + h * cubic_h)
     x = tile
     for step in range(0, steps + 1):  # the start is a step from A with other factors
-        product = _dot(x, _dot(tile, x))
+        # The order that takes fewer registers.
+        product = _dot(_dot(x, tile), x) if T > 32 else _dot(x, _dot(tile, x))
         x = tl.where(step == 0, first, 2.0) * x - tl.where(step == 0, third, 1.0) * product
     row, column = tl.arange(0, T)[:, None], tl.arange(0, T)[None, :]
     out += matrix.to(tl.int64) * m * m
@@ -200,17 +202,16 @@ def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
     out = torch.empty_like(a, memory_format=torch.contiguous_format)
     alpha, cubic = (t.expand(batch, heads, 1, 1) for t in (alpha, cubic))
     strides = (*a.stride(), *alpha.stride()[:2], *cubic.stride()[:2])
-    if m <= 32:
+    if m <= 64:
         newton_kernel[(batch * heads,)](
             a, alpha, cubic, out, m, heads, steps, *strides,
             T=_block(m), num_warps=4, num_stages=1,
         )  # fmt: skip
         return out
-    padded, warps = (64, 4) if m <= 64 else (128, 8)
-    scratch = a.new_empty((batch * heads, 4, padded, padded))
+    scratch = a.new_empty((batch * heads, 4, 128, 128))
     newton_tiles_kernel[(batch * heads,)](
         a, alpha, cubic, out, scratch, m, heads, steps, *strides,
-        T=32, P=padded, num_warps=warps, num_stages=1,
+        T=32, P=128, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -222,6 +223,6 @@ def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     mu = mu.expand(batch, heads, 1, 1)
     solve_kernel[(batch * heads,)](
         a, mu, b, out, m, width, heads, *a.stride(), *mu.stride()[:2], *b.stride(),
-        T=_block(m), W=_block(width), K=16, num_warps=4, num_stages=1,
+        T=_block(m), W=_block(width), K=16, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
