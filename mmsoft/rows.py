@@ -1,5 +1,6 @@
 """Rows of tables: a config trained and tested through mim, and what tables of them share."""
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -62,6 +63,17 @@ def commit(root: Path) -> str:
     return done.stdout.strip() or "unknown"
 
 
+def digest(config: Config) -> str:
+    """Of all that a config says, its bases included: other settings have another one.
+
+    Whether the optimizer is fused depends on torch's version and is left out.
+    """
+    content = config.to_dict()
+    content.get("optim_wrapper", {}).get("optimizer", {}).pop("fused", None)
+    text = json.dumps(content, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def measure_row(
     config: Config,
     name: str,
@@ -88,7 +100,8 @@ def measure_row(
         root: of the checkout.
         seed: of weights and order.
         iterations: instead of the config's; the row's name says so.
-        timed: False where other work shares the machine: the row has no times.
+        timed: False where other work shares the machine: the row has but the seconds that both
+            commands took there.
         changes: ``--cfg-options`` of ``mim train`` and ``mim test``.
         training: more of them, of ``mim train`` alone.
         testing: other arguments of ``mim test``.
@@ -110,6 +123,7 @@ def measure_row(
         name = f"{name}_{iterations}-iterations"
     name = f"{name}_seed{seed}"
     version = commit(root)  # of the files that are about to run
+    of_config = digest(config)
     changes = list(changes)
     done = train_and_test(
         name,
@@ -127,6 +141,7 @@ def measure_row(
 
     row = dict(
         config=f"{path.absolute().parent.name}/{path.name}",
+        digest=of_config,
         seed=seed,
         commit=version,
         iterations=iterations,
@@ -136,6 +151,7 @@ def measure_row(
         seconds_per_iteration=round(seconds, 4) if timed else None,
         training_seconds=round(total, 1) if timed else None,
         testing_seconds=round(done.testing.seconds, 1) if timed else None,
+        wall_seconds=round(done.training.seconds + done.testing.seconds),
         peak_bytes=done.training.peak_bytes,
         threads=torch.get_num_threads(),
         device=device_name("cpu"),

@@ -22,7 +22,7 @@ from pycocotools import mask
 
 from mmsoft.builder import build_model
 from mmsoft.commands import mim, read_scalars
-from mmsoft.rows import timings
+from mmsoft.rows import digest, timings
 
 ROOT = Path(__file__).parents[2]
 ARCHIVES = Path(os.environ.get("MMSOFT_REAL_DATA", ROOT.parent / "shared/data"))
@@ -59,6 +59,7 @@ def test_every_row_is_of_a_config_of_the_same_schedule_and_size(tool):
             model = build_model(config)
             parameters[path] = sum(parameter.numel() for parameter in model.parameters())
         assert row["parameters"] == parameters[path], row["config"]
+        assert row["digest"] == digest(config), row["config"]
 
 
 def row(config, seed=0, iterations=10, score=0.5, memory=5e8, **changes):
@@ -112,19 +113,29 @@ def test_seeds_share_a_line_and_rows_are_in_the_order_of_their_parameters(tool):
 
 
 def times(config, *seconds):
-    return {config: dict(config=config, seconds=seconds)}
+    return {config: dict(config=config, commit="c0ffee", seconds=seconds)}
 
 
 def test_what_was_not_timed_in_turns_has_no_times(tool):
     names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
     page = tool.render(list(map(row, names)), times(names[0], 0.25))
-    assert [line[5:7] for line in lines(page)[2:]] == [["-", "-"], ["0.25", "2.50"]]
-    found = times(names[1], 0.25)
-    page = tool.render(list(map(row, names)), found)  # not in turns with ours
-    assert [line[5:7] for line in lines(page)[2:]] == [["0.25*", "2.50*"], ["-", "-"]]
-    found[names[1]]["in_turns_with"] = ["upernet_softpp-mini_nuclei.py"]
-    page = tool.render(list(map(row, names)), found)
-    assert [line[5:7] for line in lines(page)[2:]] == [["0.25", "2.50"], ["-", "-"]]
+    assert [line[5:7] for line in lines(page)[2:4]] == [["-", "-"], ["0.25", "2.50"]]
+    page = tool.render(list(map(row, names)), times(names[1], 0.1, 0.2, 0.4, 0.3, 0.5))
+    assert [line[5:7] for line in lines(page)[2:4]] == [["0.30 (0.15-0.45)", "3.00"], ["-", "-"]]
+    assert "Times: commit c0ffee." in page
+
+
+def test_the_times_of_a_task_are_of_one_session(tool):
+    """Ratios of seconds from two days are those of the days."""
+    found = tool.read_times(tool.TIMES)
+    for config, of in found.items():
+        together = {config.partition("/")[2], *of["in_turns_with"]}
+        task = tool.task_of(dict(config=config))
+        measured = {c.partition("/")[2] for c in found if tool.task_of(dict(config=c)) == task}
+        assert together == measured, config
+        assert "dirty" not in of["commit"]
+    rows = tool.read(tool.ROWS)
+    assert not {row["config"] for row in rows} - set(found)
 
 
 def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):
@@ -143,10 +154,11 @@ def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tool, "mim", mim)
     tool.time_in_turns(paths, tmp_path / "runs", tmp_path / "out", rounds=2, iterations=4)
-    assert order == 2 * [path.stem for path in paths]
+    names = [path.stem for path in paths]
+    assert order == [*names, *reversed(names)]
     found = tool.read_times(tmp_path / "out")
-    assert found["nuclei/upernet_softpp-mini_nuclei.py"]["seconds"] == [1, 2, 3, 2]
-    assert found["nuclei/upernet_r18_nuclei.py"]["seconds"] == [2, 2, 4, 2]
+    assert found["nuclei/upernet_softpp-mini_nuclei.py"]["seconds"] == [1, 2, 4, 2]
+    assert found["nuclei/upernet_r18_nuclei.py"]["seconds"] == [2, 2, 3, 2]
     assert "r18_nuclei: 2.000 s, 500 iterations in the time" in capsys.readouterr().out
 
 
@@ -162,19 +174,32 @@ def test_losses_of_scheduled_runs_are_drawn(tool, tmp_path, monkeypatch):
     rows = [row(name, 0, loss=curve), row(name, 1), row(name, iterations=7, loss=[[5, 3.0]])]
     tool.draw(rows, tmp_path / "learning.png")
     assert drawn == {"Nuclei, UperNet": {"SOFT++ mini": dict(loss=[[[5, 2.0]]])}}
-    assert "(real_data/learning.png)" in tool.render(rows, {})
+    assert "(real_data/learning.png)" in tool.render(rows, times(name, 1.0))
     assert "learning.png" not in tool.render(rows[1:2], {})
 
 
-def test_rows_of_another_length_have_a_table_beside_ours(tool):
-    names = [f"nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "pvtv2-b0")]
-    page = tool.render([*map(row, names), row(names[1], iterations=7)], {})
-    same, rest = page.split("Other lengths of the same schedule")
-    assert [line[3] for line in lines(same)[2:]] == ["10", "10"]
-    assert [(line[0], line[3]) for line in lines(rest)[2:]] == [
-        ("PVTv2-B0", "7"),
-        ("SOFT++ mini", "10"),
+def test_rows_of_another_length_are_beside_ours_of_the_same_time(tool):
+    names = [
+        f"nuclei/upernet_{name}_nuclei.py"
+        for name in ("softpp-mini", "softpp-t", "pvtv2-b0", "swin-t", "r18")
     ]
+    found = {k: v for name, t in zip(names, (1, 3, 2, 4, 9)) for k, v in times(name, t).items()}
+    rows = [*map(row, names), row(names[2], iterations=6), row(names[3], iterations=7)]
+    page = tool.render(rows, found)
+    same, mini, tiny = page.split("The same time")
+    assert len(lines(same)) == 2 + len(names)
+    assert "that of SOFT++ mini" in mini
+    assert [(line[0], line[3], line[7]) for line in lines(mini)[2:]] == [
+        ("PVTv2-B0", "6", "1.20"),
+        ("SOFT++ mini", "10", "1.00"),
+    ]
+    assert "that of SOFT++ Tiny" in tiny
+    assert [(line[0], line[3], line[7]) for line in lines(tiny)[2:]] == [
+        ("Swin-T", "7", "0.93"),
+        ("SOFT++ Tiny", "10", "1.00"),
+    ]
+    with pytest.raises(ValueError, match=f"seconds of {names[2]} or of ours were not measured"):
+        tool.render(rows, {name: found[name] for name in names if name != names[2]})
 
 
 def parts_of(**scores):
@@ -195,14 +220,26 @@ def test_where_peers_are_ahead_is_told_beyond_the_seeds(tool):
         row(other, 0, score=0.83, where=parts_of(dark=0.1, bright=0.1)),
     ]
     page = tool.render(rows, {})
-    told = [line for line in page.splitlines() if line.startswith("- ") and "SOFT++ mini" in line]
+    told = [line for line in page.splitlines() if line.startswith("- ") and ", here" in line]
     assert told == [
-        "- PVTv2-B0, mIoU of bright: 0.630 (0.610-0.650), SOFT++ mini 0.550 (0.500-0.600)",
-        "- ResNet-18, mIoU: 0.830, SOFT++ mini 0.810 (0.800-0.820)",
+        "- PVTv2-B0: mIoU of bright 0.630 (0.610-0.650), here 0.550 (0.500-0.600)",
+        "- ResNet-18: mIoU 0.830, here 0.810 (0.800-0.820)",
     ]
+    tiny = row(ours.replace("mini", "t"), score=0.825)
+    told = tool.ahead([*rows, tiny], "softpp-t").splitlines()[3:]
+    assert told == ["- ResNet-18: mIoU 0.830, here 0.825"]
     assert "| dark (2 images) |" in " ".join(page.split())
     behind = {**rows[4], "metrics": dict(mIoU=70)}
-    assert "No peer is ahead" in tool.render([*rows[:2], behind], {})
+    assert "None is ahead of SOFT++ mini" in tool.render([*rows[:2], behind], {})
+
+
+def test_objects_of_a_size_count_among_what_others_are_ahead_in(tool):
+    config = "bccd/retinanet_softpp-mini_fpn_bccd.py"
+    metrics = {"coco/bbox_mAP": 0.5, "coco/bbox_mAP_50": 0.8, "coco/bbox_mAP_s": -1}
+    assert tool.measures({**row(config), "metrics": metrics}) == {
+        "box AP": 0.5,
+        "box AP at IoU 0.5": 0.8,
+    }
 
 
 def test_where_the_classes_agree(tool, tmp_path):

@@ -108,6 +108,11 @@ METRICS = {  # of the tests: heading, and the scale to 0..1
     "coco/segm_mAP": ("mask AP", 1),
     "mIoU": ("mIoU", 0.01),
 }
+OF_OBJECTS = re.compile(r"coco/(?P<kind>bbox|segm)_mAP_(?P<suffix>50|s|m|l)")
+SUFFIXES = {"50": " at IoU 0.5"} | {
+    size[0]: f" of {size} objects" for size in ("small", "medium", "large")
+}
+OURS = ("softpp-mini", "softpp-t")  # what others are compared with
 BACKBONES = {
     "softpp-mini": "SOFT++ mini",
     "softpp-mini-batch-norm": "SOFT++ mini, BatchNorm",
@@ -230,7 +235,7 @@ def time_in_turns(
     """
     samples: dict[Path, list[float]] = {path: [] for path in paths}
     for number in range(rounds):
-        for path in paths:
+        for path in paths[:: -1 if number % 2 else 1]:  # neighbours and ends change
             config = Config.fromfile(path, import_custom_modules=False)
             folder = (work_dir / f"{path.stem}_{number}").absolute()
             folder.mkdir(parents=True)
@@ -398,20 +403,20 @@ method](method.md#norm-of-the-patch-embeddings).
   fill nothing up, and attention leaves out what is ([why](method.md#padding-of-images)); the crops
   of training have nothing of the kind.
 
-Parameters are those of the whole model, heads included. Seconds per iteration are the median over
-runs of a few iterations in which configs of a task took turns on an otherwise idle machine, loading
-of images included, and training seconds those of so many iterations; "-" where that was not
-measured. A star: on another day, when the machine was faster and PVTv2-B0 took 0.59, 0.87 and 0.50
-seconds; compare with that. Peak memory is the resident memory of the training process, of several
-seeds the highest.
+Parameters are those of the whole model, heads included. Seconds per iteration are the median, with
+the quartiles, over runs of a few iterations in which all configs of a task took turns on an
+otherwise idle machine, loading of images included, and training seconds those of so many
+iterations; "-" where that was not measured. Peak memory is the resident memory of the training
+process, of several seeds the highest.
 Other figures of several seeds are their mean, with the lowest and the highest in parentheses; a
 seed sets the initial weights and the order of the images. Rows of one seed have no range: how far
 seeds differ is to be seen in the others.
 """
 EMPTY = "\nNothing has been measured yet.\n"
-OTHER_LENGTHS = """
-Other lengths of the same schedule, beside SOFT++ at its own length; what each took is in the column
-of training seconds:
+EQUAL_TIME = """
+The same time: schedules made shorter or longer, so that training takes as long as that of {ours},
+by the seconds per iteration above.
+
 """
 SHEET = """
 Test images of seed 0, from the best of SOFT++ mini to its worst; below each its score, and that of
@@ -421,11 +426,11 @@ Where they are right and where wrong: {measure} by {parts}{more}.
 
 """
 AHEAD = """
-Where peers are ahead of SOFT++ mini by more than the seeds of either differ:
+Where others are ahead of {ours} by more than the seeds of either differ:
 
 """
 NOWHERE = """
-No peer is ahead of SOFT++ mini there by more than the seeds of either differ.
+None is ahead of {ours} there by more than the seeds of either differ.
 """
 ALL_COUNT = """, of all detections; COCO's
 mAP above counts the best 100 of each image, which is less where there are more objects than that"""
@@ -482,8 +487,11 @@ def read_budgets(path: Path) -> list[Row]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def cells(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
-    """The table's line of the same config and length with several seeds."""
+def cells(rows: Sequence[Row], times: Mapping[str, Row], budget: float | None) -> list[str]:
+    """The table's line of the same config and length with several seeds.
+
+    With a budget, seconds, it says how much of that the training took.
+    """
     first = rows[0]
     metrics = [
         spread([row["metrics"][key] * scale for row in rows], 3)
@@ -491,25 +499,41 @@ def cells(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
         if key in first["metrics"]
     ]
 
-    own = times.get(first["config"])
-    iteration = statistics.median(own["seconds"]) if own else None
-    star = "" if own is None or in_turns_with_ours(own) else "*"
+    iteration = iteration_of(first, times)
+    taken = training_of(first, times)
+    share = "-" if taken is None or not budget else f"{taken / budget:.2f}"
     return [
         BACKBONES[backbone_of(first)],
         f"{first['parameters'] / 1e6:.2f}",
         ", ".join(str(row["seed"]) for row in rows),
         str(first["iterations"]),
         *metrics,
-        seconds([iteration]) + star,
-        seconds([iteration and iteration * first["iterations"]]) + star,
+        seconds([iteration]) + quartiles(first, times),
+        seconds([taken]),
+        *([share] if budget else []),
         megabytes(max(row["peak_bytes"] for row in rows)),
     ]
 
 
-def in_turns_with_ours(times: Row) -> bool:
-    """Whether seconds were measured together with those of SOFT++ mini."""
-    names = [Path(times["config"]).name, *times.get("in_turns_with", [])]
-    return any("_softpp-mini_" in name for name in names)
+def iteration_of(row: Row, times: Mapping[str, Row]) -> float | None:
+    """Seconds of an iteration, the median; None where they were not measured."""
+    own = times.get(row["config"])
+    return statistics.median(own["seconds"]) if own else None
+
+
+def quartiles(row: Row, times: Mapping[str, Row]) -> str:
+    """The lower and the upper one, in parentheses."""
+    own = times.get(row["config"])
+    if own is None or len(own["seconds"]) < 4:
+        return ""
+    low, _, high = statistics.quantiles(own["seconds"], n=4)
+    return f" ({low:.2f}-{high:.2f})"
+
+
+def training_of(row: Row, times: Mapping[str, Row]) -> float | None:
+    """Seconds of all iterations."""
+    iteration = iteration_of(row, times)
+    return None if iteration is None else iteration * row["iterations"]
 
 
 def megabytes(count: int) -> str:
@@ -517,17 +541,48 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.0f}" if count else "-"
 
 
-def table(rows: Sequence[Row], key: Callable[[Row], Any], times: Mapping[str, Row]) -> str:
+def table(
+    rows: Sequence[Row],
+    key: Callable[[Row], Any],
+    times: Mapping[str, Row],
+    budget: float | None = None,
+) -> str:
     """A Markdown table, a line for each config and length, in the order of ``key``."""
     lines: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (key(row), row["config"], row["seed"])):
         lines[row["config"], row["iterations"]].append(row)
     names = [name for k, (name, _) in METRICS.items() if k in rows[0]["metrics"]]
     header = ["backbone", "params (M)", "seeds", "iterations", *names]
-    header += ["s/iteration", "training (s)", "peak memory (MB)"]
-    body = [cells(group, times) for group in lines.values()]
+    header += ["s/iteration", "training (s)", *(["of its time"] if budget else [])]
+    header.append("peak memory (MB)")
+    body = [cells(group, times, budget) for group in lines.values()]
     align = ["left"] + ["right"] * (len(header) - 1)
     return tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
+
+
+def of_equal_time(rows: Sequence[Row], times: Mapping[str, Row]) -> dict[str, list[Row]]:
+    """Rows of other lengths, each beside that of OURS whose time is nearest, which comes first.
+
+    Raises:
+        ValueError: the time of a row of another length was not measured.
+    """
+    scheduled = [row for row in rows if row["iterations"] == row["scheduled_iterations"]]
+    groups = {
+        ours: [row for row in scheduled if backbone_of(row) == ours]
+        for ours in OURS
+        if any(backbone_of(row) == ours and training_of(row, times) for row in scheduled)
+    }
+    budgets = {ours: training_of(group[0], times) or 1.0 for ours, group in groups.items()}
+    for row in rows:
+        if row["iterations"] != row["scheduled_iterations"]:
+            if not budgets or (taken := training_of(row, times)) is None:
+                raise ValueError(f"seconds of {row['config']} or of ours were not measured")
+            groups[min(budgets, key=lambda ours: abs(math.log(taken / budgets[ours])))].append(row)
+    return {
+        ours: group
+        for ours, group in groups.items()
+        if any(row["iterations"] != row["scheduled_iterations"] for row in group)
+    }
 
 
 def where_table(rows: Sequence[Row]) -> str:
@@ -559,23 +614,26 @@ def by_config(rows: Sequence[Row]) -> list[list[Row]]:
     return [list(group) for _, group in groupby(rows, lambda row: row["config"])]
 
 
-def ahead(rows: Sequence[Row]) -> str:
-    """Measures, of all data and of parts, in which every seed of a peer beats every one of ours."""
+def ahead(rows: Sequence[Row], ours: str) -> str:
+    """Measures, of all data and of parts, in which every seed of others beats every one of ours."""
     groups = {backbone_of(group[0]): group for group in by_config(rows)}
-    if (ours := groups.get("softpp-mini")) is None:
+    if (base := groups.get(ours)) is None:
         return ""
     found = []
-    for name, peer in groups.items():
-        if name.startswith("softpp"):
+    for name, other in groups.items():
+        if name in OURS:
             continue
-        for measure in measures(ours[0]):
-            if not all(measure in measures(row) for row in (*ours, *peer)):
+        lines = []
+        for measure in measures(base[0]):
+            if not all(measure in measures(row) for row in (*base, *other)):
                 continue
-            own, others = ([measures(row)[measure] for row in group] for group in (ours, peer))
+            own, others = ([measures(row)[measure] for row in group] for group in (base, other))
             if min(others) > max(own):
-                both = f"{spread(others, 3)}, SOFT++ mini {spread(own, 3)}"
-                found.append(f"- {BACKBONES[name]}, {measure}: {both}")
-    return AHEAD + "\n".join(found) + "\n" if found else NOWHERE
+                lines.append(f"{measure} {spread(others, 3)}, here {spread(own, 3)}")
+        if lines:
+            found.append(f"- {BACKBONES[name]}: {'; '.join(lines)}")
+    text = AHEAD + "\n".join(found) + "\n" if found else NOWHERE
+    return text.format(ours=BACKBONES[ours])
 
 
 def measures(row: Row) -> dict[str, float]:
@@ -586,6 +644,9 @@ def measures(row: Row) -> dict[str, float]:
         if key in row["metrics"]
     }
     names = dict(segm="mask AP", bbox="box AP", mIoU="mIoU")
+    for key, value in row["metrics"].items():
+        if (match := OF_OBJECTS.fullmatch(key)) and value >= 0:  # -1 where there are none
+            found[f"{names[match['kind']]}{SUFFIXES[match['suffix']]}"] = value
     for part, figures in row.get("where", {}).items():
         if part != "all":
             found |= {f"{names[k]} of {part}": figures[k] for k in names if k in figures}
@@ -618,6 +679,13 @@ def across(rows: Sequence[Row], budgets: Sequence[Row]) -> str:
 def render(rows: Sequence[Row], times: Mapping[str, Row], budgets: Sequence[Row] = ()) -> str:
     """The page."""
     text = HEAD + (conditions(rows) if rows else EMPTY)
+    if times:
+        text += f"\nTimes: commit {', '.join(sorted({of['commit'] for of in times.values()}))}.\n"
+    if lasted := [row["wall_seconds"] for row in rows if "wall_seconds" in row]:
+        text += (
+            f"\nThe longest run took {max(lasted) / 60:.0f} minutes, its test included, beside "
+            "another one.\n"
+        )
     for task, title in TASKS.items():
         own = [row for row in rows if task_of(row) == task]
         if not own:
@@ -626,16 +694,14 @@ def render(rows: Sequence[Row], times: Mapping[str, Row], budgets: Sequence[Row]
         scheduled = [row for row in own if row["iterations"] == row["scheduled_iterations"]]
         if scheduled:
             text += "\n" + table(scheduled, lambda row: row["parameters"], times)
-        if len(scheduled) < len(own):
-            ours = [row for row in scheduled if "softpp" in row["config"]]
-            others = [row for row in own if row["iterations"] != row["scheduled_iterations"]]
-            text += (
-                OTHER_LENGTHS + "\n" + table(ours + others, lambda row: row["parameters"], times)
-            )
+        for ours, group in of_equal_time(own, times).items():
+            budget = training_of(group[0], times)
+            text += EQUAL_TIME.format(ours=BACKBONES[ours])
+            text += table(group, lambda row: row["parameters"], times, budget)
         known = [row for row in scheduled if "where" in row]
         if known:
             text += where_table(known)
-        text += ahead(scheduled)
+        text += "".join(ahead(scheduled, ours) for ours in OURS)
         if budgets and task == ("nuclei", "mask-rcnn"):
             text += across(scheduled, budgets)
         name, shown, seen = PICTURES[task]
