@@ -116,7 +116,7 @@ def measure_row(
     """
     path = Path(config.filename)
     scheduled = config.train_cfg.max_iters
-    iterations = iterations or scheduled
+    iterations = scheduled if iterations is None else iterations
     training = [f"randomness.seed={seed}", *training]
     if iterations != scheduled:
         training += schedule(config, iterations)

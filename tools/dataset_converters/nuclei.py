@@ -8,20 +8,23 @@ SOURCE has `stage1_train/ID/images/ID.png` and one mask for each nucleus in
 
     OUT/images/{train,val}/ID.png    OUT/annotations/instances_{train,val}.json
 
-and MMSegmentation the same images with OUT/masks/{train,val}/ID.png: 0 background, 1 nucleus.
-Instance masks are run-length encoded, without loss. The validation set is that of
-`nuclei_val.txt` beside this script: of the images of each size, in the order of their names, the
-third and every fifth after it.
+and MMSegmentation the same images with OUT/masks/{train,val}/ID.png: 0 background, 1 nucleus, of
+those that OUT/{train,val}.txt name. Instance masks are run-length encoded, without loss. The
+validation set is that of `nuclei.txt` beside this script, which has of each image the number of its
+masks: of the images of each size, in the order of their names, the third and every fifth after it.
 
-What is broken is named and left out: an image that cannot be read, or whose nuclei are not all
-known, because it has no mask or one that cannot be read or has another size. An empty mask is named
-and counts for nothing. Run it again after an interruption: what was converted is kept.
+What is missing or broken is named and left out: an image that cannot be read, or whose nuclei are
+not all known, because a mask is missing, cannot be read or has another size. An empty mask is named
+and counts for nothing. Run it again after an interruption or a change of SOURCE: what was converted
+and has not changed is kept. Until all of it is, training finds an image of the lists, or the
+annotations, missing.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,14 +35,36 @@ from mmsoft.fileio import write_whole
 
 CLASSES = ("nucleus",)
 SPLITS = ("train", "val")
-IMAGES = 664  # of the repository
-VALIDATION = Path(__file__).with_name("nuclei_val.txt")
+PUBLISHED = Path(__file__).with_name("nuclei.txt")
 
 
-def instances(folder: Path, shape: tuple[int, int], problems: Problems) -> list[np.ndarray] | None:
-    """The masks of one image, bool `[H, W]`; None if there are others that are not known."""
+class Published(NamedTuple):
+    """What is known of an image of the repository."""
+
+    masks: int
+    split: str
+
+
+def published() -> dict[str, Published]:
+    """All images of the repository, by name."""
+    lines = (line.split() for line in PUBLISHED.read_text().splitlines())
+    return {name: Published(int(masks), *split or ["train"]) for name, masks, *split in lines}
+
+
+def instances(
+    folder: Path, shape: tuple[int, int], count: int, problems: Problems
+) -> list[np.ndarray] | None:
+    """The masks of one image, bool `[H, W]`; None if there are others that are not known.
+
+    There should be `count` of them at least.
+    """
     found, complete = [], True
-    for path in sorted((folder / "masks").glob("*.png")):
+    paths = sorted((folder / "masks").glob("*.png"))
+    if len(paths) < count:
+        lost = f"{len(paths)} masks where the repository has {count}"
+        problems.add(folder / "masks", lost if paths else "no mask of a nucleus")
+        complete = False
+    for path in paths:
         # As it is: 16 bits cut to 8 could make a mask empty.
         mask = read_image(path, cv2.IMREAD_UNCHANGED, problems)
         if mask is None:
@@ -51,7 +76,7 @@ def instances(folder: Path, shape: tuple[int, int], problems: Problems) -> list[
             problems.add(path, "an empty mask")
         else:
             found.append(inside)
-    if not found:
+    if not found and complete:
         problems.add(folder / "masks", "no mask of a nucleus")
     return found if found and complete else None
 
@@ -72,20 +97,31 @@ def annotation(mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-def convert(folder: Path, out: Path, split: str, problems: Problems) -> dict[str, Any] | None:
+def state_of(folder: Path) -> str:
+    """A digest of names, sizes and times of the files of an image: other files, another one."""
+    files = [
+        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*.png"))
+    ]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def convert(folder: Path, out: Path, known: Published, problems: Problems) -> dict[str, Any] | None:
     """Write one image and its index mask; what COCO has to know, or None if it is left out."""
     name = f"{folder.name}.png"
-    done = out / ".converted" / f"{folder.name}.json"
-    written = [out / kind / split / name for kind in ("images", "masks")]
+    done, state = out / ".converted" / f"{folder.name}.json", state_of(folder)
+    written = [out / kind / known.split / name for kind in ("images", "masks")]
     if done.is_file() and all(path.is_file() for path in written):
-        return json.loads(done.read_text())
+        before = json.loads(done.read_text())
+        if before.pop("state", None) == state:
+            return before
     source = folder / "images" / name
-    before = len(problems.found)
+    problems_before = len(problems.found)
     image = read_image(source, cv2.IMREAD_COLOR, problems)
     if image is None:
         return None
     height, width = image.shape[:2]
-    masks = instances(folder, (height, width), problems)
+    masks = instances(folder, (height, width), known.masks, problems)
     if masks is None:
         return None
     copy_whole(source, written[0])
@@ -98,10 +134,16 @@ def convert(folder: Path, out: Path, split: str, problems: Problems) -> dict[str
         "image": {"file_name": name, "width": width, "height": height},
         "annotations": [annotation(mask) for mask in masks],
     }
-    if len(problems.found) == before:  # what had a problem is looked at, and named, again
+    if len(problems.found) == problems_before:  # what had a problem is looked at, and named, again
         with write_whole(done) as partial:
-            partial.write_text(json.dumps(result))
+            partial.write_text(json.dumps({"state": state, **result}))
     return result
+
+
+def write_list(out: Path, split: str, names: list[str]) -> None:
+    """The images that MMSegmentation reads."""
+    with write_whole(out / f"{split}.txt") as partial:
+        partial.write_text("".join(f"{name}\n" for name in names))
 
 
 def main() -> None:
@@ -113,21 +155,22 @@ def main() -> None:
         sys.exit(
             f"error: {root} has no images; SOURCE must be a clone of the repository named above"
         )
-    validation = set(VALIDATION.read_text().split())
+    known = published()
     problems = Problems()
-    for name in sorted(validation - {folder.name for folder in folders}):
-        problems.add(root / name, "missing, an image of the validation set")
-    if len(folders) != IMAGES:
-        problems.add(root, f"{len(folders)} images where the repository has {IMAGES}")
+    for name in sorted(known.keys() - {folder.name for folder in folders}):
+        problems.add(root / name, f"missing, an image of the {known[name].split} set")
     found: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    for folder in track(folders, len(folders)):
-        split = "val" if folder.name in validation else "train"
-        if result := convert(folder, args.out, split, problems):
-            found[split].append(result)
+    splits = {folder: known.get(folder.name, Published(0, "train")) for folder in folders}
+    for split in SPLITS:  # until all is there: who reads the list misses an image, and says so
+        write_list(args.out, split, [f.name for f, of in splits.items() if of.split == split])
+    for folder, of in track(splits.items(), len(folders)):
+        if result := convert(folder, args.out, of, problems):
+            found[of.split].append(result)
     for split, results in found.items():
         path = args.out / "annotations" / f"instances_{split}.json"
         pairs = [(each["image"], each["annotations"]) for each in results]
         images, annotations = write_coco(path, pairs, CLASSES)
+        write_list(args.out, split, [Path(each["image"]["file_name"]).stem for each in results])
         print(f"{path}: {images} images, {annotations} nuclei")
     print(problems.summary())
 

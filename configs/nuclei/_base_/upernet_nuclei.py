@@ -45,6 +45,7 @@ loading = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
     batch_size=4,  # the head normalizes over the batch alone where it pools to 1x1
     dataset=dict(
+        ann_file="train.txt",
         data_prefix=dict(img_path="images/train", seg_map_path="masks/train"),
         pipeline=train_pipeline,
         **dataset,
@@ -53,6 +54,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     dataset=dict(
+        ann_file="val.txt",
         data_prefix=dict(img_path="images/val", seg_map_path="masks/val"),
         pipeline=test_pipeline,
         **dataset,
