@@ -223,7 +223,7 @@ def fuse_attention(model: nn.Module) -> None:
         if isinstance(layer, nn.MultiheadAttention):
             layer.forward = partial(layer.forward, need_weights=False)  # type: ignore[method-assign]
         elif type(layer).__name__ in ("WindowMSA", "DaViTWindowMSA"):
-            layer.forward = partial(_windows, layer.forward, layer)  # type: ignore[method-assign]
+            layer.forward = partial(_windows, layer.forward, layer)
 
 
 def make_backbone(name: str, mode: str = "forward") -> Any:

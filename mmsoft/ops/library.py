@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 HAS_CUSTOM_OPERATORS = hasattr(torch.library, "custom_op")  # and more that came with torch 2.4
 
 

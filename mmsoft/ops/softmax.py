@@ -8,12 +8,15 @@ from torch import Tensor
 
 from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
-from .island import compute_dtype
+from .island import compute_dtype, no_autocast
+from .library import TORCH, cpu_autocast_dtype
 from .mode import forward_mode, lacks_batch_rule, may_decide
 
 # Their products and sums are within float32's range.
 QUERY_MAX, VALUE_MAX = 1e17, 1e30
 _IN_FLOAT64 = {QUERY_MAX: 1e100, VALUE_MAX: 1e300}
+# On a CPU fused attention stored products in float16 itself, which overflow: NaN.
+_OVERFLOWS = TORCH < (2, 6)
 
 
 def softmax_attention(
@@ -31,7 +34,18 @@ def softmax_attention(
     if torch.jit.is_tracing() or forward_mode() or lacks_batch_rule():  # get_flops traces
         logits = (q * scale) @ k.mT
         return (logits if bias is None else logits + bias).softmax(-1) @ v
+    if _OVERFLOWS and q.device.type == "cpu" and _dtype(q) == torch.float16:
+        q, k, v = (t.to(torch.float16).float() for t in (q, k, v))
+        bias = None if bias is None else bias.float()
+        with no_autocast(q):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return out.to(torch.float16)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _dtype(q: Tensor) -> torch.dtype:
+    """In which fused attention would compute."""
+    return cpu_autocast_dtype() or q.dtype
 
 
 def landmark_attention(

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from metrics import error
 from on_device import device_type
 from operators import FLOAT16, Calls, before_torch
 from torch import Tensor
 
-from mmsoft.ops import choose_landmarks, landmark_attention, reference
+from mmsoft.ops import choose_landmarks, landmark_attention, reference, softmax
 from mmsoft.ops.softmax import landmark_means, read_landmarks
 
 # batch, heads, tokens, landmarks, head dim
@@ -83,6 +84,32 @@ def test_autocast(dtype):
     truth = run(reference.landmark_attention, [t.to(dtype).double() for t in tensors], present)
     assert error(ours[0], truth[0]) < (8 if FUSED else 24) * torch.finfo(dtype).eps
     assert all(t.isfinite().all() for t in ours)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [FLOAT16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_where_fused_attention_overflows(dtype, autocast, monkeypatch):
+    """On CPUs before torch 2.6: in float32 then, of what float16 leaves of the arguments."""
+    *tensors, present = arguments((1, 2, 400, 9, 32), 12.0, torch.float32)
+    tensors = [t.to(dtype) for t in tensors]
+    given = [t.float() for t in tensors] if autocast else tensors
+    autocast = dtype if autocast else None
+    monkeypatch.setattr(softmax, "_OVERFLOWS", True)
+    with Calls() as calls:
+        ours = run(landmark_attention, given, present, autocast)
+    assert any("scaled_dot_product" in name for name in calls.names)
+    assert ours[0].dtype == dtype
+    truth = run(reference.landmark_attention, [t.double() for t in tensors], present)
+    assert error(ours[0], truth[0]) < 8 * torch.finfo(dtype).eps
+    most = [torch.full_like(t, torch.finfo(dtype).max) for t in given]
+    assert all(t.isfinite().all() for t in run(landmark_attention, most, present, autocast)[:1])
+    seen = []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.append(q.dtype) or v
+    )
+    softmax.softmax_attention(*3 * (tensors[0],))
+    assert seen == [torch.float32]
 
 
 @pytest.mark.parametrize("size", [1.0, 1e25])

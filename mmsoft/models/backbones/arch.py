@@ -14,6 +14,7 @@ ARCHS: dict[str, dict[str, list[int]]] = {
 }
 ARCH_ALIASES = {name[0]: name for name in ARCHS}
 STAGES = 4
+STRIDES = (4, 8, 16, 32)  # of the features, by stage
 _OPTIONAL = dict(landmark_strides=[8, 4, 2], value_kernels=[9, 5, 3])
 _MAX_IMG_SIZE = 1 << 14  # beyond, position embeddings alone would take gigabytes
 OUT_TYPES = ("featmap", "cls_token")

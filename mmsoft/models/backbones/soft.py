@@ -24,6 +24,7 @@ from ..norms import NormKind, become
 from ..padding import Inside, inside
 from .arch import (
     STAGES,
+    STRIDES,
     check_choice,
     check_img_size,
     check_int,
@@ -376,10 +377,11 @@ class SOFT(Backbone):
             x = x[:, :, :height, :width]
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
-        for i, stage in enumerate(self.stages):
+        # Strides at hand: torch 2.4 compiles no shift by an index that it has made a variable of.
+        for i, (stage, stride) in enumerate(zip(self.stages, STRIDES)):
             padding: tuple[Inside, ...] = ()
             if within is not None:
-                padding = (within.every(4 << i), within.every(2 << i if i else 1))
+                padding = (within.every(stride), within.every(stride // 2 if i else 1))
             tokens, hw_shape = stage(x, *padding)
             if stage.cls_token is not None:
                 tokens = self.norm(tokens)
@@ -387,7 +389,7 @@ class SOFT(Backbone):
                     return (tokens[:, 0].contiguous(),)
                 tokens = tokens[:, 1:]
             if i in self.out_indices:
-                outs.append(_fill_up(as_image(tokens, hw_shape), size, 4 << i, within))
+                outs.append(_fill_up(as_image(tokens, hw_shape), size, stride, within))
             x = tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)  # a channels-last view
         return tuple(outs)
 
