@@ -102,6 +102,15 @@ def load(path: str, map_location: Any, mmap: bool = False) -> Any:
     return torch.load(path, map_location=map_location, pickle_module=_PICKLE, mmap=mmap)
 
 
+def warn_of_other_loaders() -> None:
+    """Warn, once, where MMEngine reads local checkpoints itself and torch does not protect."""
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    loader = CheckpointLoader._schemes.get("")
+    if not RESTRICTED and getattr(loader, "__module__", "") != "mmsoft.checkpoint.loader":
+        _warn()
+
+
 @cache
 def _warn() -> None:
     warnings.warn(
@@ -109,6 +118,6 @@ def _warn() -> None:
         "are loaded: MMEngine loads without weights_only, and before torch 2.6 that can be got "
         "round (CVE-2025-32434). mmsoft reads checkpoints by a list of what they may hold, "
         "wherever mmsoft.checkpoint reads them and in no other place: load only files that you "
-        "trust, or update torch",
+        "trust, import mmsoft.checkpoint.loader, by which MMEngine loads then, or update torch",
         stacklevel=4,
     )

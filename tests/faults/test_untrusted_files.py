@@ -23,6 +23,7 @@ from metrics import same
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from operators import before_torch
 from released import SMALL
 from torch import nn
@@ -391,6 +392,33 @@ def test_older_torch_warns_once_of_files_that_are_not_trusted(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_checkpoint(tmp_path / "some.pth")
+
+
+@pytest.fixture
+def older_torch(monkeypatch):
+    """As before torch 2.6, with nothing said yet."""
+    safe_globals._warn.cache_clear()
+    for module in ("safe_globals", "checkpoint.loader"):
+        monkeypatch.setattr(f"mmsoft.{module}.RESTRICTED", False)
+    yield monkeypatch
+    safe_globals._warn.cache_clear()
+
+
+def test_older_torch_warns_once_where_mmengine_loads_by_itself(older_torch, weights, tmp_path):
+    """Before it does, when the model is built: afterwards it is too late."""
+    path = save(tmp_path / "some.pth", weights)
+    older_torch.setitem(CheckpointLoader._schemes, "", mmengine_checkpoint.load_from_local)
+    with pytest.warns(UserWarning, match=r"CVE-2025-32434.*import mmsoft.checkpoint.loader"):
+        load_as_load_from(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_as_load_from(path)
+
+
+def test_older_torch_has_nothing_to_warn_of_where_our_loader_is_in_place(older_torch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone()
 
 
 # ---------------------------------------------------------------------------------- downloaded

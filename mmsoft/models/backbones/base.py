@@ -7,6 +7,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
 from mmsoft.checkpoint import LoadReport, foresee_backbone, load_backbone
+from mmsoft.safe_globals import warn_of_other_loaders
 
 from ..attention import SoftmaxFreeAttention
 from .arch import check_init_cfg
@@ -27,6 +28,7 @@ class Backbone(BaseModule):
     def __init__(self, init_cfg: dict | list[dict] | None):
         check_init_cfg(init_cfg)
         super().__init__(init_cfg=init_cfg)
+        warn_of_other_loaders()  # here, because MMEngine runs a file before it hands over weights
         self.load_report: LoadReport | None = None  # of weights loaded since the last train()
         self._register_state_dict_hook(_save_notes)
 
