@@ -452,6 +452,39 @@ def test_converter_refuses_other_files_and_leaves_nothing(converter, tmp_path):
     assert os.listdir(tmp_path) == ["other.pth"]
 
 
+@pytest.mark.parametrize("task", ["classifier", "backbone"])
+@pytest.mark.parametrize(
+    ("missing", "added", "message"),
+    [
+        (["block2.1.att.ff1.bias", "norm.bias"], [], "2 missing: backbone.norm.bias, backbone.st"),
+        (["pos_embed1"], [], "1 missing: backbone.stages.0.pos_embed"),
+        (["block1."], [], r"18 missing: backbone\.stages\.0\.blocks\.0\."),  # the whole block
+        ([], ["norm.extra"], "1 unexpected: backbone.norm.extra"),
+        ([], ["head.extra"], "1 unexpected: head.fc.extra"),
+        (["pos_embed4"], ["block3.0.extra"],
+         "1 missing: backbone.stages.3.pos_embed; 1 unexpected: backbone.stages.2.blocks.0.extra"),
+    ],
+)  # fmt: skip
+def test_converter_names_keys_that_are_missing_or_not_the_releases(
+    task, missing, added, message, converter, tmp_path
+):
+    weights = {k: v for k, v in state_dict().items() if not k.startswith(tuple(missing) or "?")}
+    weights.update(dict.fromkeys(added, torch.zeros(1)))
+    file = released_file(tmp_path / "changed.pth", weights=weights)
+    status, *_ = converter(file, tmp_path / "out.pth", "--task", task)
+    assert re.search(f"changed.pth has not the keys of the release; {message}", status)
+    assert os.listdir(tmp_path) == ["changed.pth"]
+
+
+def test_converter_needs_the_head_for_a_classifier_alone(converter, tmp_path):
+    weights = {k: v for k, v in state_dict().items() if not k.startswith("head.")}
+    file = released_file(tmp_path / "headless.pth", weights=weights)
+    status, *_ = converter(file, tmp_path / "out.pth")
+    assert status.endswith("2 missing: head.fc.bias, head.fc.weight")
+    assert not (tmp_path / "out.pth").exists()
+    assert converter(file, tmp_path / "out.pth", "--task", "backbone")[0] == 0
+
+
 def test_a_failed_conversion_keeps_the_old_file(converter, released, tmp_path, monkeypatch):
     target = tmp_path / "target.pth"
     target.write_text("what was there before")
