@@ -92,9 +92,15 @@ class Backbone(BaseModule):
                     info["tmp_mean_value"] = parameter.detach().mean().cpu()
 
     def _note_loading(self, state_dict: dict, prefix: str, own: dict, *args: Any) -> None:
-        """Keep a report, and say so where MMEngine would note that a mean is as before."""
+        """Keep a report, and say so where MMEngine would note that a mean is as before.
+
+        Of heads, whose names are not known here, what is written from now on counts as loaded.
+        """
         self.load_report = LoadReport(state_dict, prefix, own, *args)
         noted = self.__dict__.get("_params_init_info", {})
+        for parameter, info in noted.items():
+            if not parameter.is_inference():
+                info["tmp_mean_value"] = _MeanBefore(parameter, info["tmp_mean_value"])
         for name, parameter in self.named_parameters():
             if prefix + name in state_dict and (info := noted.get(parameter)):
                 info["init_info"] = "loaded from a checkpoint"
@@ -158,6 +164,19 @@ class Backbone(BaseModule):
             for name, parameter in self.named_parameters()
             if parameter.dim() == 1 or name.rpartition(".")[2] in ("pos_embed", "cls_token")
         }
+
+
+class _MeanBefore:
+    """What MMEngine compares with a parameter's mean to see whether something has set it.
+
+    Writing the parameter counts, too: loading leaves the mean of most biases at 0.
+    """
+
+    def __init__(self, parameter: Tensor, mean: Any):
+        self._parameter, self._version, self._mean = parameter, parameter._version, mean
+
+    def __ne__(self, mean: Any) -> bool:
+        return self._parameter._version != self._version or bool(self._mean != mean)
 
 
 def _save_notes(module: Any, state_dict: dict, prefix: str, local_metadata: dict) -> None:
