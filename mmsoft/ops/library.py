@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 HAS_CUSTOM_OPERATORS = hasattr(torch.library, "custom_op")  # and more that came with torch 2.4
+HAS_CPU_FLOAT16 = Version(Version(torch.__version__).base_version) >= Version("2.3")
 
 
 def autocast_enabled(device: str) -> bool:
@@ -25,6 +27,15 @@ def cpu_autocast_dtype() -> torch.dtype | None:
     if HAS_CUSTOM_OPERATORS:
         return torch.get_autocast_dtype("cpu")
     return torch.get_autocast_cpu_dtype()
+
+
+def check_float16(dtype: torch.dtype, device: str) -> None:
+    """Raise TypeError where torch would name an operation of its own that it has not in float16."""
+    if not HAS_CPU_FLOAT16 and dtype == torch.float16 and device == "cpu":
+        raise TypeError(
+            f"float16 on a CPU needs torch>=2.3, but torch {torch.__version__} is installed: use "
+            "float32 or bfloat16"
+        )
 
 
 def has_fp32_precision() -> bool:

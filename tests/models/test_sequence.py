@@ -253,6 +253,13 @@ def test_invalid_input(x, kind, message):
         backbone()(x)
 
 
+@pytest.mark.cpu
+def test_float16_that_torch_has_not_is_named(monkeypatch):
+    monkeypatch.setattr("mmsoft.ops.library.HAS_CPU_FLOAT16", False)
+    with pytest.raises(TypeError, match=r"float16 on a CPU needs torch>=2.3, but torch .* is inst"):
+        backbone().half()(torch.ones(2, 5).long())
+
+
 def test_weights_round_trip_and_choose_their_landmarks(tmp_path):
     trained = backbone(landmarks="content", landmark_stride=5)
     nn.init.normal_(trained.norm.bias)

@@ -470,6 +470,15 @@ def test_not_a_batch_of_images(mini, shape):
         mini()(torch.randn(shape))
 
 
+@pytest.mark.cpu
+def test_float16_that_torch_has_not_is_named(mini, monkeypatch):
+    monkeypatch.setattr("mmsoft.ops.library.HAS_CPU_FLOAT16", False)
+    backbone = mini().eval()
+    with pytest.raises(TypeError, match=r"float16 on a CPU needs torch>=2.3, but torch .* is inst"):
+        backbone.half()(torch.zeros(1, 3, 32, 32).half())
+    backbone.bfloat16()(torch.zeros(1, 3, 32, 32).bfloat16())
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmsoft.checkpoint import check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
+from mmsoft.ops.library import check_float16
 from mmsoft.ops.mode import may_decide
 from mmsoft.registry import MODELS
 
@@ -194,7 +195,8 @@ class SequenceSOFT(Backbone):
 
         Raises:
             TypeError, ValueError: ``x`` is not that, is longer than ``max_length``, or has a token
-                that is not in the vocabulary (the latter is not checked on a GPU).
+                that is not in the vocabulary (the latter is not checked on a GPU); or the weights
+                are float16, on a CPU, and torch is older than 2.3.
         """
         self._check_tokens(x)
         if x.dim() == 3:
@@ -236,6 +238,7 @@ class SequenceSOFT(Backbone):
                 f"x has {x.shape[-1]} tokens, more than max_length {self.max_length}; cut the "
                 "sequences (max_length of the data set), or train with more positions"
             )
+        check_float16(self.pos_embed.dtype, x.device.type)
         if may_decide(x) and x.numel():
             low, high = (int(n) for n in x.aminmax())
             if low < 0 or high >= self.vocab_size:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmsoft.checkpoint import check_arch, check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
-from mmsoft.ops.library import autocast_enabled
+from mmsoft.ops.library import autocast_enabled, check_float16
 from mmsoft.ops.mode import may_decide
 from mmsoft.registry import MODELS
 
@@ -364,7 +364,8 @@ class SOFT(Backbone):
             8, 16, 32; or the class token ``[B, C_4]``. All are contiguous.
 
         Raises:
-            TypeError, ValueError: ``x`` is not a batch of images, or not of the model's dtype.
+            TypeError, ValueError: ``x`` is not a batch of images, or not of the model's dtype; or
+                that is float16, on a CPU, and torch is older than 2.3.
         """
         self._check_images(x)
         size: tuple[int, int] | None = None
@@ -415,6 +416,7 @@ class SOFT(Backbone):
         autocast = not x.is_meta and autocast_enabled(x.device.type)
         if x.dtype != dtype and not (autocast and x.is_floating_point()):
             raise TypeError(f"x must be {dtype}, as the weights, got {x.dtype}")
+        check_float16(dtype, x.device.type)
 
     def extra_repr(self) -> str:
         return (
