@@ -1,5 +1,6 @@
 """`make test-versions` with stand-ins: no environment is made, and no test runs in it."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,14 @@ def program(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(program, tmp_path, monkeypatch):
-    """Run one row; gives the exit status and the last two cells of the row, if it is there."""
+    """Run one row; gives the exit status, and what tests and step say if the row is there."""
 
     def run(*arguments):
         folder = ["--folder", str(tmp_path / "environments")]
         monkeypatch.setattr("sys.argv", ["test_versions.py", TORCH, *folder, *arguments])
         program.commands.clear()
         status = program.main()
-        return status, *program.read_results(program.PAGE.read_text()).get(TORCH, [])[3:]
+        return status, *program.read_results(program.PAGE.read_text()).get(TORCH, [])[3:5]
 
     return run
 
@@ -85,12 +86,47 @@ def test_a_training_step_passes_only_without_problems(program, run, answer):
     assert run() == (1, "3 passed, 1 skipped", "failed")
 
 
-def test_lite_runs_no_step_and_keeps_what_is_known_of_it(program, run):
-    assert run("--lite") == (0, "3 passed, 1 skipped", "not run")
+def test_lite_is_marked_and_keeps_no_step_of_another_run(program, run):
+    assert run() == (0, "3 passed, 1 skipped", "passed")
+    assert run("--lite") == (0, "3 passed, 1 skipped, with mmcv-lite", "not run")
     assert not any("_step.py" in command for command in program.commands)
     assert run() == (0, "3 passed, 1 skipped", "passed")
-    program.answers["-m pytest"] = (0, "7 passed in 0.5s")
-    assert run("--lite") == (0, "7 passed", "passed")
+
+
+def git(folder, *arguments):
+    done = subprocess.run(
+        ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b.example", *arguments],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_a_row_names_the_commit_and_whether_something_differs(program, run, tmp_path, monkeypatch):
+    """The page itself may: it is written row by row."""
+    root = tmp_path / "checkout"
+    monkeypatch.setattr(program, "ROOT", root)
+    (root / "docs").mkdir(parents=True)
+    (root / "code.py").write_text("a = 1\n")
+    git(root, "init", "--quiet")
+    assert program.commit() == "-"
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "-m", "first")
+    name = git(root, "rev-parse", "HEAD")[:9]
+    (root / "docs/installation.md").write_text("written\n")
+    assert program.commit() == name
+    run()
+    assert program.read_results(program.PAGE.read_text())[TORCH][5] == name
+    (root / "code.py").write_text("a = 2\n")
+    assert program.commit() == f"{name}-dirty"
+
+
+def test_rows_of_before_there_were_commits_are_kept(program, run):
+    rows = "| Python | torch |\n| --- | --- |\n| 3.11 | 2.13.0 | 2.4.6 | 5 passed | passed |\n"
+    program.PAGE.write_text(f"<!-- versions -->\n\n{rows}\n<!-- /versions -->\n")
+    run()
+    text = program.PAGE.read_text()
+    assert "| 3.11 | 2.13.0 | 2.4.6 | 5 passed | passed | - |\n" in text
+    assert all(line.count("|") == 7 for line in text.splitlines() if line.startswith("|"))
 
 
 def test_an_environment_is_kept_for_the_same_packages_alone(program, run, monkeypatch):
@@ -108,8 +144,10 @@ def test_a_row_without_its_python_is_left_out(program, run, capsys, tmp_path, mo
     monkeypatch.setattr(program, "find_python", program.find_python_for_real)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
-    assert run() == (0,)
-    assert "left out" in capsys.readouterr().out
+    assert run() == (1,)  # nothing was run
+    printed = capsys.readouterr().out
+    assert "left out" in printed
+    assert "no row was run" in printed
     python = tmp_path / "python3.10"
     python.write_text("#!/bin/sh\necho 3.10\n")
     python.chmod(0o755)
@@ -120,8 +158,10 @@ def test_a_row_without_its_python_is_left_out(program, run, capsys, tmp_path, mo
 
 
 def test_a_set_up_that_fails_goes_on_where_it_stopped(program, run, capsys):
+    """And the row keeps no result of before."""
+    assert run("--lite")[0] == 0
     program.answers[" mmdet=="] = (1, "no network")
-    assert run() == (1,)
+    assert run() == (1, "build failed", "not run")
     assert "`-m pip install ...` failed, see " in capsys.readouterr().out
     del program.answers[" mmdet=="]
     assert run()[0] == 0

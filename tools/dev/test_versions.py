@@ -8,8 +8,8 @@
 Each row gets an environment of its own below `--folder`, which is kept until other versions are
 asked for: torch, NumPy and what the tests need from the package index, mmcv compiled against that
 torch. That takes minutes and gigabytes for each; PyPI's torch is a CUDA build. The table in
-`docs/installation.md` is written from what was run; what was not run keeps its result. The exit
-status is the number of rows that did not pass.
+`docs/installation.md` is written from what was run, with the commit; what was not run keeps its
+result. The exit status is the number of rows that did not pass, and 1 if none was run.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "installation.md"
+PAGE_IN_GIT = "docs/installation.md"
+PAGE = ROOT / PAGE_IN_GIT
 CONFIG = "configs/demo/retinanet_softpp-mini_fpn_shapes.py"
 # Operators, models, and what reads checkpoints otherwise on torch before 2.6.
 TESTS = (
@@ -32,6 +33,7 @@ TESTS = (
     "tests/faults/test_untrusted_files.py",
 )
 NOT_RUN = "not run"
+NO_COMMIT = "-"
 # Python, torch, NumPy: the oldest that are supported, those in between, the newest.
 ROWS = (
     ("3.10", "2.1.2", "1.26.4"),
@@ -44,7 +46,7 @@ PACKAGES = (
     "hypothesis", "loralib", "mmengine==0.10.7", "opencv-python-headless<5", "opencv-python<5",
     "packaging", "pytest", "tabulate",
 )  # fmt: skip
-HEADER = "| Python | torch | NumPy | tests | training step of a detector |"
+COLUMNS = ("Python", "torch", "NumPy", "tests", "training step of a detector", "commit")
 
 
 class RowError(Exception):
@@ -153,23 +155,36 @@ def run_step(python: str, log: Path) -> str:
     return "passed" if status == 0 and '"problems": []' in output else "failed"
 
 
+def commit() -> str:
+    """The commit of the checkout, "-dirty" if files other than the page differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    if not shutil.which("git") or not (name := git("rev-parse", "--short=9", "HEAD")):
+        return NO_COMMIT
+    changed = git("status", "--porcelain", "--", ".", f":!{PAGE_IN_GIT}")
+    return f"{name}-dirty" if changed else name
+
+
 def row_of(cells: list[str]) -> str:
     """A row of the table."""
     return f"| {' | '.join(cells)} |"
 
 
 def read_results(text: str) -> dict[str, list[str]]:
-    """The results on the page: torch -> the cells of its row."""
+    """The results on the page: torch -> the cells of its row, older ones without a commit."""
     table = re.search("<!-- versions -->\n\n(.*?)\n<!-- /versions -->", text, re.DOTALL)
     lines = table[1].splitlines()[2:] if table else []
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
-    return {row[1]: row for row in rows}
+    return {row[1]: row + [NO_COMMIT] * (len(COLUMNS) - len(row)) for row in rows}
 
 
 def write_results(results: dict[str, list[str]]) -> None:
     """Write the table into the page, whole."""
-    rows = [results.get(t, [p, t, n, NOT_RUN, NOT_RUN]) for p, t, n in ROWS]
-    table = "\n".join([HEADER, "| --- | --- | --- | --- | --- |", *map(row_of, rows)])
+    rows = [results.get(t, [p, t, n, NOT_RUN, NOT_RUN, NO_COMMIT]) for p, t, n in ROWS]
+    table = "\n".join(map(row_of, [list(COLUMNS), ["---"] * len(COLUMNS), *rows]))
     text = PAGE.read_text()
     before, rest = text.split("<!-- versions -->")
     *_, after = rest.split("<!-- /versions -->")
@@ -188,7 +203,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.torch) - {torch for _, torch, _ in ROWS}:
         parser.error(f"no row for torch {', '.join(sorted(unknown))}")
-    failed = 0
+    failed, tried, tested = 0, 0, commit()
     for version, torch, numpy in ROWS:
         if args.torch and torch not in args.torch:
             continue
@@ -196,21 +211,29 @@ def main() -> int:
         folder = args.folder / name_of(version, torch, numpy, args.lite)
         log = args.folder / f"{folder.name}.log"
         args.folder.mkdir(parents=True, exist_ok=True)
+        tests, step, passed = "build failed", NOT_RUN, False
         try:
             steps = plan(torch, numpy, args.lite)
             python = build(folder, find_python(version), steps, args.jobs or 1, log)
+        except NoPythonError as error:
+            print(f"   {error}", flush=True)
+            continue
         except RowError as error:
             print(f"   {error}", flush=True)
-            failed += not isinstance(error, NoPythonError)
-            continue
-        tests, passed = run_tests(python, log)
-        known = read_results(PAGE.read_text())
-        before = known[torch][4] if torch in known else NOT_RUN
-        step = before if args.lite else run_step(python, log)
-        print(f"   {tests}; training step {NOT_RUN if args.lite else step}", flush=True)
-        failed += not passed or (step != "passed" and not args.lite)
-        write_results({**known, torch: [version, torch, numpy, tests, step]})
-    return failed
+        else:
+            tests, passed = run_tests(python, log)
+            if not args.lite:
+                step = run_step(python, log)
+                passed &= step == "passed"
+        if args.lite:
+            tests += ", with mmcv-lite"
+        print(f"   {tests}; training step {step}", flush=True)
+        tried, failed = tried + 1, failed + (not passed)
+        row = [version, torch, numpy, tests, step, tested]
+        write_results({**read_results(PAGE.read_text()), torch: row})
+    if not tried:
+        print("no row was run", flush=True)
+    return failed if tried else 1
 
 
 if __name__ == "__main__":
