@@ -12,6 +12,8 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
+from mmsoft.installed import check_version, installed_version
+
 # Ours that bring a package; else peers.
 _EXTRAS = dict(
     mmdet="det",
@@ -24,17 +26,28 @@ _EXTRAS = dict(
     waitress="explore",
     matplotlib="explore",
 )
+# Those of which the extras ask for a version -> (distributions that provide it, versions).
+_VERSIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "onnx": (("onnx",), ">=1.23"),
+    "onnxruntime": (("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"), ">=1.32"),
+    "onnxscript": (("onnxscript",), ">=0.7"),
+    "flask": (("flask",), ">=3"),
+    "waitress": (("waitress",), ">=3"),
+}
 
 
 def require(package: str) -> None:
-    """Check that an optional package is installed.
+    """Check that an optional package is installed, in a version that its extra asks for.
 
     Raises:
-        ImportError: it is missing; the message says how to install it.
+        ImportError: it is missing or out of range; the message says how to install it.
     """
+    command = f"pip install 'mmsoft[{_EXTRAS.get(package, 'peers')}]'"
     if find_spec(package) is None:
-        extra = _EXTRAS.get(package, "peers")
-        raise ImportError(f"{package} is missing: pip install 'mmsoft[{extra}]'")
+        raise ImportError(f"{package} is missing: {command}")
+    distributions, wanted = _VERSIONS.get(package, ((), ""))
+    if installed_version(distributions):  # else it comes from elsewhere, and does not say
+        check_version(package, distributions, wanted, f" {command}")
 
 
 def config_parser(description: str | None) -> ArgumentParser:

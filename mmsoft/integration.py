@@ -14,9 +14,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from mmsoft.installed import (
+    check_version,
+    error_type,
+    installed_version,
+    is_before,
+    is_called_by,
+)
 from mmsoft.safe_globals import RESTRICTED, safe_globals
 
 # Import name -> (distributions that provide it, versions). mmdet and mmseg refuse mmcv 2.2.
@@ -47,10 +53,10 @@ def check_versions() -> None:
             registry or ``custom_imports`` is importing the package: it hides import errors.)
     """
     for name, (distributions, wanted) in CORE_DEPENDENCIES.items():
-        _check_version(name, distributions, wanted)
-    torch, numpy = _installed_version(("torch",)), _installed_version(("numpy",))
-    if numpy and _is_before(torch, "2.3") and not _is_before(numpy, "2"):
-        raise _error_type()(
+        check_version(name, distributions, wanted, _mmcv_command() if name == "mmcv" else "")
+    torch, numpy = installed_version(("torch",)), installed_version(("numpy",))
+    if numpy and is_before(torch, "2.3") and not is_before(numpy, "2"):
+        raise error_type()(
             f"torch {torch} works with NumPy 1 alone, but numpy {numpy} is installed: "
             f"pip install {NUMPY_1}"
         )
@@ -75,35 +81,33 @@ def check_library(name: str) -> None:
 
     Raises:
         ImportError: it is out of range; mmcv has no operators, which MMDetection and MMSegmentation
-            import; there is no torchvision, which MMPreTrain imports. The message has the command
-            that helps. (A RuntimeError as in :func:`check_versions`.)
+            import; there is no torchvision, which MMPreTrain imports, or that of another torch. The
+            message has the command that helps. (A RuntimeError as in :func:`check_versions`.)
     """
-    _check_version(name, *LIBRARIES[name])
+    check_version(name, *LIBRARIES[name])
     if name in NEED_OPERATORS and not _mmcv_has_operators():
-        raise _error_type()(
+        raise error_type()(
             f"{name} needs mmcv with its compiled operators, and the mmcv that is installed "
             f"has none.{_mmcv_command()}"
         )
-    if name == "mmpretrain" and _installed_version(("torchvision",)) is None:
-        torch = Version(_installed_version(("torch",)) or "0")
-        # torch 2.1.2 and torchvision 0.16.2, and so on.
-        fitting = f"==0.{torch.minor + 15}.{torch.micro}" if torch.major == 2 else ""
-        raise _error_type()(
-            f"{name} needs torchvision, which is not installed. For this torch: pip install "
-            f"torchvision{fitting}"
-        )
+    if name == "mmpretrain":
+        _check_torchvision()
 
 
-def _check_version(name: str, distributions: tuple[str, ...], wanted: str) -> None:
-    found = _installed_version(distributions)
-    advice = _mmcv_command() if name == "mmcv" else ""
+def _check_torchvision() -> None:
+    torch = Version(installed_version(("torch",)) or "0")
+    found = installed_version(("torchvision",))
+    # torch 2.1.2 and torchvision 0.16.2, and so on. Vendors build their own pairs from between.
+    fitting = f"==0.{torch.minor + 15}.{torch.micro}" if torch.major == 2 else ""
     if found is None:
-        raise _error_type()(f"mmsoft needs {name}{wanted}, but {name} is not installed.{advice}")
-    # Without suffixes: 2.13.0+cpu and vendors' 2.6.0a0+git are what they are builds of.
-    if not SpecifierSet(wanted).contains(Version(found).base_version):
-        raise _error_type()(
-            f"mmsoft needs {name}{wanted}, but {name} {found} is installed.{advice}"
-        )
+        problem = "which is not installed"
+    elif fitting and Version(found).minor != torch.minor + 15 and not torch.is_prerelease:
+        problem = f"but {found} is of another torch than {torch}"
+    else:
+        return
+    raise error_type()(
+        f"mmpretrain needs torchvision, {problem}. For this torch: pip install torchvision{fitting}"
+    )
 
 
 def _mmcv_has_operators() -> bool:
@@ -117,8 +121,8 @@ def _mmcv_has_operators() -> bool:
 
 
 def _mmcv_command() -> str:
-    torch = _installed_version(("torch",))
-    if _is_before(torch, "2.2"):  # the last with prebuilt mmcv 2.1
+    torch = installed_version(("torch",))
+    if is_before(torch, "2.2"):  # the last with prebuilt mmcv 2.1
         return (
             " For this torch it is prebuilt: pip uninstall -y mmcv mmcv-lite; pip install "
             f"'openmim>=0.3.9' 'setuptools>=77.0.3,<80' 'opendatalab<0.0.10' {NUMPY_1} && "
@@ -211,7 +215,7 @@ def _add_names(inferencer: Any) -> None:
 
 def announce_missing_weights() -> None:
     """Say in `mim download`, which reads the configs that it copies, why it fetches nothing."""
-    if _is_called_by("mim/commands/download.py"):  # mim executes it as text, without a name
+    if is_called_by("mim/commands/download.py"):  # mim executes it as text, without a name
         print(
             "mmsoft publishes no weights; those that the authors released are linked from "
             "https://github.com/fudan-zvg/SOFT"
@@ -225,31 +229,3 @@ def register_flop_counters() -> None:
     from mmsoft.flops import HANDLES
 
     complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(HANDLES)
-
-
-def _installed_version(distributions: tuple[str, ...]) -> str | None:
-    for distribution in distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _is_before(found: str | None, version: str) -> bool:
-    """Whether a version is older, suffixes aside."""
-    return found is not None and Version(Version(found).base_version) < Version(version)
-
-
-def _error_type() -> type[Exception]:
-    # `type='mmsoft.X'` makes MMEngine import us inside a `try` that drops ImportErrors: the user
-    # would only read that X is not registered. With `custom_imports` it raises another one.
-    swallow = "mmengine/registry/registry.py", "mmengine/utils/misc.py"
-    return RuntimeError if any(map(_is_called_by, swallow)) else ImportError
-
-
-def _is_called_by(file: str) -> bool:
-    frame: Any = sys._getframe()
-    while frame is not None and not frame.f_code.co_filename.endswith(file):
-        frame = frame.f_back
-    return frame is not None

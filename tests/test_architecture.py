@@ -10,6 +10,7 @@ import pytest
 # A package may import those before it, and nothing else of mmsoft.
 ORDER = (
     "version",
+    "installed",
     "registry",
     "fileio",
     "datasets",

@@ -1,10 +1,13 @@
 """From a config to a model, in every library."""
 
+from importlib import metadata
+
 import pytest
 import torch
 from mini_models import LIBRARIES, import_library
 from mmengine.config import Config
 
+from mmsoft import builder
 from mmsoft.builder import build_model, config_parser, read_config
 from mmsoft.models import SOFTPlusPlus
 
@@ -42,3 +45,54 @@ def test_cfg_options_change_the_config(tmp_path):
     config = read_config(config_parser("What it does.\n\nMore.").parse_args(arguments))
     assert config.model == dict(depth=3, width=2)
     assert "More" not in config_parser("What it does.\n\nMore.").format_help()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that only these distributions are installed, and that every package is there."""
+    versions = {}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(builder, "find_spec", lambda name: object())
+    return versions
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "wanted", "extra"),
+    [
+        ("onnx", "1.16.2", ">=1.23", "deploy"),
+        ("onnxruntime", "1.18.0", ">=1.32", "deploy"),
+        ("onnxscript", "0.6.9", ">=0.7", "deploy"),
+        ("flask", "2.3.0", ">=3", "explore"),
+    ],
+)
+def test_versions_of_optional_packages_are_checked(installed, package, found, wanted, extra):
+    installed[package] = found
+    with pytest.raises(ImportError) as caught:
+        builder.require(package)
+    assert str(caught.value) == (
+        f"mmsoft needs {package}{wanted}, but {package} {found} is installed. "
+        f"pip install 'mmsoft[{extra}]'"
+    )
+    installed[package] = f"{wanted[2:]}.0+local"
+    builder.require(package)
+
+
+def test_optional_packages_without_a_version_or_of_another_name(installed):
+    builder.require("onnxruntime")  # built by hand
+    installed["onnxruntime-gpu"] = "1.18.0"
+    with pytest.raises(ImportError, match=r"but onnxruntime 1\.18\.0 is installed"):
+        builder.require("onnxruntime")
+    builder.require("matplotlib")
+
+
+def test_versions_that_are_checked_are_those_of_the_extras(root):
+    text = (root / "pyproject.toml").read_text()
+    assert set(builder._VERSIONS) <= set(builder._EXTRAS)
+    for package, (_, versions) in builder._VERSIONS.items():
+        assert f'"{package}{versions}"' in text

@@ -136,8 +136,28 @@ def test_mmpretrain_needs_the_torchvision_of_this_torch(monkeypatch, torch, fitt
     message = f"mmpretrain needs torchvision, .* pip install torchvision{fitting}$"
     with pytest.raises(ImportError, match=message):
         integration.check_library("mmpretrain")
-    fake_versions(monkeypatch, torchvision="0.16.2")
-    integration.check_library("mmpretrain")
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "fitting"),
+    [
+        ("2.1.2+cu121", "0.16.0+cpu", None),
+        ("2.13.0", "0.28.1", None),
+        ("2.13.0", "0.27.0", "0.28.0"),
+        ("2.1.2+cu121", "0.17.2", "0.16.2"),
+        ("2.6.0a0+nv24.12", "0.20.0a0", None),  # a pair of one vendor
+        ("3.0.0", "0.40.0", None),
+    ],
+)
+def test_torchvision_is_of_this_torch(monkeypatch, torch, torchvision, fitting):
+    fake_versions(monkeypatch, mmpretrain="1.2.0", torch=torch, torchvision=torchvision)
+    if fitting is None:
+        integration.check_library("mmpretrain")
+        return
+    message = f"torchvision, but {torchvision} is of another torch than {torch}. For this torch: "
+    message += f"pip install torchvision=={fitting}"
+    with pytest.raises(ImportError, match=f"{re.escape(message)}$"):
+        integration.check_library("mmpretrain")
 
 
 @pytest.mark.parametrize("files", [["mmcv/__init__.py", "mmcv/_ext.so"], ["mmcv.egg-link"], None])
