@@ -4,6 +4,7 @@ MMPreTrain's cannot share one with the others, because it leaves its default sco
 """
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,8 +23,9 @@ inferencer("photo.jpg", out_dir="out", pred_score_thr=0.0, no_save_pred=False)
 """
 
 SEGMENT = """
+{imports}
 from mmseg.apis import MMSegInferencer
-inferencer = MMSegInferencer(model={config!r}, weights="checkpoint.pth", device="cpu")
+inferencer = MMSegInferencer(model={model!r}, weights="checkpoint.pth", device="cpu")
 inferencer("photo.jpg", out_dir="out")
 """
 
@@ -74,7 +76,7 @@ def run(run_outside):
 
 # Without a config the inferencer takes the one that the checkpoint holds.
 @pytest.mark.parametrize(
-    "given", ["config", pytest.param("checkpoint alone", marks=pytest.mark.long)]
+    "given", ["config", "name", pytest.param("checkpoint alone", marks=pytest.mark.long)]
 )
 def test_detector(given, photo, run, root, tmp_path):
     pytest.importorskip("mmdet")
@@ -86,10 +88,9 @@ def test_detector(given, photo, run, root, tmp_path):
             weights[f"bbox_head.retina_cls.{name}"].zero_()
 
     save(config, tmp_path / "checkpoint.pth", change, lambda config: dict(config.metainfo))
-    if given == "config":
-        run(DETECT.format(imports="", model=f"model={config!r}, "))
-    else:
-        run(DETECT.format(imports="import mmsoft", model=""))
+    model = {"config": config, "name": Path(config).stem}.get(given)
+    model = f"model={model!r}, " if model else ""
+    run(DETECT.format(imports="" if given == "config" else "import mmsoft", model=model))
     prediction = json.loads((tmp_path / "out/preds/photo.json").read_text())
     assert 0 < len(prediction["bboxes"]) <= 100
     assert np.allclose(prediction["scores"], 0.5, atol=0.4)
@@ -100,7 +101,8 @@ def test_detector(given, photo, run, root, tmp_path):
     assert change[y0 : y1 + 1, x0 : x1 + 1].max() > 50
 
 
-def test_segmentor(photo, run, root, tmp_path):
+@pytest.mark.parametrize("given", ["config", "name"])
+def test_segmentor(given, photo, run, root, tmp_path):
     pytest.importorskip("mmseg")
     config = str(root / "configs/demo/upernet_softpp-mini_shapes.py")
 
@@ -108,7 +110,10 @@ def test_segmentor(photo, run, root, tmp_path):
         weights["decode_head.conv_seg.bias"][3] = 100
 
     save(config, tmp_path / "checkpoint.pth", change, lambda config: dict(config.dataset.metainfo))
-    run(SEGMENT.format(config=config))
+    if given == "config":
+        run(SEGMENT.format(imports="", model=config))
+    else:
+        run(SEGMENT.format(imports="import mmsoft", model=Path(config).stem))
     labels = cv2.imread(str(tmp_path / "out/pred/00000000_pred.png"), cv2.IMREAD_GRAYSCALE)
     assert labels.shape == photo.shape[:2]
     assert (labels == 3).all()
