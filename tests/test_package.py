@@ -321,7 +321,7 @@ def test_mim_searches_and_downloads_from_the_wheel(fresh_python, run_outside, tm
 
 
 UNCHANGED = """
-import logging, os, warnings
+import logging, os, sys, warnings
 import torch
 from mmengine.analysis.complexity_analysis import _DEFAULT_SUPPORTED_FLOP_OPS as counters
 from mmengine.hooks import CheckpointHook
@@ -330,6 +330,7 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 def state():
     return dict(
+        finders=list(sys.meta_path),
         loaders=dict(CheckpointLoader._schemes),
         counters={name: f for name, f in counters.items() if not name.startswith("mmsoft::")},
         hooks=dict(HOOKS.module_dict),
@@ -350,16 +351,28 @@ before = state()
 import mmsoft.models, mmsoft.engine, mmsoft.checkpoint, mmsoft.analysis, mmsoft.visualization
 import mmsoft.benchmark
 after = state()
+# The one thing that is added: names of our configs, beside those of the library.
+added = [finder for finder in after.pop("finders") if finder not in before["finders"]]
+before.pop("finders")
+assert [type(finder).__name__ for finder in added] == ["_InferencersKnowOurNames"]
 assert HOOKS.get("CheckpointHook") is CheckpointHook
 assert HOOKS.get("mmsoft.CheckpointHook") is mmsoft.engine.CheckpointHook
 for key in before:
     assert before[key] == after[key], key
 import mmsoft.checkpoint.loader
 assert state()["loaders"] != before["loaders"]
+
+from mmengine.infer import BaseInferencer
+def is_ours(function):
+    return hasattr(function, "__code__") and "mmsoft/integration" in function.__code__.co_filename
+
+ours = [name for name, value in vars(BaseInferencer).items() if is_ours(value)]
+assert ours == ["_load_model_from_metafile"], ours
+assert not set(added) & set(sys.meta_path)
 """
 
 
 def test_imports_change_nothing_for_other_packages(run_outside):
-    """What replaces a part of MMEngine is enabled by name."""
+    """What replaces a part of MMEngine is enabled by name; inferencers learn names in addition."""
     done = run_outside("-W", "ignore", "-c", UNCHANGED)
     assert done.returncode == 0, done.stderr[-2000:]
