@@ -5,7 +5,6 @@ is enabled by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoin
 """
 
 import importlib.abc
-import importlib.util
 import sys
 from functools import wraps
 from importlib import metadata
@@ -164,13 +163,16 @@ class _InferencersKnowOurNames(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:  # not before: an import can fail, and be repeated
+                    sys.meta_path.remove(self)
                 _add_names(module.BaseInferencer)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -195,13 +197,15 @@ def _add_names(inferencer: Any) -> None:
     def load(self: Any, model: str) -> tuple[Any, str | None]:
         try:
             return theirs(self, model)
-        except ValueError:
+        except ValueError as error:
             from mmengine.config import Config
 
             configs = Path(__file__).with_name(".mim") / "configs"
             found = [*configs.glob(f"*/{model.lower().removesuffix('.py')}.py")]
             if not found:
-                raise
+                raise ValueError(
+                    f"{error}, nor among mmsoft's configs, most of which `mim search mmsoft` lists"
+                ) from None
             config = Config.fromfile(found[0])
             if (scope := config.get("default_scope")) != self.scope:
                 raise ValueError(

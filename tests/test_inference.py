@@ -170,9 +170,30 @@ def test_inferencers_find_our_configs_by_name_and_theirs_as_before(run, first):
         assert found[1] == "mmsoft.SOFTPlusPlus None"
         assert found[2].startswith("ResNet https://")
         assert found[3:] == [
-            "Cannot find model: retinanet_x in mmdet",
+            "Cannot find model: retinanet_x in mmdet, nor among mmsoft's configs, most of which "
+            "`mim search mmsoft` lists",
             f"{ours} is a config of mmdet, not of mmseg: use the inferencer of mmdet",
         ]
+
+
+AGAIN = """
+import sys
+
+import mmsoft
+sys.modules["rich.progress"] = None
+try:
+    import mmengine.infer
+except ImportError:
+    del sys.modules["rich.progress"]
+finders = len(sys.meta_path)
+from mmengine.infer import BaseInferencer
+assert BaseInferencer._load_model_from_metafile.__wrapped__
+assert len(sys.meta_path) == finders - 1
+"""
+
+
+def test_names_are_known_when_inferencers_are_imported_at_the_second_attempt(run):
+    run(AGAIN)
 
 
 def test_every_config_has_a_name_of_its_own(root):
