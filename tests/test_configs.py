@@ -7,11 +7,16 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.runner import load_checkpoint
 
+from mmsoft.builder import build_model
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.norms import ImageNorm
 
@@ -230,29 +235,63 @@ def commands(path):
         yield config, words
 
 
-@pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet", "nuclei", "bccd"])
+@pytest.mark.parametrize("folder", ["retinanet", "mask_rcnn", "upernet", "nuclei", "bccd", "soft"])
 def test_fine_tuning_command_of_the_readme(folder, tmp_path):
     """Every weight arrives, with the solver, landmarks and BatchNorm that it was trained with."""
     (config,) = (
-        c for c, _ in commands(CONFIGS / folder / "README.md") if "init_cfg" in c.model.backbone
+        c
+        for c, _ in commands(CONFIGS / folder / "README.md")
+        if "init_cfg" in c.model.backbone or c.load_from
     )
     pytest.importorskip(config.default_scope)
     classifier = Config.fromfile(CONFIGS / "soft/softpp-tiny_8xb128_in1k.py")
     trained = MODELS.build(classifier.model.backbone)
     weights = {f"backbone.{name}": value for name, value in trained.state_dict().items()}
-    assert config.model.backbone.init_cfg.checkpoint == "WEIGHTS"
-    config.model.backbone.init_cfg.checkpoint = str(tmp_path / "epoch_300.pth")
-    torch.save(dict(state_dict=weights), tmp_path / "epoch_300.pth")
-    init_default_scope(config.default_scope)
-    model = MODELS.build(config.model)
-    model.init_weights()
+    file = str(tmp_path / "epoch_300.pth")
+    head = {"head.fc.weight": torch.zeros(1000, 512), "head.fc.bias": torch.zeros(1000)}
+    torch.save(dict(state_dict={**weights, **head}), file)
+    if config.load_from:  # a whole classifier, whose head has other classes
+        assert config.load_from == "WEIGHTS"
+        model = build_model(config)
+        load_checkpoint(model, file)
+        assert model.head.fc.weight.shape == (10, 512)
+    else:
+        assert config.model.backbone.init_cfg.checkpoint == "WEIGHTS"
+        config.model.backbone.init_cfg.checkpoint = file
+        init_default_scope(config.default_scope)
+        model = MODELS.build(config.model)
+        model.init_weights()
     for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, weights[f"backbone.{name}"], rtol=0, atol=0)
     assert solvers(model) == solvers(trained) == {"newton"}
     assert not any(m.by_content for m in model.modules() if isinstance(m, SoftmaxFreeAttention))
     norms = [m for m in model.train().backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 6
-    assert not any(norm.training for norm in norms)
+    # A classifier's images are many.
+    assert {norm.training for norm in norms} == {folder == "soft"}
+
+
+def test_fine_tuning_command_of_the_classifiers_takes_other_classes(tmp_path):
+    """In the data sets, Mixup's labels and the head."""
+    pytest.importorskip("mmpretrain.datasets", exc_type=(ImportError, RuntimeError))
+    (config,) = (c for c, _ in commands(CONFIGS / "soft/README.md") if c.load_from)
+    names = [f"class {i}" for i in range(10)]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    for split in ("train", "val"):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / split / name / "a.jpg"), np.zeros((64, 64, 3), np.uint8))
+    init_default_scope(config.default_scope)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        dataset = dict(loader.dataset, data_root=str(tmp_path))
+        dataset["classes"] = str(tmp_path / dataset["classes"])
+        data = DATASETS.build(dataset)
+        assert list(data.metainfo["classes"]) == names
+        assert len(data) == 10
+    model = build_model(config)
+    with torch.no_grad():  # of validation: of one size
+        batch = model.data_preprocessor(pseudo_collate([data[0], data[9]]), training=True)
+        assert model(**batch, mode="loss")["loss"].isfinite()
 
 
 def solvers(model):
