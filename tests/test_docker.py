@@ -58,6 +58,14 @@ def test_the_cpu_image_has_the_versions_of_requirements(root):
         assert "--no-deps" in install or install.count("-c /tmp/requirements/") == 2
 
 
+def test_the_cuda_image_has_one_opencv(root):
+    """Not what mmcv would bring, over which the headless one is installed."""
+    text = (root / "docker/Dockerfile.cuda").read_text()
+    before, _ = text.split("mmcv==")
+    assert "opencv-python==" in before
+    assert len(set(re.findall(r"opencv-python(?:-headless)?==(\S+)", text))) == 1
+
+
 @pytest.fixture
 def hadolint():
     """Run the linter that `make setup` installs; gives its exit status and what it printed."""
