@@ -9,7 +9,7 @@ from torch import Tensor
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 HAS_CUSTOM_OPERATORS = hasattr(torch.library, "custom_op")  # and more that came with torch 2.4
-HAS_CPU_FLOAT16 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)
+HAS_CPU_FLOAT16 = TORCH >= (2, 3)
 
 
 def autocast_enabled(device: str) -> bool:
