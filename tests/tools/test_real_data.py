@@ -54,12 +54,12 @@ def test_every_row_is_of_a_config_of_the_same_schedule_and_size(tool):
     for row in tool.read(tool.ROWS):
         path = ROOT / "configs" / row["config"]
         config = Config.fromfile(path)
+        assert row["digest"] == digest(config), row["config"]
         assert row["scheduled_iterations"] == config.train_cfg.max_iters, row["config"]
         if path not in parameters:
             model = build_model(config)
             parameters[path] = sum(parameter.numel() for parameter in model.parameters())
         assert row["parameters"] == parameters[path], row["config"]
-        assert row["digest"] == digest(config), row["config"]
 
 
 def row(config, seed=0, iterations=10, score=0.5, memory=5e8, **changes):
@@ -270,6 +270,32 @@ def test_where_the_classes_agree(tool, tmp_path):
     both = (80_800 / 81_200 + 80_400 / 80_800) / 2  # pixels of both images together
     assert where["all"] == dict(images=2, mIoU=round(both, 4))
     assert "700 to inf" not in where
+
+
+def test_images_where_another_run_is_ahead(tool, monkeypatch, tmp_path):
+    """Those of the largest difference first; else from the first run's best to its worst."""
+    scores = dict(a=(0.9, 0.8), b=(0.5, 0.9), c=(0.6, 0.7), d=(0.1, 0.1))
+    drawn = []
+
+    def tested(work_dir):
+        which = ["one", "two"].index(work_dir.name)
+        return {
+            name: tool.Tested(tmp_path / "x.png", {}, {}, of[which], name)
+            for name, of in scores.items()
+        }
+
+    cv2.imwrite(str(tmp_path / "x.png"), np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(tool, "tested", tested)
+    monkeypatch.setattr(tool, "title_of", lambda work_dir: work_dir.name)
+    monkeypatch.setattr("mmsoft.visualization.save_figure", lambda *_: None)
+    monkeypatch.setattr(
+        "mmsoft.visualization.draw_comparison",
+        lambda rows, width: drawn.append([line for *_, line in rows]),
+    )
+    runs = [tmp_path / "one", tmp_path / "two"]
+    tool.paint(runs, 2, [], 7, tmp_path / "out.png", behind=True)
+    tool.paint(runs, 2, [], 7, tmp_path / "out.png")
+    assert drawn == [["b: 0.50, 0.90", "c: 0.60, 0.70"], ["a: 0.90, 0.80", "d: 0.10, 0.10"]]
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -70,10 +70,8 @@ PICTURES = {  # beside the rows, by `draw`: what they show, and what one sees th
     ("nuclei", "mask-rcnn"): (
         "nuclei_masks.jpg",
         "Nuclei, their masks, and those of two detectors",
-        "Colours only tell instances apart. Both cut large nuclei in parts with straight edges, "
-        "the borders of boxes that are too small. In the fifth image SOFT++ mini misses a nucleus "
-        "that PVTv2-B0 finds; in the last both find too few and draw them too small, SOFT++ mini "
-        "more so.",
+        "Colours only tell instances apart. Where nuclei touch, both join or cut some of them; in "
+        "the last image both draw them too small, SOFT++ mini more so.",
     ),
     ("nuclei", "upernet"): (
         "nuclei_classes.jpg",
@@ -87,6 +85,26 @@ PICTURES = {  # beside the rows, by `draw`: what they show, and what one sees th
         "Both find cells that the annotations lack: of the first image "
         "one cell alone is annotated, and in the last the white cell is annotated as a platelet. "
         "Where cells overlap, neither separates them.",
+    ),
+}
+BEHIND = {  # by `draw --behind`
+    ("nuclei", "mask-rcnn"): (
+        "nuclei_masks_behind.jpg",
+        "PVTv2-B0",
+        "SOFT++ mini leaves holes in nuclei (first), draws dim ones too small (second) and finds "
+        "more than there are where the image is blurred (third).",
+    ),
+    ("nuclei", "upernet"): (
+        "nuclei_classes_behind.jpg",
+        "ResNet-18 with GroupNorm",
+        "SOFT++ mini fills the embryo (first), takes the glow at the border for nuclei (second) "
+        "and draws pale ones too small (third).",
+    ),
+    ("bccd", "retinanet"): (
+        "cells_behind.jpg",
+        "PVTv2-B0",
+        "Where cells overlap or are cut by the border, SOFT++ mini draws more boxes than there are "
+        "cells.",
     ),
 }
 IMAGES = {  # single ones, of larger backbones
@@ -718,6 +736,10 @@ def render(rows: Sequence[Row], times: Mapping[str, Row], budgets: Sequence[Row]
         name, shown, seen = PICTURES[task]
         if (ROWS / name).is_file():
             text += f"\n![{shown}](real_data/{name})\n{SHEET}{seen}\n"
+        name, peer, seen = BEHIND[task]
+        if (ROWS / name).is_file():
+            title = f"Three images on which {peer} is furthest ahead of SOFT++ mini"
+            text += f"\n![{title}](real_data/{name})\n\n{title}, seed 0. {seen}\n"
         name, shown, seen = IMAGES.get(task, ("", "", ""))
         if (ROWS / name).is_file():
             text += f"\n![{shown}](real_data/{name})\n\n{seen}\n"
