@@ -22,6 +22,7 @@ from mmsoft.ops import (
     softmax_free_attention,
 )
 from mmsoft.ops.island import compute_dtype
+from mmsoft.ops.library import smaller
 from mmsoft.ops.mode import cpu_shortcut, traced, transformed
 from mmsoft.ops.softmax import LandmarkMeans, landmark_means, read_landmarks
 
@@ -469,7 +470,7 @@ class SoftmaxAttention(TakesPadding, nn.Module):
             if there is None:
                 return x, None
             return x, F.pad(there, (1, 0), value=1.0)[:, :, None].log()
-        rows, cols = torch.sym_min(height, side), torch.sym_min(width, side)
+        rows, cols = smaller(height, side), smaller(width, side)
         image = x[:, 1:].transpose(1, 2)
         if there is not None:
             image = torch.cat((image.masked_fill(there == 0, 0), there), 1)

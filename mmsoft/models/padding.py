@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmsoft.ops.library import larger
 from mmsoft.ops.mode import may_decide, recorded
 
 
@@ -113,7 +114,7 @@ def _up_to_the_last(there: Tensor) -> Tensor:
 
 def _whole(along: Tensor, side: int) -> Tensor:
     """Which parts of ``side`` are inside to their end; at least the first one is."""
-    count = torch.sym_max(along.shape[1] // side, 1)
+    count = larger(along.shape[1] // side, 1)
     whole = _every(along[:, side - 1 :], side)[:, :count]
     first = torch.ones_like(along[:, :1])
     return torch.cat((first, whole[:, 1:]), 1)

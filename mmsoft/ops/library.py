@@ -37,6 +37,22 @@ def check_float16(dtype: torch.dtype, device: str) -> None:
         )
 
 
+# Of sizes that may be symbols. Of those that are known, torch 2.6 compiles neither sym_max nor
+# sym_min; a compiler knows the plain ones of symbols, too.
+
+
+def larger(size: int, other: int) -> int:
+    """The larger of two sizes."""
+    symbols = isinstance(size, torch.SymInt) or isinstance(other, torch.SymInt)
+    return torch.sym_max(size, other) if symbols else max(size, other)
+
+
+def smaller(size: int, other: int) -> int:
+    """The smaller of two sizes."""
+    symbols = isinstance(size, torch.SymInt) or isinstance(other, torch.SymInt)
+    return torch.sym_min(size, other) if symbols else min(size, other)
+
+
 def has_fp32_precision() -> bool:
     """Whether TF32 has its newer name, with which the older one can disagree."""
     try:

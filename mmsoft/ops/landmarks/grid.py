@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..library import larger, smaller
+
 
 def landmark_grid(
     height: int, width: int, stride: int, max_landmarks: int | None = None
@@ -20,12 +22,11 @@ def landmark_grid(
             to a square at the most: every image then uses nearly the whole budget, and the numbers
             stay expressions of the size that ``torch.compile`` and ``torch.export`` understand.
     """
-    rows = torch.sym_max(height // stride, 1)
-    cols = torch.sym_max(width // stride, 1)
+    rows, cols = larger(height // stride, 1), larger(width // stride, 1)
     if max_landmarks is not None:
-        kept_rows = torch.sym_min(rows, math.isqrt(max_landmarks))
-        cols = torch.sym_min(cols, max_landmarks // kept_rows)
-        rows = torch.sym_min(rows, max_landmarks // cols)
+        kept_rows = smaller(rows, math.isqrt(max_landmarks))
+        cols = smaller(cols, max_landmarks // kept_rows)
+        rows = smaller(rows, max_landmarks // cols)
     return rows, cols
 
 
