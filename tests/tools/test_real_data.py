@@ -298,6 +298,16 @@ def test_images_where_another_run_is_ahead(tool, monkeypatch, tmp_path):
     assert drawn == [["b: 0.50, 0.90", "c: 0.60, 0.70"], ["a: 0.90, 0.80", "d: 0.10, 0.10"]]
 
 
+def test_budgets_that_were_collected_twice_are_refused(tool, tmp_path):
+    path, row = tmp_path / "budgets.json", dict(budget=49, seed=0, model="by content")
+    path.write_text(json.dumps([row, row | dict(budget="all"), row]))
+    with pytest.raises(ValueError, match=r"budget and seed \(49, 0\) more than once"):
+        tool.read_budgets(path)
+    path.write_text(json.dumps([row, row | dict(seed=1, model="released")]))
+    with pytest.raises(ValueError, match="several kinds of landmarks"):
+        tool.read_budgets(path)
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_what_a_detector_found_on_an_image(tool, tmp_path, masks):
     """One of two objects found, another at a score too low to be painted, a third in vain."""

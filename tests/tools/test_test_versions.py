@@ -20,10 +20,12 @@ def program(tmp_path, monkeypatch):
     def call(command, log, **environment):
         line = " ".join(command)
         module.commands.append(line)
+        module.compilers.append(environment.get("CXX"))
         if "-m venv" in line:
             Path(command[-1]).mkdir()
         return next((answer for part, answer in module.answers.items() if part in line), (0, ""))
 
+    module.compilers = []
     page = tmp_path / "installation.md"
     page.write_text("before\n<!-- versions -->\n\n<!-- /versions -->\nafter\n")
     monkeypatch.setattr(module, "PAGE", page)
@@ -166,3 +168,20 @@ def test_a_set_up_that_fails_goes_on_where_it_stopped(program, run, capsys):
     del program.answers[" mmdet=="]
     assert run()[0] == 0
     assert installed(program) == 2
+
+
+def test_mmcv_is_compiled_as_the_headers_of_its_torch_ask(program, run, monkeypatch):
+    """Set-ups of mmcv name C++17 last, which would count."""
+    assert run()[0] == 0
+    assert not any(program.compilers)
+    monkeypatch.setattr(program, "NEEDS_CPP20", f"torch=={TORCH}")
+    monkeypatch.setattr(program, "PACKAGES", (*program.PACKAGES, "another==1"))
+    assert run()[0] == 0
+    (compiler,) = filter(None, program.compilers)
+    stub = Path(compiler).with_name("g++")
+    stub.write_text('#!/bin/bash\necho "$@"\n')
+    stub.chmod(0o755)
+    environment = {"PATH": f"{stub.parent}:/usr/bin:/bin"}
+    command = [compiler, "-O2", "-std=c++17", "a b.cpp"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "-O2 -std=c++20 a b.cpp\n"

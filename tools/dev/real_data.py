@@ -512,8 +512,18 @@ def read_times(folder: Path) -> dict[str, Row]:
 
 
 def read_budgets(path: Path) -> list[Row]:
-    """What `landmark_budgets.py` has written."""
-    return json.loads(path.read_text()) if path.is_file() else []
+    """What `landmark_budgets.py` has written.
+
+    Raises:
+        ValueError: a seed was measured twice with a budget, or by another model.
+    """
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    if len({row["model"] for row in rows}) > 1:
+        raise ValueError(f"{path} has several kinds of landmarks")
+    seen = [(row["budget"], row["seed"]) for row in rows]
+    if twice := {each for each in seen if seen.count(each) > 1}:
+        raise ValueError(f"{path} has budget and seed {min(twice, key=str)} more than once")
+    return rows
 
 
 def cells(rows: Sequence[Row], times: Mapping[str, Row], budget: float | None) -> list[str]:

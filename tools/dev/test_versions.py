@@ -42,6 +42,11 @@ ROWS = (
     ("3.11", "2.13.0", "2.4.6"),
     ("3.12", "2.15.0", "2.4.6"),
 )
+# mmcv's set-up asks for C++17, which the headers of torch refuse since 2.15.
+NEEDS_CPP20 = "torch==2.15.0"
+CPP20 = """#!/bin/bash
+exec g++ "${@/-std=c++17/-std=c++20}"
+"""
 PACKAGES = (
     "hypothesis", "loralib", "mmengine==0.10.7", "opencv-python-headless<5", "opencv-python<5",
     "packaging", "pytest", "tabulate",
@@ -121,12 +126,17 @@ def build(folder: Path, python: str, steps: dict[str, list[str]], jobs: int, log
     pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     compiling = dict(CFLAGS="-g0", CXXFLAGS="-g0", MAX_JOBS=str(jobs), MMCV_WITH_OPS="1")
     compiling.update(FORCE_CUDA="0", CUDA_VISIBLE_DEVICES="")
+    if NEEDS_CPP20 in steps["torch"]:
+        compiling["CXX"] = str(folder / "c++20")
     commands = {"venv": [python, "-m", "venv", str(folder)]}
     commands.update({name: [*pip, *packages] for name, packages in steps.items()})
     for name, command in commands.items():
         mark = folder / f"done-{name}"
         if not mark.exists():
             print(f"   {name}", flush=True)
+            if name == "mmcv" and "CXX" in compiling:
+                Path(compiling["CXX"]).write_text(CPP20)
+                Path(compiling["CXX"]).chmod(0o755)
             status, _ = call(command, log, **(compiling if name == "mmcv" else {}))
             if status:
                 raise RowError(f"`{' '.join(command[1:4])} ...` failed, see {log}")
