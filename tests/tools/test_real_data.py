@@ -43,7 +43,10 @@ def tool():
 
 def test_the_page_is_current(tool):
     text = tool.render(
-        tool.read(tool.ROWS), tool.read_times(tool.TIMES), tool.read_budgets(tool.BUDGETS)
+        tool.read(tool.ROWS),
+        tool.read_times(tool.TIMES),
+        tool.read_budgets(tool.BUDGETS),
+        json.loads(tool.LARGEST.read_text()),
     )
     assert tool.PAGE.read_text() == text, "run real_data.py table"
 
@@ -296,6 +299,18 @@ def test_images_where_another_run_is_ahead(tool, monkeypatch, tmp_path):
     tool.paint(runs, 2, [], 7, tmp_path / "out.png", behind=True)
     tool.paint(runs, 2, [], 7, tmp_path / "out.png")
     assert drawn == [["b: 0.50, 0.90", "c: 0.60, 0.70"], ["a: 0.90, 0.80", "d: 0.10, 0.10"]]
+
+
+def test_the_largest_image_seed_by_seed(tool):
+    rows = [
+        dict(backbone="softpp-mini", budget=49, seed=seed, landmarks=had, segm=ap)
+        for seed, had, ap in ((1, 38, 0.48), (0, 49, 0.03))
+    ]
+    rows.append(dict(backbone="pvtv2-b0", budget="-", seed=0, landmarks="-", segm=0.2))
+    assert lines(tool.of_largest(rows))[2:] == [
+        ["SOFT++ mini", "49", "49, 38", "0.030, 0.480"],
+        ["PVTv2-B0", "-", "-", "0.200"],
+    ]
 
 
 def test_budgets_that_were_collected_twice_are_refused(tool, tmp_path):
