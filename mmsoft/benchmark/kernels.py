@@ -3,7 +3,8 @@
     python -m mmsoft.benchmark.kernels --out work_dirs/gpu
     python -m mmsoft.benchmark.kernels --device cpu --tokens 256 --landmarks 9 --ways eager
 
-Prints a table and writes `kernels.json`, kept current after every case. The error is against the
+Prints a table and writes `kernels.json`, kept current after every case, which `python -m
+mmsoft.benchmark --write-docs` takes. The error is against the
 definition in float64: no time counts where it is larger than plain torch's allows. The roofline of
 a product is the larger of two times, of reading and writing every argument and result once, and of
 its products of three TF32 parts, at the measured speeds of a copy and of a TF32 matrix product. The
@@ -27,7 +28,14 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mmsoft.benchmark.__main__ import positive
-from mmsoft.benchmark.measure import ceilings, device_name, reason, seconds_of, versions
+from mmsoft.benchmark.measure import (
+    ceilings,
+    commit,
+    device_name,
+    reason,
+    seconds_of,
+    versions,
+)
 from mmsoft.benchmark.report import write_json
 from mmsoft.ops import (
     choose_landmarks,
@@ -225,7 +233,7 @@ def judge(entries: list[dict[str, Any]], limit: float | None) -> None:
             entry["roofline"] = limit / entry["median_ms"]
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(entries: list[dict[str, Any]], style: str = "simple") -> str:
     """The entries in words and numbers."""
     names = ("operation", "mode", "tokens", "landmarks", "way", "median_ms", "error", "roofline")
     rows = []
@@ -234,7 +242,7 @@ def table(entries: list[dict[str, Any]]) -> str:
         if not entry.get("right", True):
             row[names.index("way")] += " (WRONG)"
         rows.append([*row, entry.get("reason", "")])
-    return tabulate(rows, [*names, ""], floatfmt=".3g")
+    return tabulate(rows, [*names, ""], style, floatfmt=".3g", missingval="-")
 
 
 def main() -> None:
@@ -258,6 +266,7 @@ def main() -> None:
         device=device_name(args.device),
         versions=versions(),
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        commit=commit(),
         ceilings=limits,
         repeats=args.repeats,
         kernels=[],

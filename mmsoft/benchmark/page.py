@@ -353,6 +353,11 @@ def target_rows(data: dict[str, Any]) -> list[list[str]]:
         return []
     if not data["results"]:
         found = [target for target in found if target.measured is not None]
+    return verdicts(found)
+
+
+def verdicts(found: Sequence[Target]) -> list[list[str]]:
+    """Targets as rows of a table."""
     answers = {True: "yes", False: "**no**", None: "not measured"}
     rows = [["target", "measured", "of medians", "wanted", "met"]]
     for target in found:
@@ -379,13 +384,54 @@ def commit_of(data: dict[str, Any]) -> str:
     return f"Commit {data['commit']}. " if data.get("commit") else ""
 
 
+KERNELS = """One call each, of {repeats} repeats the median. The error is against the definition in
+float64; a way whose error plain torch's does not allow is marked as wrong. The roofline's share is
+that of the least time in which the operands could be read and written once, and multiplied."""
+
+
+def kernel_targets(entries: Sequence[dict[str, Any]]) -> list[Target]:
+    """What is wanted of the kernels on a GPU."""
+    right = [e for e in entries if e["way"] == "triton" and e.get("right") and "median_ms" in e]
+    shares = [e["roofline"] for e in right if "roofline" in e]
+    found = [
+        Target("streamed products: least share of the roofline", min(shares, default=None), 0.6)
+    ]
+    # LaplacianFormer's fused Newton-Raphson, as published, on an A100.
+    for mode, most in (("forward", 0.14), ("backward", 0.01)):
+        times = [
+            e["median_ms"]
+            for e in right
+            if (e["operation"], e["landmarks"], e["mode"]) == ("newton", 64, mode)
+        ]
+        found.append(
+            Target(f"Newton of 64 landmarks, {mode} (ms)", min(times, default=None), most, True)
+        )
+    return found
+
+
+def of_kernels(data: dict[str, Any]) -> str:
+    """The part of a run of the kernels."""
+    from mmsoft.benchmark.kernels import table
+
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    rows = verdicts(kernel_targets(data["kernels"]))
+    return (
+        f"## Kernels, {data['device']}\n\n{data['date'][:10]}; {versions}. {commit_of(data)}\n"
+        f"Limits of this device: {limits(data['ceilings'])}.\n\n"
+        f"{markdown(rows)}\n\n{KERNELS.format(repeats=data['repeats'])}\n\n"
+        f"{table(data['kernels'], 'pipe')}\n"
+    )
+
+
 def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write ``benchmarks.md`` and, under ``benchmarks/``, its plots.
 
     Accuracies with several landmark budgets are those of ``landmark_budgets.json`` there, if any.
+    Runs of :mod:`mmsoft.benchmark.kernels` come last.
     """
     parts = [INTRODUCTION]
-    runs = merge(runs)
+    kernels = [run for run in runs if "kernels" in run]
+    runs = merge([run for run in runs if "kernels" not in run])
     path = folder / "landmark_budgets.json"
     budgets = json.loads(path.read_text()) if path.is_file() else []
     drawn: set[str] = set()
@@ -431,6 +477,7 @@ def write_docs(runs: Sequence[dict[str, Any]], folder: Path) -> None:
                 for s in data["skipped"]
             ]
             parts.append(f"### Left out\n\n{markdown(rows)}\n")
+    parts += map(of_kernels, kernels)
     with write_whole(folder / "benchmarks.md") as partial:
         partial.write_text("\n".join(parts))
     print(f"wrote {folder / 'benchmarks.md'}")

@@ -9,7 +9,7 @@ import torch
 from loading import load_tool
 
 from mmsoft.benchmark import __main__ as benchmark
-from mmsoft.benchmark import kernels
+from mmsoft.benchmark import kernels, page
 from mmsoft.ops import reference
 
 EVERY = ["tests", "kernels", "large", "data", "detector", "segmentor", "amp", "backbones"]
@@ -136,6 +136,39 @@ def test_what_is_wrong_is_called_so():
     kernels.judge(entries, None)
     assert [entry["right"] for entry in entries] == [True, True, False, False]
     assert kernels.table(entries).count("(WRONG)") == 2
+
+
+def test_the_docs_take_the_kernels_in(tmp_path):
+    """What is wrong, or of another way, meets no target."""
+    times = [
+        dict(operation="newton", landmarks=64, mode="forward", way="triton", median_ms=0.1),
+        dict(operation="newton", landmarks=64, mode="forward", way="eager", median_ms=0.01),
+        dict(operation="newton", landmarks=64, mode="backward", way="triton", median_ms=0.02),
+        dict(operation="spread", landmarks=49, mode="forward", way="triton", median_ms=1.0)
+        | dict(roofline=0.7),
+        dict(operation="gather", landmarks=49, mode="forward", way="triton", median_ms=1.0)
+        | dict(roofline=0.65),
+    ]
+    times = [entry | dict(tokens=0, error=1e-7, right=True) for entry in times]
+    wrong = times[-1] | dict(roofline=0.1, right=False)
+    data = dict(
+        device="a GPU",
+        versions=dict(torch="2.13.0"),
+        date="2026-11-28T00:00:00",
+        commit="c0ffee",
+        repeats=11,
+        ceilings=dict(copy_gb_s=2000.0, tf32_tflops=300.0),
+        kernels=[*times, wrong],
+    )
+    page.write_docs([data], tmp_path)
+    text = " ".join((tmp_path / "benchmarks.md").read_text().split())
+    assert "## Kernels, a GPU 2026-11-28; torch 2.13.0. Commit c0ffee." in text
+    assert "| least share of the roofline | 0.650 | - | ≥ 0.6 | yes |" in text.replace(
+        "streamed products: ", ""
+    )
+    assert "64 landmarks, forward (ms) | 0.100 | - | ≤ 0.14 | yes |" in text
+    assert "64 landmarks, backward (ms) | 0.020 | - | ≤ 0.01 | **no** |" in text
+    assert text.count("triton (WRONG)") == 1
 
 
 def test_what_it_asks_for(run_tool, tmp_path):
