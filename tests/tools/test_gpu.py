@@ -167,7 +167,7 @@ def test_the_docs_take_the_kernels_in(tmp_path):
         "streamed products: ", ""
     )
     assert "64 landmarks, forward (ms) | 0.100 | - | ≤ 0.14 | yes |" in text
-    assert "64 landmarks, backward (ms) | 0.020 | - | ≤ 0.01 | **no** |" in text
+    assert "64 landmarks, backward (ms) | 0.0200 | - | ≤ 0.01 | **no** |" in text
     assert text.count("triton (WRONG)") == 1
 
 
