@@ -416,7 +416,8 @@ def of_kernels(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     rows = verdicts(kernel_targets(data["kernels"]))
     return (
-        f"## Kernels, {data['device']}\n\n{data['date'][:10]}; {versions}. {commit_of(data).strip()}\n"
+        f"## Kernels, {data['device']}\n\n"
+        f"{data['date'][:10]}; {versions}. {commit_of(data).strip()}\n"
         f"Limits of this device: {limits(data['ceilings'])}.\n\n"
         f"{markdown(rows)}\n\n{KERNELS.format(repeats=data['repeats'])}\n\n"
         f"{table(data['kernels'], 'pipe')}\n"
