@@ -3,7 +3,7 @@
     python -m mmsoft.explore CONFIG CHECKPOINT --images FOLDER
 
 Works without internet. The page is served to this machine alone unless `--host` says otherwise, and
-no file but the images of the folder is.
+no file but the images of the folder is. It opens in a browser where there is a display.
 """
 
 import sys
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--images", required=True, metavar="FOLDER", help="images to choose from")
     parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
     parser.add_argument("--port", type=int, default=8765, help="0 for any (default: 8765)")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     for package in ("flask", "waitress", "matplotlib"):
@@ -33,7 +34,7 @@ def main() -> None:
     with Explorer(config, model, args.images) as explorer:
         from mmsoft.explore.server import serve
 
-        serve(explorer, args.host, args.port)
+        serve(explorer, args.host, args.port, not args.no_browser)
 
 
 if __name__ == "__main__":

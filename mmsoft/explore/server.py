@@ -4,9 +4,14 @@ import base64
 import csv
 import io
 import logging
+import os
 import re
 import socket
+import sys
+import threading
+import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -256,10 +261,32 @@ def addresses(server: Any, host: str) -> list[str]:
     return [f"http://{_in_url(host)}:{port}/" for port in dict.fromkeys(ports)]
 
 
-def serve(explorer: Explorer, host: str, port: int) -> None:
-    """Serve until interrupted."""
+def _has_display() -> bool:
+    """Whether a browser would have a window, and not take this terminal."""
+    named = any(os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
+    return named or sys.platform in ("darwin", "win32")
+
+
+def _open_page(address: str) -> None:
+    with suppress(Exception):  # the address is printed, and any program may be behind it
+        webbrowser.open(address)
+
+
+def serve(explorer: Explorer, host: str, port: int, browser: bool = True) -> None:
+    """Serve until interrupted.
+
+    Args:
+        explorer: what the page shows.
+        host: address.
+        port: 0 for any.
+        browser: open the page where only this machine reaches it, and there is a display.
+    """
     server = make_server(explorer, host, port)
-    print(*addresses(server, host), sep="\n", flush=True)
+    found = addresses(server, host)
+    print(*found, sep="\n", flush=True)
+    if browser and _is_here(host) and _has_display():
+        # Some are waited for until they end; what they ask waits, as the socket listens already.
+        threading.Thread(target=_open_page, args=(found[0],), daemon=True).start()
     try:
         server.run()
     except KeyboardInterrupt:

@@ -87,7 +87,7 @@ def started(listening):
 
     def start(config, *checkpoint, images):
         command = [sys.executable, "-m", "mmsoft.explore", config, *checkpoint]
-        return listening([*command, "--images", images, "--port", "0"])
+        return listening([*command, "--images", images, "--port", "0", "--no-browser"])
 
     return start
 

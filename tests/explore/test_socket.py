@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 from http.client import HTTPConnection
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -134,7 +135,7 @@ def test_the_documented_line_opens_the_explorer_to_this_machine_alone(
         path.parent.mkdir(parents=True)
         path.write_text(content)
     python.chmod(0o755)
-    command = ["bash", "-c", f"exec {line} --port 0"]
+    command = ["bash", "-c", f"exec {line} --port 0 --no-browser"]
     with listening(command, env=dict(PATH="/usr/bin:/bin"), cwd=tmp_path) as address:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
         port = urlsplit(address).port
@@ -160,18 +161,97 @@ def test_a_name_of_several_addresses(monkeypatch):
         server.close()
 
 
-def test_the_command_says_where_it_is(explorer, monkeypatch, capsys):
+class Stopped:
+    """A server that ends when the page has been opened, or at once."""
+
+    effective_port = "80"
+
+    def __init__(self, opened=None):
+        self.opened = opened
+
+    def run(self):
+        assert self.opened is None or self.opened.wait(60)
+        raise KeyboardInterrupt
+
+    def close(self):
+        print("closed")
+
+
+@pytest.fixture
+def displays(monkeypatch):
+    """Set what tells of a display and a browser."""
+
+    def displays(**found):
+        for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in found.items():
+            monkeypatch.setenv(name, value)
+
+    displays()
+    return displays
+
+
+def test_the_command_says_where_it_is(explorer, monkeypatch, capsys, displays):
     from mmsoft.explore import server
-
-    class Stopped:
-        effective_port = "80"
-
-        def run(self):
-            raise KeyboardInterrupt
-
-        def close(self):
-            print("closed")
 
     monkeypatch.setattr(server, "make_server", lambda *args: Stopped())
     server.serve(explorer, "::1", 80)
     assert re.findall(r"\S+", capsys.readouterr().out) == ["http://[::1]:80/", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [
+        ("127.0.0.1", dict(DISPLAY=":0")),
+        ("localhost", dict(WAYLAND_DISPLAY="wayland-0")),
+        ("127.0.0.1", dict(BROWSER="mine")),
+    ],
+)
+def test_the_page_is_opened(explorer, monkeypatch, displays, host, found):
+    """Once, at the address that is printed; what goes wrong there stops nothing."""
+    from mmsoft.explore import server
+
+    asked, opened = [], threading.Event()
+
+    def fail(address):
+        asked.append(address)
+        opened.set()
+        raise OSError("no such program")
+
+    displays(**found)
+    monkeypatch.setattr(server.webbrowser, "open", fail)
+    monkeypatch.setattr(server, "make_server", lambda *args: Stopped(opened))
+    server.serve(explorer, host, 80)
+    assert asked == [f"http://{host}:80/"]
+
+
+@pytest.mark.parametrize(
+    ("host", "found", "options"),
+    [
+        ("127.0.0.1", dict(DISPLAY=":0"), ["--no-browser"]),
+        ("0.0.0.0", dict(DISPLAY=":0"), []),
+        pytest.param(
+            "127.0.0.1",
+            {},
+            [],
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="always has a display"),
+        ),
+    ],
+    ids=["--no-browser", "other machines", "no display"],
+)
+def test_the_page_is_not_opened(
+    explorer, monkeypatch, displays, config_path, images, host, found, options
+):
+    """When nobody wants it, or on a machine that is not the visitor's, or without a display."""
+    from mmsoft.explore import __main__, server
+
+    displays(**found)
+    begun = []
+    threads = SimpleNamespace(Thread=lambda **options: begun.append(options))
+    monkeypatch.setattr(server, "threading", threads)
+    monkeypatch.setattr(server, "make_server", lambda *args: Stopped())
+    monkeypatch.setattr(__main__, "load_model", lambda *args: explorer.model)
+    command = ["explore", config_path, "--images", images, "--host", host, *options]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    assert __main__.main() == 0
+    assert not begun
