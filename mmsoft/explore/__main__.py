@@ -6,13 +6,19 @@ Works without internet. The page is served to this machine alone unless `--host`
 no file but the images of the folder is. It opens in a browser where there is a display.
 """
 
+import signal
 import sys
+from typing import Any
 
 from mmengine.logging import MMLogger
 
 from mmsoft.analysis import load_model
 from mmsoft.builder import config_parser, read_config, require, tool_main
 from mmsoft.explore.looking import Explorer
+
+
+def _end(*_: Any) -> None:
+    sys.exit()
 
 
 @tool_main
@@ -31,6 +37,7 @@ def main() -> None:
     MMLogger.get_instance("explore").setLevel("ERROR")  # each parameter, when initialized
     config = read_config(args)
     model = load_model(config, args.checkpoint, args.device)
+    signal.signal(signal.SIGTERM, _end)  # which would leave the uploads behind
     with Explorer(config, model, args.images) as explorer:
         from mmsoft.explore.server import serve
 

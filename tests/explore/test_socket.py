@@ -251,7 +251,21 @@ def test_the_page_is_not_opened(
     monkeypatch.setattr(server, "threading", threads)
     monkeypatch.setattr(server, "make_server", lambda *args: Stopped())
     monkeypatch.setattr(__main__, "load_model", lambda *args: explorer.model)
+    monkeypatch.setattr(__main__.signal, "signal", lambda *args: None)  # of this process
     command = ["explore", config_path, "--images", images, "--host", host, *options]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     assert __main__.main() == 0
     assert not begun
+
+
+def test_nothing_is_left_of_what_was_sent(listening, config_path, images, tmp_path):
+    """When the command is ended as a service manager, or `kill`, ends it."""
+    command = [sys.executable, "-m", "mmsoft.explore", config_path, "--images", images]
+    command += ["--port", "0", "--no-browser"]
+    with listening(command, env=dict(TMPDIR=str(tmp_path))) as address:
+        connection = HTTPConnection("127.0.0.1", urlsplit(address).port, timeout=60)
+        connection.request("POST", "/api/upload", next(images.glob("*.jpg")).read_bytes())
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert len(list(tmp_path.glob("mmsoft-explore-*/*.png"))) == 1
+    assert not list(tmp_path.glob("mmsoft-explore-*"))
