@@ -4,6 +4,7 @@ Every answer follows from the question alone, so that visitors cannot disturb ea
 """
 
 import copy
+import math
 import secrets
 import struct
 import threading
@@ -17,12 +18,13 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmsoft.analysis import (
     BlockState,
@@ -48,8 +50,12 @@ UPLOAD_BYTES = 20_000_000
 UPLOAD_PIXELS = 40_000_000
 LARGEST_BUDGET = 1_000_000  # landmarks
 UPLOADS = 32  # kept at once; the oldest goes
-CAPTURES = 6  # images with settings whose layers are kept
+STRIDE = 4  # pixels per token of the first stage
+LARGEST_GRID = 131_072  # tokens of the first stage: 2048 x 1024 pixels
+COUNT = 128  # of anything that is kept
+CAPTURE_BYTES = 3 << 30  # of the layers kept; the largest model and image have 1.3 GiB
 KERNEL_BYTES = 2 << 30  # of the kernels kept for rows, with the layers that they are of
+FOUND_BYTES = 1 << 28  # of the answers kept
 SMALLEST = 1e-6  # eigenvalue shown, relative to the largest
 SCORE = 0.3  # predictions below are not shown
 
@@ -90,11 +96,27 @@ class Captured:
     features: Tensor
 
 
-class Kept:
-    """A bounded number of values by key, those used last; one thread makes each, others wait."""
+def _bytes(kept: Any) -> int:
+    """Of the tensors and arrays in something, without those of modules, which are the model's."""
+    if (size := getattr(kept, "nbytes", None)) is not None:
+        return size
+    if isinstance(kept, nn.Module):
+        return 0
+    if not isinstance(kept, list | tuple):
+        kept = (kept if isinstance(kept, dict) else getattr(kept, "__dict__", {})).values()
+    return sum(map(_bytes, kept))
 
-    def __init__(self, limit: float, size: Callable[[Any], float] = lambda value: 1):
-        self.limit, self.size = limit, size
+
+class Kept:
+    """Values by key, those used last; one thread makes each, others wait.
+
+    Args:
+        count: of the values, at most.
+        limit: of their bytes, unless there is only one.
+    """
+
+    def __init__(self, count: int, limit: float = math.inf):
+        self.count, self.limit = count, limit
         self.values: OrderedDict[Hashable, Any] = OrderedDict()
         self.making: dict[Hashable, Future] = {}
         self.lock = threading.Lock()
@@ -125,9 +147,9 @@ class Kept:
 
     def _keep(self, key: Hashable, value: Any) -> None:
         self.values[key] = value
-        total = sum(map(self.size, self.values.values()))
-        while total > self.limit and len(self.values) > 1:
-            total -= self.size(self.values.popitem(last=False)[1])
+        total = sum(map(_bytes, self.values.values()))
+        while len(self.values) > 1 and (total > self.limit or len(self.values) > self.count):
+            total -= _bytes(self.values.popitem(last=False)[1])
 
 
 class Explorer:
@@ -154,9 +176,9 @@ class Explorer:
         self.uploads: OrderedDict[str, Path] = OrderedDict()
         self.listed: dict[str, Path] = {}
         self.running = threading.RLock()  # one forward pass at a time: settings are the model's
-        self.captures = Kept(CAPTURES)
-        self.rows = Kept(KERNEL_BYTES, lambda rows: rows.nbytes)
-        self.found = Kept(32)
+        self.captures = Kept(COUNT, CAPTURE_BYTES)
+        self.rows = Kept(COUNT, KERNEL_BYTES)
+        self.found = Kept(COUNT, FOUND_BYTES)
 
     def __enter__(self) -> "Explorer":
         self._temporary = TemporaryDirectory(prefix="mmsoft-explore-")
@@ -250,10 +272,16 @@ class Explorer:
             raise ValueError(
                 f"the budget must be at least 1 and at most {LARGEST_BUDGET}, got {settings.budget}"
             )
+        picture = cv2.imread(str(path))
+        if picture is not None and picture[..., 0].size > LARGEST_GRID * STRIDE**2:
+            # To follow a picture's pixels takes many times what the pipeline alone does.
+            data = inference_pipeline(self.config)(dict(img_path=str(path), img_id=0))
+            _check_size(name, data["inputs"])
         try:
             image = load_image(self.config, self.model, str(path))
         except ValueError as error:  # where the folder is, is nobody's business
             raise ValueError(str(error).replace(str(path), name)) from error
+        _check_size(name, image.inputs)
         with self.running, _Changed(self, settings), capture(self.model) as states:
             features = self.model.backbone(image.inputs.to(_device(self.model)))[-1]
             for state in states.values():
@@ -418,6 +446,17 @@ class _Changed:
     def _set(self, settings: Settings) -> None:
         for layer in self.layers.values():
             layer.max_landmarks, layer.solver = settings.budget, settings.solver
+
+
+def _check_size(name: str, inputs: Tensor) -> None:
+    """Refuse an input of the backbone whose layers would fill the memory."""
+    height, width = inputs.shape[-2:]
+    tokens = -(-height // STRIDE) * -(-width // STRIDE)
+    if tokens > LARGEST_GRID:
+        raise ValueError(
+            f"{name} comes to the model as {height} x {width} pixels, {tokens} tokens of its first "
+            f"stage, and the explorer takes at most {LARGEST_GRID}"
+        )
 
 
 def _device(model: Any) -> torch.device:

@@ -291,7 +291,8 @@ def test_a_file_that_is_replaced_is_shown_anew(browser, started, config_path, wo
 
 def test_an_invalid_link_says_so(browser, address):
     browser.open(f"{address}?image=none.jpg")
-    browser.until("document.getElementById('status')?.textContent.includes('cannot be shown')")
+    said = "none.jpg cannot be shown: there is no image 'none.jpg'"
+    browser.until(f'document.getElementById("status")?.textContent === "{said}"')
 
 
 def test_landmarks_by_content_have_no_spectrum(browser, started, root, workplace):

@@ -713,6 +713,62 @@ def test_rows_are_bounded_with_the_layers_that_they_hold(client, explorer, monke
     assert len(look()) == 1
 
 
+def test_layers_are_bounded(client, explorer, monkeypatch):
+    """With the picture and the input that they are of."""
+
+    def look(*budgets):
+        explorer.captures.values.clear()
+        for budget in budgets:
+            ask(client, "usage", budget=budget)
+        return list(explorer.captures.values.values())
+
+    (one,) = look(4)
+    held = one.image.picture.nbytes + one.image.inputs.nbytes + one.features.nbytes
+    held += sum(t.nbytes for s in one.states.values() for t in (s.q, s.v, s.landmarks))
+    monkeypatch.setattr(explorer.captures, "limit", 2 * held)
+    assert len(look(4, 4)) == 1
+    assert [captured.key[2].budget for captured in look(3, 4, 2)] == [4, 2]
+    monkeypatch.setattr(explorer.captures, "limit", 1)
+    assert len(look(4, 3)) == 1
+
+
+def test_answers_are_bounded(client, explorer, monkeypatch):
+    """A map of classes has the size of the file."""
+    from mmengine.structures import PixelData
+
+    labels = PixelData(data=torch.zeros(1, 50, 50, dtype=torch.int64))
+    predicting(monkeypatch, explorer, pred_sem_seg=labels)
+    monkeypatch.setattr(explorer.found, "limit", 50 * 50 * 2)
+    for budget in (3, 4, 5):
+        ask(client, "predictions", budget=budget)
+    assert len(explorer.found.values) == 2
+    explorer.found.values.clear()
+
+
+@pytest.mark.parametrize(("tokens", "status"), [(1600, 200), (1599, 400)])
+@pytest.mark.parametrize("size", [(320, 160), (80, 16)], ids=str)
+def test_images_of_too_many_tokens(client, images, monkeypatch, size, tokens, status):
+    """By the 160 x 160 pixels in which they come to the model, from the folder or sent."""
+    monkeypatch.setattr(looking, "LARGEST_GRID", tokens)
+    if status == 400 and size == (320, 160):  # seen before anything as large as the file is made
+        monkeypatch.setattr(looking, "load_image", None)
+    path, content = images / "large.png", png(*size)
+    path.write_bytes(content)
+    try:
+        for name in (path.name, client.post("/api/upload", data=content).json["image"]):
+            for kind in ("image", "attention", "predictions"):
+                question = dict(HERE, image=name, y=5)
+                answer = client.get(f"/api/{kind}", query_string=question)
+                assert answer.status_code == status, answer.json
+                if status == 400:
+                    assert answer.json["error"] == (
+                        f"{name} comes to the model as 160 x 160 pixels, 1600 tokens of its "
+                        "first stage, and the explorer takes at most 1599"
+                    )
+    finally:
+        path.unlink()
+
+
 def test_what_could_not_be_made_can_be_asked_for_again():
     from mmsoft.explore.looking import Kept
 

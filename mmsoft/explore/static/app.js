@@ -351,7 +351,10 @@ function drawChanged() {
 async function load(name, version) {
   const image = new Image();
   image.src = `/api/image?${new URLSearchParams({ image: name, version })}`;
-  await image.decode().catch(() => { throw new Error(`${name} cannot be shown`); });
+  await image.decode().catch(async () => {
+    const why = await ask(image.src).then(() => "", (error) => `: ${error.message}`);
+    throw new Error(`${name} cannot be shown${why}`);
+  });
   return image;
 }
 
