@@ -226,7 +226,7 @@ class Explorer:
         Raises:
             ValueError: it is no picture, or too large.
         """
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         # The last two for malformed EXIF (Pillow 13).
         unreadable = (OSError, SyntaxError, Image.DecompressionBombError, TypeError, struct.error)
@@ -236,12 +236,16 @@ class Explorer:
             opened = Image.open(BytesIO(content), formats=("BMP", "JPEG", "PNG", "WEBP"))
             if opened.width * opened.height > UPLOAD_PIXELS:  # before anything is decoded
                 raise ValueError(f"a picture may have {UPLOAD_PIXELS // 1_000_000} million pixels")
-            picture = ImageOps.exif_transpose(opened).convert("RGB")  # as the pipelines read it
+            opened.load()  # OpenCV makes something of what is cut off
         except unreadable as error:
             raise ValueError("this is not a picture that can be read") from error
+        # As the pipelines read a file: upright, 16 bits scaled to 8.
+        picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:
+            raise ValueError("this is not a picture that can be read")
         name = f"upload-{secrets.token_urlsafe(16)}"
         path = Path(self._temporary.name, f"{name}.png")
-        picture.save(path)
+        cv2.imwrite(str(path), picture)
         with self.running:
             self.uploads[name] = path
             while len(self.uploads) > UPLOADS:

@@ -5,6 +5,7 @@ import io
 import json
 import threading
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -542,6 +543,27 @@ def test_a_turned_picture_is_upright_everywhere(client, images):
                 assert pixels[25:].min() > 200, (name, path)
     finally:
         (images / "turned.jpg").unlink()
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (30, 40, 3)], ids=["grey", "RGB"])
+@pytest.mark.parametrize("highest", [1000, 65535])
+def test_sixteen_bits_are_those_of_the_same_file_in_the_folder(client, images, shape, highest):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, highest, shape, np.uint16, endpoint=True)
+    content = cv2.imencode(".png", pixels)[1].tobytes()
+    (images / "deep.png").write_bytes(content)
+    try:
+        sent = client.post("/api/upload", data=content).json["image"]
+        for path in ("image", "thumbnail"):
+            pictures = [
+                np.asarray(Image.open(io.BytesIO(client.get(f"/api/{path}?image={name}").data)))
+                for name in ("deep.png", sent)
+            ]
+            np.testing.assert_array_equal(*pictures)
+            assert pictures[0].max() == highest // 256
+    finally:
+        (images / "deep.png").unlink()
 
 
 def test_an_upload_is_for_who_sent_it(client):
