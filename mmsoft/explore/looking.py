@@ -172,6 +172,7 @@ class Explorer:
         self.layers = attention_blocks(model)
         layer = next(iter(self.layers.values()))
         self.own = Settings(layer.max_landmarks, layer.solver)
+        self.by_content = layer.by_content  # without an inverse, and so a solver
         self.names = _classes(config, model)
         self.uploads: OrderedDict[str, Path] = OrderedDict()
         self.listed: dict[str, Path] = {}
@@ -429,7 +430,7 @@ class Explorer:
             budget=self.own.budget,
             solver=self.own.solver,
             solvers=SOLVERS,
-            by_content=next(iter(self.layers.values())).by_content,
+            by_content=self.by_content,
             images=list(self.images()),
             upload_bytes=UPLOAD_BYTES,
         )

@@ -88,7 +88,9 @@ def make_app(explorer: Explorer, hosts: tuple[str, ...] | None = HERE) -> Flask:
                 else None
                 if budget == "all"
                 else int(budget),
-                asked.get("solver", explorer.own.solver),
+                explorer.own.solver
+                if explorer.by_content
+                else asked.get("solver", explorer.own.solver),
             )
             return View(
                 asked.get("image", ""),

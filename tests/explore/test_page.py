@@ -299,8 +299,9 @@ def test_landmarks_by_content_have_no_spectrum(browser, started, root, workplace
     """And a segmentor's classes have names and colours."""
     config = root / "configs/demo/upernet_softpp-mini_shapes.py"
     with started(config, images=workplace / "data/shapes/ade/images/validation") as address:
-        browser.open(f"{address}?over=predictions")
+        browser.open(f"{address}?over=predictions&solver=direct")
         browser.until(COMPLETE)
+        assert "solver=newton" in browser.evaluate("location.search")
         hidden = "['spectrum', 'no-inverse'].map(id => document.getElementById(id).hidden)"
         assert browser.evaluate(hidden) == [True, False]
         assert browser.evaluate("document.getElementById('solver').disabled")

@@ -143,6 +143,16 @@ def test_settings_are_those_of_a_config_with_them(
     )
 
 
+@pytest.mark.parametrize("config_path", ["content"], indirect=True)
+def test_without_an_inverse_there_is_no_solver(client, explorer, monkeypatch):
+    """A link that names another one shows the model's own layers, not those of a second run."""
+    expected = ask(client, "attention")
+    monkeypatch.setattr(explorer, "_capture", None)
+    found = ask(client, "attention", solver="direct")
+    assert found == expected
+    assert found["changed"] is None
+
+
 @BOTH
 @pytest.mark.parametrize("budget", ["own", "16"])
 def test_regions_are_of_the_landmarks_that_there_are(client, explorer, budget):

@@ -54,7 +54,7 @@ function readAddress() {
     x: number("x", -1),
     y: number("y", -1),
     budget: given.get("budget") || "own",
-    solver: given.get("solver") || about.solver,
+    solver: !about.by_content && given.get("solver") || about.solver,
     over: given.get("over") || "attention",
   };
   if (!stages.includes(view.stage)) view.stage = stages[0];
