@@ -214,6 +214,17 @@ def test_keys_slider_files_and_saving(browser, address, explorer, images, tmp_pa
     browser.press("ArrowRight")
     after(browser, "x=22")
 
+    # While it is dragged, the slider says to what, and nothing is asked.
+    name, address_bar = "document.getElementById('budget-value').textContent", "location.search"
+    before, shown = browser.evaluate(address_bar), []
+    for at in (3, 9, 0):
+        browser.evaluate(f"{slider}.value = {at}; {slider}.dispatchEvent(new Event('input'))")
+        shown.append(browser.evaluate(name))
+    assert shown == ["16", "all", "all (the model's)"]
+    assert browser.evaluate(address_bar) == before
+    browser.evaluate(f"{slider}.value = 3; {slider}.dispatchEvent(new Event('change'))")
+    after(browser, "budget=16")
+
     # A budget that is not on the slider.
     browser.open(f"{address}?stage=1&budget=12&x=20&y=30")
     after(browser, "budget=12")

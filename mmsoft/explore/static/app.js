@@ -37,6 +37,11 @@ function budgets() {
   return [...BUDGETS.slice(0, -1), linked].sort((a, b) => a - b).concat("all");
 }
 
+function nameBudget(budget) {
+  const own = about.budget === null ? "all" : about.budget;
+  $("budget-value").textContent = budget === "own" ? `${own} (the model's)` : budget;
+}
+
 function blocks() { return about.blocks.filter((b) => b.stage === view.stage); }
 
 function readAddress() {
@@ -81,8 +86,7 @@ function drawControls() {
   $("over").value = view.over;
   $("budget").max = budgets().length;
   $("budget").value = view.budget === "own" ? 0 : budgets().findIndex((b) => String(b) === view.budget) + 1;
-  const own = about.budget === null ? "all" : about.budget;
-  $("budget-value").textContent = view.budget === "own" ? `${own} (the model's)` : view.budget;
+  nameBudget(view.budget);
   for (const button of $("images").children) {
     button.setAttribute("aria-pressed", button.dataset.image === view.image);
   }
@@ -430,7 +434,9 @@ function change(part) {
 
 function step(list, value) { return list[(list.findIndex((v) => String(v) === String(value)) + 1) % list.length]; }
 
-function setBudget(at) { change({ budget: at === 0 ? "own" : String(budgets()[at - 1]) }); }
+function budgetAt(at) { return at === 0 ? "own" : String(budgets()[at - 1]); }
+
+function setBudget(at) { change({ budget: budgetAt(at) }); }
 
 function pick(event) {
   const box = $("picture").getBoundingClientRect();
@@ -498,6 +504,7 @@ async function begin() {
   document.addEventListener("keydown", key);
   for (const name of ["stage", "block", "head"]) $(name).addEventListener("change", (e) => change({ [name]: Number(e.target.value) }));
   for (const name of ["over", "solver"]) $(name).addEventListener("change", (e) => change({ [name]: e.target.value }));
+  $("budget").addEventListener("input", (e) => nameBudget(budgetAt(Number(e.target.value))));  // while it is dragged
   $("budget").addEventListener("change", (e) => setBudget(Number(e.target.value)));
   $("file").addEventListener("change", (e) => send(e.target.files[0]));
   for (const kind of ["dragover", "dragleave", "drop"]) {
