@@ -181,15 +181,14 @@ def _name(view: View) -> str:
 def _attention(explorer: Explorer, view: View) -> Any:
     captured, state = explorer.state(view)
     found = explorer.attention(view)
-    rows = found["rows"].unflatten(-1, state.hw_shape).numpy()
-    name = "SOFT++" if state.layer.normalize else "SOFT"
-    heads = range(len(rows)) if view.head < 0 else [view.head]
-    maps = {f"{name}, head {head}": rows[head][None] for head in heads}
-    softmax = found["softmax"].unflatten(-1, state.hw_shape).numpy()
-    if view.head < 0:
-        maps |= {f"{name}, mean": rows.mean(0)[None], "softmax": softmax.mean(0)[None]}
-    else:
-        maps["softmax"] = softmax[view.head][None]
+    kinds = {"SOFT++" if state.layer.normalize else "SOFT": "rows", "softmax": "softmax"}
+    maps: dict[str, np.ndarray] = {}
+    for name, kind in kinds.items():
+        rows = found[kind].unflatten(-1, state.hw_shape).numpy()
+        heads = range(len(rows)) if view.head < 0 else [view.head]
+        maps |= {f"{name}, head {head}": rows[head][None] for head in heads}
+        if view.head < 0:
+            maps[f"{name}, mean"] = rows.mean(0)[None]
     title = f"{_name(view)}: {max(found['landmarks'])} landmarks"
     point = [(view.x, view.y)]
     return draw_attention(captured.image.picture, point, maps, found["extent"], title)

@@ -214,10 +214,11 @@ def test_what_is_saved_is_what_is_asked_for(client, explorer, monkeypatch, head)
     assert (points, extent) == ([(21, 31)], found["extent"])
     assert title == "stage 1, block 0: 4 landmarks"
     rows, softmax = (found[name].unflatten(-1, found["grid"]).numpy() for name in ROWS)
-    expected = {"SOFT++, head 1": rows[1], "softmax": softmax[1]}
-    if head < 0:
-        expected = {"SOFT++, head 0": rows[0], "SOFT++, head 1": rows[1]}
-        expected |= {"SOFT++, mean": rows.mean(0), "softmax": softmax.mean(0)}
+    kinds, heads = {"SOFT++": rows, "softmax": softmax}, (0, 1) if head < 0 else (1,)
+    expected = {}
+    for name, each in kinds.items():  # as the page has them: alike
+        expected |= {f"{name}, head {one}": each[one] for one in heads}
+        expected |= {f"{name}, mean": each.mean(0)} if head < 0 else {}
     assert list(maps) == list(expected)
     for name, one in expected.items():
         np.testing.assert_array_equal(maps[name][0], one)
