@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -60,6 +61,45 @@ def client(explorer):
     from mmsoft.explore.server import make_app
 
     return make_app(explorer).test_client()
+
+
+@pytest.fixture
+def open_server(explorer):
+    """Servers of the explorer, in this process, which run until the test is over."""
+    from mmsoft.explore.server import make_server
+
+    opened = []
+
+    def start(host):
+        server = make_server(explorer, host, 0)
+        opened.append((server, threading.Thread(target=server.run, daemon=True)))
+        opened[-1][1].start()
+        return server
+
+    yield start
+    for server, thread in opened:
+        server.close()
+        thread.join(5)
+
+
+@pytest.fixture
+def predicting(explorer, monkeypatch):
+    """Let the model say something of every image; returns the settings under which it is asked."""
+    from mmengine.structures import BaseDataElement
+
+    def predict(**result):
+        seen = []
+
+        def test_step(data):
+            seen.append({(layer.max_landmarks, layer.solver) for layer in explorer.layers.values()})
+            return [BaseDataElement(**result)]
+
+        explorer.found.values.clear()
+        monkeypatch.setattr(explorer.model, "test_step", test_step)
+        return seen
+
+    yield predict
+    explorer.found.values.clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,12 @@ import time
 import cv2
 import numpy as np
 import pytest
+import torch
+
+from mmsoft.visualization.style import COLOURS
 
 PIXEL = (20, 30)
+PICTURE = "document.getElementById('picture')"
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +142,10 @@ def test_the_painted_maps_are_the_numbers(browser, address, explorer):
         for head, row in enumerate(rows):
             small = f"document.querySelectorAll('[data-kind={kind}] canvas')[{head}]"
             cases.append((canvas_of(browser, small), 0.75, row))
-    cases.append((canvas_of(browser, "document.getElementById('picture')"), 0.65, ours.mean(0)))
+    cases.append((canvas_of(browser, PICTURE), 0.65, ours.mean(0)))
     browser.press("o")
     after(browser, "over=softmax")
-    large = canvas_of(browser, "document.getElementById('picture')")
+    large = canvas_of(browser, PICTURE)
     cases.append((large, 0.65, softmax.mean(0)))
     for shown, alpha, row in cases:
         difference, brightest = off(shown, alpha, row, *inside)
@@ -158,7 +162,7 @@ def test_dots_are_where_the_landmarks_are(browser, address, explorer):
 
     browser.open(f"{address}?stage=1&x=0&y=0&over=landmarks")
     after(browser, "over=landmarks")
-    shown = canvas_of(browser, "document.getElementById('picture')")
+    shown = canvas_of(browser, PICTURE)
     view = View("000000000001.jpg", explorer.own, 1, 0, -1, 0, 0)
     captured, found = explorer.captured(view.image, explorer.own), explorer.landmarks(view)
     white = (shown > 250).all(-1).astype(np.uint8)
@@ -177,6 +181,73 @@ def test_dots_are_where_the_landmarks_are(browser, address, explorer):
     away, kept = np.hypot(*dots.T) > 4, np.hypot(*expected.T) > 4  # the ring is white too
     assert away.sum() == kept.sum() > 20
     assert (distances[away].min(1) < 0.1).all()
+
+
+def rgb(label):
+    """The colour of a class."""
+    return np.array([int(COLOURS[label][i : i + 2], 16) for i in (1, 3, 5)])
+
+
+@pytest.fixture
+def stubbed(explorer, open_server):
+    """The address of the explorer of this process, in which a test can say what is predicted."""
+    from mmsoft.explore.server import addresses
+
+    return addresses(open_server("127.0.0.1"), "127.0.0.1")[0]
+
+
+def test_a_box_is_drawn_where_it_is(browser, stubbed, predicting):
+    """Its lines, and its name above it; one of a low score is not."""
+    from mmengine.structures import InstanceData
+
+    left, top, right, bottom = box = 12, 22, 44, 54
+    boxes, scores = torch.tensor([box, (2, 2, 9, 9)]).float(), torch.tensor([0.87, 0.2])
+    labels = torch.tensor([1, 1])
+    predicting(pred_instances=InstanceData(bboxes=boxes, scores=scores, labels=labels))
+    browser.open(f"{stubbed}?x=60&y=60&over=predictions")
+    after(browser, "over=predictions")
+    legend = browser.evaluate("document.getElementById('legend').textContent")
+    assert legend == "1 objects with a score of at least 0.3"
+    shown = canvas_of(browser, PICTURE)
+    scale, unit = shown.shape[1] / 64, 64 / 500  # of the canvas, and of the drawing
+    there = np.abs(shown - rgb(1)).max(-1) < 8
+    rows, columns = np.nonzero(there)
+    found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    name = 13 * unit  # the height of what it stands on
+    expected = [left - unit, top - name, right + unit, bottom + unit]
+    assert np.abs(np.array(found) / scale - expected).max() < 0.1
+    x0, y0, x1, y1 = (int(side * scale) for side in box)
+    for line in (there[y0:y1, x0], there[y0:y1, x1], there[y0, x0:x1], there[y1, x0:x1]):
+        assert line.mean() > 0.98
+    inside = int(2 * unit * scale)
+    assert there[y0 + inside : y1 - inside, x0 + inside : x1 - inside].mean() < 0.01
+    above = (shown[int((top - name) * scale) : y0, x0:x1] > 240).all(-1)
+    assert 20 < above.sum() < 0.5 * above.size  # white letters
+
+
+def test_classes_are_painted_where_they_are(browser, explorer, stubbed, predicting):
+    """Two halves of the picture, under which it is seen."""
+    from mmengine.structures import PixelData
+
+    halves = torch.zeros(1, 64, 64, dtype=torch.int64)
+    halves[..., 32:] = 3
+    predicting(pred_sem_seg=PixelData(data=halves))
+    canvases = {}
+    for over in ("nothing", "predictions"):
+        browser.open(f"{stubbed}?x=60&y=60&over={over}")
+        after(browser, f"over={over}")
+        canvases[over] = canvas_of(browser, PICTURE)
+    shown, half = canvases["predictions"], canvases["nothing"].shape[1] // 2
+    y, x = (np.indices(shown.shape[:2]) + 0.5) * 64 / shown.shape[1]
+    away = np.hypot(x - 60.5, y - 60.5) > 2  # the ring lies over both
+    for label, part in ((0, np.s_[:, :half]), (3, np.s_[:, half:])):
+        expected = 0.45 * canvases["nothing"][part] + 0.55 * rgb(label)
+        assert np.abs(shown[part] - expected)[away[part]].max() <= 3
+    classes = "[...document.querySelectorAll('.class')]"
+    found = browser.evaluate(
+        f"{classes}.map(c => [c.textContent, c.style.getPropertyValue('--colour')])"
+    )
+    assert found == [[explorer.names[label], COLOURS[label]] for label in (0, 3)]
 
 
 def after(browser, part):

@@ -238,31 +238,15 @@ ROWS = ("rows", "softmax")
 # --------------------------------------------------------------------------------- predictions
 
 
-def predicting(monkeypatch, explorer, **result):
-    """Let the model say this of every image; returns the settings under which it is asked."""
-    from mmengine.structures import BaseDataElement
-
-    seen = []
-
-    def test_step(data):
-        seen.append({(layer.max_landmarks, layer.solver) for layer in explorer.layers.values()})
-        return [BaseDataElement(**result)]
-
-    explorer.found.values.clear()
-    monkeypatch.setattr(explorer.model, "test_step", test_step)
-    return seen
-
-
-def test_boxes_are_those_with_a_score(client, explorer, monkeypatch):
+def test_boxes_are_those_with_a_score(client, explorer, predicting):
     """Of the model with the settings that are asked for, which it has no longer than that."""
     from mmengine.structures import InstanceData
 
     boxes = torch.tensor([[1.0, 2, 30, 40], [5, 6, 17, 28], [3, 14, 50, 60]])
     scores = torch.tensor([looking.SCORE + 0.01, looking.SCORE - 0.01, 0.9])
     instances = InstanceData(bboxes=boxes, scores=scores, labels=torch.tensor([1, 2, 0]))
-    seen = predicting(monkeypatch, explorer, pred_instances=instances)
+    seen = predicting(pred_instances=instances)
     found = ask(client, "predictions", budget=25, solver="direct")
-    explorer.found.values.clear()
     assert seen == [{(25, "direct")}]
     assert {(layer.max_landmarks, layer.solver) for layer in explorer.layers.values()} == {
         (None, "newton")
@@ -275,13 +259,12 @@ def test_boxes_are_those_with_a_score(client, explorer, monkeypatch):
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(255, "uint8"), (256, "int32"), (300, "int32")])
-def test_maps_of_many_classes(client, explorer, monkeypatch, largest, dtype):
+def test_maps_of_many_classes(client, predicting, largest, dtype):
     from mmengine.structures import PixelData
 
     labels = torch.tensor([[[0, 1, largest], [7, 8, 9]]])
-    predicting(monkeypatch, explorer, pred_sem_seg=PixelData(data=labels))
+    predicting(pred_sem_seg=PixelData(data=labels))
     found = ask(client, "predictions")
-    explorer.found.values.clear()
     assert (found["kind"], found["map"]["dtype"]) == ("classes", dtype)
     np.testing.assert_array_equal(array(found["map"]), labels[0])
 
@@ -765,17 +748,16 @@ def test_layers_are_bounded(client, explorer, monkeypatch):
     assert len(look(4, 3)) == 1
 
 
-def test_answers_are_bounded(client, explorer, monkeypatch):
+def test_answers_are_bounded(client, explorer, monkeypatch, predicting):
     """A map of classes has the size of the file."""
     from mmengine.structures import PixelData
 
     labels = PixelData(data=torch.zeros(1, 50, 50, dtype=torch.int64))
-    predicting(monkeypatch, explorer, pred_sem_seg=labels)
+    predicting(pred_sem_seg=labels)
     monkeypatch.setattr(explorer.found, "limit", 50 * 50 * 2)
     for budget in (3, 4, 5):
         ask(client, "predictions", budget=budget)
     assert len(explorer.found.values) == 2
-    explorer.found.values.clear()
 
 
 @pytest.mark.parametrize(("tokens", "status"), [(1600, 200), (1599, 400)])

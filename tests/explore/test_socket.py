@@ -18,25 +18,6 @@ waitress = pytest.importorskip("waitress")
 pytest.importorskip("flask")
 
 
-@pytest.fixture
-def open_server(explorer):
-    """Servers of the explorer, which run until the test is over."""
-    from mmsoft.explore.server import make_server
-
-    opened = []
-
-    def start(host):
-        server = make_server(explorer, host, 0)
-        opened.append((server, threading.Thread(target=server.run, daemon=True)))
-        opened[-1][1].start()
-        return server
-
-    yield start
-    for server, thread in opened:
-        server.close()
-        thread.join(5)
-
-
 def test_what_is_too_large_is_refused_before_it_is_sent(open_server):
     """Of 300 MB that are announced, not one is waited for; in parts, not many more than allowed."""
     from mmsoft.explore.looking import UPLOAD_BYTES
