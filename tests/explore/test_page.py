@@ -21,6 +21,25 @@ def address(started, config_path, workplace, images):
         yield address
 
 
+@pytest.mark.parametrize(
+    ("variables", "outcome"),
+    [
+        ({}, pytest.skip.Exception),
+        (dict(CI="true"), pytest.skip.Exception),  # of another system, which runs `.ci/run`
+        (dict(MMSOFT_BROWSER="required"), pytest.skip.Exception),
+        (dict(CI="true", MMSOFT_BROWSER="required"), pytest.fail.Exception),
+    ],
+)
+def test_a_browser_that_must_be_there_is_missed(request, monkeypatch, variables, outcome):
+    monkeypatch.setenv("PATH", "")
+    for name in ("CI", "MMSOFT_BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(outcome, match="no Chromium"):
+        request.getfixturevalue("browser")
+
+
 COMPLETE = "document.body?.dataset.complete === location.search && location.search"
 
 
