@@ -100,6 +100,43 @@ def test_maps_are_those_of_the_command_line(
     assert [f"effective rank {rank:.2f}" in out for rank in ranks] == [True, True]
 
 
+@BOTH
+def test_landmarks_and_spectrum_are_those_of_the_command_line(
+    client, config_path, monkeypatch, workplace, images, run_tool
+):
+    """The arrays that visualize_landmarks.py draws."""
+    drawn = {}
+    for name in ("draw_landmarks", "draw_spectrum"):
+        draw = getattr(visualization, name)
+
+        def record(*args, name=name, draw=draw, **options):
+            drawn[name] = args
+            return draw(*args, **options)
+
+        monkeypatch.setattr(visualization, name, record)
+    monkeypatch.chdir(workplace)
+    options = ["--stage", 1, "--head", 1]
+    status, *_ = run_tool(
+        "analysis_tools/visualize_landmarks.py", config_path, images / IMAGE, "model.pth", *options
+    )
+    assert status == 0
+    _, *expected, extent = drawn["draw_landmarks"]
+    found = ask(client, "landmarks", head=1)
+    for name, values in zip(("regions", "strength", "centres"), expected, strict=True):
+        np.testing.assert_allclose(array(found[name]), values, rtol=1e-6)
+    assert found["extent"] == list(extent)
+    if "draw_spectrum" not in drawn:  # of landmarks by content
+        answer = client.get("/api/spectrum", query_string=HERE)
+        assert answer.status_code == 400
+        assert "no inverse" in answer.json["error"]
+        return
+    found = ask(client, "spectrum")
+    names = ("eigenvalues", "x", "filters")
+    for name, values in zip(names, drawn["draw_spectrum"], strict=True):
+        values = np.asarray(values)
+        np.testing.assert_allclose(array(found[name]), values, rtol=1e-5, atol=1e-7 * values.max())
+
+
 @pytest.mark.parametrize(
     ("config_path", "budget", "solver"),
     [
@@ -114,17 +151,22 @@ def test_maps_are_those_of_the_command_line(
 def test_settings_are_those_of_a_config_with_them(
     client, config_path, images, workplace, budget, solver
 ):
-    config = Config.fromfile(config_path)
+    def run(**settings):
+        """A model of its own: the layer, the pixel's row, the last features."""
+        config = Config.fromfile(config_path)
+        config.model.backbone.update(settings)
+        model = load_model(config, str(workplace / "model.pth"))
+        image = load_image(config, model, str(images / IMAGE))
+        with torch.no_grad(), capture(model) as states:
+            features = model.backbone(image.inputs)[-1]
+        state = states[1, 0]
+        row = state.attention_rows([image.token_at(20, 30, state.hw_shape)])[0, :, 0]
+        return state, row.numpy(), features.numpy()
+
+    settings = dict(solver=solver)
     if budget != "own":
-        config.model.backbone.max_landmarks = None if budget == "all" else int(budget)
-    config.model.backbone.solver = solver
-    model = load_model(config, str(workplace / "model.pth"))
-    image = load_image(config, model, str(images / IMAGE))
-    with torch.no_grad(), capture(model) as states:
-        model.backbone(image.inputs)
-    state = states[1, 0]
-    token = image.token_at(20, 30, state.hw_shape)
-    expected = state.attention_rows([token])[0, :, 0].numpy()
+        settings["max_landmarks"] = None if budget == "all" else int(budget)
+    state, expected, features = run(**settings)
     found = ask(client, "attention", budget=budget, solver=solver)
     assert np.abs(array(found["rows"]) - expected).max() <= 1e-6 * np.abs(expected).max()
     count = [state.landmarks.shape[2]] * 2
@@ -135,8 +177,11 @@ def test_settings_are_those_of_a_config_with_them(
     changed = found["changed"]
     assert (changed is None) == (budget == "own")
     if changed:
-        assert changed["row"] > 1e-4
-        assert changed["features"] > 1e-6
+        _, own_row, own_features = run()
+        for name, now, own in (("row", expected, own_row), ("features", features, own_features)):
+            share = np.linalg.norm(now - own) / np.linalg.norm(own)
+            assert share > 1e-5
+            assert changed[name] == pytest.approx(share, rel=1e-3)
     usage = attention_usage(state)
     assert ask(client, "usage", budget=budget, solver=solver)["rank"] == pytest.approx(
         usage.rank.tolist(), rel=1e-6
@@ -374,6 +419,12 @@ PATHS = [
 ]
 
 
+QUESTIONS = ("attention", "landmarks", "spectrum", "predictions")
+ASKING = [f"/api/{name}" for name in ("image", "thumbnail", "usage", *QUESTIONS)]
+ASKING += [f"/figure/{name}.{kind}" for name in QUESTIONS for kind in ("png", "svg")]
+ASKING += ["/numbers.csv"]  # all addresses that take an image's name
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_no_file_outside_the_folder(client, images, workplace, name):
     """Not even a picture."""
@@ -381,13 +432,26 @@ def test_no_file_outside_the_folder(client, images, workplace, name):
     name = name.format(workplace=workplace)
     if name.startswith(("../", "/")):
         assert (images / name).is_file()  # it would be found
-    for path in ("image", "thumbnail", "attention"):
-        answer = client.get(f"/api/{path}", query_string=dict(HERE, image=name))
-        assert answer.status_code == 404
+    for path in ASKING:
+        answer = client.get(path, query_string=dict(HERE, image=name))
+        assert answer.status_code == 404, path
         assert answer.json["error"].startswith("there is no image")
     for path in (f"/static/{name}", f"/{name}", f"/figure/{name}.png"):
         if name:
             assert client.get(path, follow_redirects=True).status_code in (400, 403, 404)
+
+
+def test_all_addresses_that_take_an_image_are_asked(client):
+    rules = {str(rule) for rule in client.application.url_map.iter_rules()}
+    api = {path.replace("/api/", "") for path in rules if path.startswith("/api/")}
+    assert api - {"about", "upload"} == {path[5:] for path in ASKING if path.startswith("/api/")}
+    assert rules - {f"/api/{name}" for name in api} == {
+        "/",
+        "/static/<path:filename>",
+        "/figure/<name>.<kind>",
+        "/numbers.csv",
+    }
+    assert set(server.FIGURES) == set(QUESTIONS)
 
 
 def test_a_click_lists_no_folder(client, explorer, monkeypatch):
