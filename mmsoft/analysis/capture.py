@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.padding import Inside
-from mmsoft.ops import gaussian_kernel
+from mmsoft.ops import gaussian_gram, gaussian_kernel
 
 from .rows import attention_rows, landmark_matrix, landmark_rows
-from .spectra import newton_residuals
+from .spectra import inverse_filter, newton_residuals
 
 BlockId = tuple[int, int]
 _NAME = re.compile(r"(?:^|\.)stages\.(\d+)\.blocks\.(\d+)\.attn$")
@@ -82,13 +82,17 @@ class KeptRows:
     """Rows of a layer's matrix again and again: what does not depend on the query is kept.
 
     As :meth:`BlockState.attention_rows`, to the rounding of the products: the kernel ``[N, m]`` is
-    stored, in float64 up to 512 MiB, in float32 beyond, so that a row is one product.
+    stored, in float64 up to 512 MiB, in float32 beyond, so that a row is one product. So is the
+    inverse, in float64; that of many landmarks comes from the eigenvectors, on which the iteration
+    acts one by one: of a thousand its own products would take six times as long.
 
     Args:
         state: the layer's.
     """
 
     float64_elements = 1 << 26
+    few_landmarks = 64
+    tokens_at_once = 4096
 
     @torch.no_grad()
     def __init__(self, state: BlockState):
@@ -107,8 +111,13 @@ class KeptRows:
                 logits = logits.masked_fill(~there.mT, -torch.inf)
             self.kernel = logits.softmax(-1).mT  # [B, heads, N, m]
         else:
-            self.kernel = gaussian_kernel(q, landmarks)
-            self.middle = landmark_matrix(self.landmarks, **state.options)
+            self.kernel = q.new_empty(*q.shape[:3], landmarks.shape[2])
+            blocks = (t.split(self.tokens_at_once, 2) for t in (self.kernel, q))
+            for part, points in zip(*blocks):  # what each takes stays in the caches
+                part.copy_(gaussian_kernel(points, landmarks))
+            few = state.landmarks.shape[2] <= self.few_landmarks
+            matrix = landmark_matrix if few else _matrix_by_eigenvectors
+            self.middle = matrix(self.landmarks, **state.options)
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +139,18 @@ class KeptRows:
             weights = gaussian_kernel(q, self.landmarks) @ self.middle
             weights = weights * state.layer.attention_scale(state.landmarks, state.hw_shape)
         return (self.kernel @ weights.to(self.kernel.dtype).mT).mT.double()
+
+
+def _matrix_by_eigenvectors(landmarks: Tensor, *, normalize: bool, **options: Any) -> Tensor:
+    """``landmark_matrix`` of float64, to rounding."""
+    a = gaussian_gram(landmarks)
+    values, vectors = torch.linalg.eigh(a)
+    filters = inverse_filter(landmarks, values, normalize=normalize, **options)
+    pinv = (vectors * filters[..., None, :]) @ vectors.mT
+    if not normalize:
+        return pinv
+    root = a.sum(-1, keepdim=True).rsqrt()
+    return root * pinv * root.mT
 
 
 def attention_blocks(model: nn.Module) -> dict[BlockId, SoftmaxFreeAttention]:
