@@ -144,6 +144,8 @@ class KeptRows:
 def _matrix_by_eigenvectors(landmarks: Tensor, *, normalize: bool, **options: Any) -> Tensor:
     """``landmark_matrix`` of float64, to rounding."""
     a = gaussian_gram(landmarks)
+    if not a.isfinite().all():  # nothing to decompose
+        return landmark_matrix(landmarks, normalize=normalize, **options)
     values, vectors = torch.linalg.eigh(a)
     filters = inverse_filter(landmarks, values, normalize=normalize, **options)
     pinv = (vectors * filters[..., None, :]) @ vectors.mT

@@ -109,3 +109,14 @@ def test_kept_rows_are_the_rows(monkeypatch, variant, options):
             rows = KeptRows(state)
             assert rows.kernel.dtype == torch.float32
             assert error(rows(queries), expected) < 1e-4
+
+
+def test_rows_of_weights_that_are_not_numbers(monkeypatch):
+    """They are none either; many landmarks are decomposed, which raises on NaN."""
+    monkeypatch.setattr(KeptRows, "few_landmarks", 3)
+    model = SOFTPlusPlus(ARCH, landmarks="released").eval()
+    with torch.no_grad():
+        attention_blocks(model)[0, 0].query.weight.fill_(torch.nan)
+        with capture(model) as states:
+            model(torch.randn(IMAGE))
+    assert KeptRows(states[0, 0])([0]).isnan().any()
