@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from mmsoft.benchmark.__main__ import positive
@@ -36,7 +35,7 @@ from mmsoft.benchmark.measure import (
     seconds_of,
     versions,
 )
-from mmsoft.benchmark.report import write_json
+from mmsoft.benchmark.report import kernel_table, write_json
 from mmsoft.ops import (
     choose_landmarks,
     gaussian_kernel_product,
@@ -233,18 +232,6 @@ def judge(entries: list[dict[str, Any]], limit: float | None) -> None:
             entry["roofline"] = limit / entry["median_ms"]
 
 
-def table(entries: list[dict[str, Any]], style: str = "simple") -> str:
-    """The entries in words and numbers."""
-    names = ("operation", "mode", "tokens", "landmarks", "way", "median_ms", "error", "roofline")
-    rows = []
-    for entry in entries:
-        row: list[Any] = [entry.get(name) for name in names]
-        if not entry.get("right", True):
-            row[names.index("way")] += " (WRONG)"
-        rows.append([*row, entry.get("reason", "")])
-    return tabulate(rows, [*names, ""], style, floatfmt=".3g", missingval="-")
-
-
 def main() -> None:
     """Run the command line; the exit status tells whether every kernel that ran was right."""
     p = argparse.ArgumentParser(
@@ -276,7 +263,7 @@ def main() -> None:
         judge(entries, roofline_ms(case, limits))
         data["kernels"] += entries
         write_json(data, args.out / "kernels.json")
-    print(table(data["kernels"]))
+    print(kernel_table(data["kernels"]))
     sys.exit(int(any(not entry.get("right", True) for entry in data["kernels"])))
 
 

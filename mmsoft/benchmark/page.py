@@ -13,6 +13,7 @@ from mmsoft.benchmark.report import (
     Entry,
     against_peers,
     divide,
+    kernel_table,
     label_of,
     landmarks_of,
     markdown,
@@ -411,8 +412,6 @@ def kernel_targets(entries: Sequence[dict[str, Any]]) -> list[Target]:
 
 def of_kernels(data: dict[str, Any]) -> str:
     """The part of a run of the kernels."""
-    from mmsoft.benchmark.kernels import table
-
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     rows = verdicts(kernel_targets(data["kernels"]))
     return (
@@ -420,7 +419,7 @@ def of_kernels(data: dict[str, Any]) -> str:
         f"{data['date'][:10]}; {versions}. {commit_of(data).strip()}\n"
         f"Limits of this device: {limits(data['ceilings'])}.\n\n"
         f"{markdown(rows)}\n\n{KERNELS.format(repeats=data['repeats'])}\n\n"
-        f"{table(data['kernels'], 'pipe')}\n"
+        f"{kernel_table(data['kernels'], 'pipe')}\n"
     )
 
 

@@ -183,6 +183,18 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return _tabulate(rows, "pipe")
 
 
+def kernel_table(entries: list[dict[str, Any]], style: str = "simple") -> str:
+    """Entries of :mod:`mmsoft.benchmark.kernels` in words and numbers."""
+    names = ("operation", "mode", "tokens", "landmarks", "way", "median_ms", "error", "roofline")
+    rows = []
+    for entry in entries:
+        row: list[Any] = [entry.get(name) for name in names]
+        if not entry.get("right", True):
+            row[names.index("way")] += " (WRONG)"
+        rows.append([*row, entry.get("reason", "")])
+    return tabulate(rows, [*names, ""], style, floatfmt=".3g", missingval="-")
+
+
 def _tabulate(rows: Sequence[Sequence[str]], style: str) -> str:
     align = ("left", *["right"] * (len(rows[0]) - 1))
     return tabulate(rows[1:], rows[0], style, colalign=align, disable_numparse=True)

@@ -9,7 +9,7 @@ import torch
 from loading import load_tool
 
 from mmsoft.benchmark import __main__ as benchmark
-from mmsoft.benchmark import kernels, page
+from mmsoft.benchmark import kernels, page, report
 from mmsoft.ops import reference
 
 EVERY = ["tests", "kernels", "large", "data", "detector", "segmentor", "amp", "backbones"]
@@ -135,7 +135,7 @@ def test_what_is_wrong_is_called_so():
     entries = [dict(case, way=way, error=error) for way, error in errors.items()]
     kernels.judge(entries, None)
     assert [entry["right"] for entry in entries] == [True, True, False, False]
-    assert kernels.table(entries).count("(WRONG)") == 2
+    assert report.kernel_table(entries).count("(WRONG)") == 2
 
 
 def test_the_docs_take_the_kernels_in(tmp_path):
