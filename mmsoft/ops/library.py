@@ -37,20 +37,21 @@ def check_float16(dtype: torch.dtype, device: str) -> None:
         )
 
 
-# Of sizes that may be symbols. Of those that are known, torch 2.6 compiles neither sym_max nor
-# sym_min; a compiler knows the plain ones of symbols, too.
+# Of sizes that may be symbols, which the plain ones would ask for their value. Of those that are
+# known, torch 2.6 compiles the plain ones alone.
+_PLAIN = TORCH < (2, 9)
 
 
 def larger(size: int, other: int) -> int:
     """The larger of two sizes."""
-    symbols = isinstance(size, torch.SymInt) or isinstance(other, torch.SymInt)
-    return torch.sym_max(size, other) if symbols else max(size, other)
+    known = not isinstance(size, torch.SymInt) and not isinstance(other, torch.SymInt)
+    return max(size, other) if _PLAIN and known else torch.sym_max(size, other)
 
 
 def smaller(size: int, other: int) -> int:
     """The smaller of two sizes."""
-    symbols = isinstance(size, torch.SymInt) or isinstance(other, torch.SymInt)
-    return torch.sym_min(size, other) if symbols else min(size, other)
+    known = not isinstance(size, torch.SymInt) and not isinstance(other, torch.SymInt)
+    return min(size, other) if _PLAIN and known else torch.sym_min(size, other)
 
 
 def has_fp32_precision() -> bool:
