@@ -756,11 +756,9 @@ def render(
     text = HEAD + (conditions(rows) if rows else EMPTY)
     if times:
         text += f"\nTimes: commit {', '.join(sorted({of['commit'] for of in times.values()}))}.\n"
-    if lasted := [row["wall_seconds"] for row in rows if "wall_seconds" in row]:
-        text += (
-            f"\nThe longest run took {max(lasted) / 60:.0f} minutes, its test included, beside "
-            "another one.\n"
-        )
+    if rows and all("wall_seconds" in row for row in rows):
+        longest = max(row["wall_seconds"] for row in rows) / 60
+        text += f"\nThe longest run took {longest:.0f} minutes, its test included, beside another one.\n"
     for task, title in TASKS.items():
         own = [row for row in rows if task_of(row) == task]
         if not own:
