@@ -758,7 +758,7 @@ def render(
         text += f"\nTimes: commit {', '.join(sorted({of['commit'] for of in times.values()}))}.\n"
     if rows and all("wall_seconds" in row for row in rows):
         longest = max(row["wall_seconds"] for row in rows) / 60
-        text += f"\nThe longest run took {longest:.0f} minutes, its test included, beside another one.\n"
+        text += f"\nThe longest run took {longest:.0f} minutes, with its test, beside another.\n"
     for task, title in TASKS.items():
         own = [row for row in rows if task_of(row) == task]
         if not own:
