@@ -243,6 +243,15 @@ def test_the_ci_workflow_calls_ci_run(root):
     assert "secrets" not in json.dumps(workflow)
 
 
+def test_long_tests_run_once_a_week(root):
+    workflow = yaml.safe_load((root / ".github/workflows/long.yml").read_text())
+    (schedule,) = workflow[True]["schedule"]  # YAML reads `on` as true
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", schedule["cron"])
+    steps = workflow["jobs"]["test-long"]["steps"]
+    assert "make test-long" in [step.get("run") for step in steps]
+    assert "secrets" not in json.dumps(workflow["jobs"])
+
+
 def test_templates_are_complete(root):
     for path in (root / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         content = yaml.safe_load(path.read_text())
