@@ -17,6 +17,7 @@ from mmsoft.ops.inverse import eager as inverse
 from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.landmarks import eager as landmarks
 from mmsoft.ops.landmarks import landmark_grid
+from mmsoft.ops.landmarks.choice import as_points, nearest_their_mean
 from mmsoft.ops.landmarks.grid import spread
 
 
@@ -84,23 +85,18 @@ def choose(
 
     It takes any number of candidates and has one step in the file. There are always ``budget``
     landmarks: what eager does not give is absent.
-
-    Raises:
-        NotImplementedError: ``mask`` is given.
     """
     from torch._higher_order_ops.while_loop import while_loop_op  # not in all versions of torch
 
-    if mask is not None:
-        raise NotImplementedError("the choice of landmarks of padded sequences is not exported")
     batch, heads, _, _ = candidates.shape
-    points = candidates.flatten(0, 1).to(compute_dtype(candidates))
-    points = points.clamp(-COORDINATE_MAX, COORDINATE_MAX)
-    points = points - centre(points)
+    points, there = as_points(candidates, mask)
     half = points.square().sum(2, keepdim=True) * 0.5
     ones = torch.ones_like(half)
     left_side, right_side = torch.cat((points, ones, -half), 2), torch.cat((points, -half, ones), 2)
-    from_mean = points - points.mean(1, keepdim=True)
-    nearness, residual = -from_mean.square().sum(2), ones.squeeze(2)  # [P, M]
+    nearest = nearest_their_mean(points, there)
+    residual = ones.squeeze(2)  # [P, M]
+    if there is not None:
+        residual = residual.masked_fill(~there, -1)
     step = torch.zeros((), dtype=torch.int64)
     factor = half.new_zeros(half.shape[0], budget, half.shape[1])
     pivots = torch.zeros_like(factor[..., 0], dtype=torch.int64)
@@ -117,8 +113,8 @@ def choose(
         present: Tensor,
         *constants: Tensor,
     ) -> tuple[Tensor, ...]:
-        left_side, right_side, nearness = constants
-        pivot = torch.where(step == 0, nearness, residual).argmax(1, keepdim=True)
+        left_side, right_side, nearest = constants
+        pivot = torch.where(step == 0, nearest, residual.argmax(1, keepdim=True))
         left = residual.gather(1, pivot)
         own = left_side.gather(1, pivot[..., None].expand(-1, 1, left_side.shape[2]))
         row = (own @ right_side.mT).squeeze(1).clamp(max=0).exp().scatter(1, pivot, 1.0)
@@ -133,7 +129,7 @@ def choose(
         return step + 1, residual, factor, pivots, present | (now & new)
 
     carried: Any = step, residual, factor, pivots, present
-    *_, pivots, present = while_loop_op(goes_on, take, carried, (left_side, right_side, nearness))
+    *_, pivots, present = while_loop_op(goes_on, take, carried, (left_side, right_side, nearest))
     return pivots.unflatten(0, (batch, heads)), present.unflatten(0, (batch, heads))
 
 

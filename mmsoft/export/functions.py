@@ -37,20 +37,32 @@ SCALES = _scales(TIKHONOV**2 / (1 + TIKHONOV**2))
 
 
 @onnxscript.script(_OURS, default_opset=op)
-def centred(candidates: FLOAT[...]) -> FLOAT[...]:
+def centred(candidates: FLOAT[...], there: BOOL[...]) -> FLOAT[...]:
     """Candidates of all images and heads, ``[P, M, d]``, around a point in their midst."""
     shape = op.Shape(candidates)
     points = op.Reshape(candidates, op.Concat([-1], op.Slice(shape, [2], [4]), axis=0))
-    points = op.Clip(points, -1e9, 1e9)
+    points = op.Where(there, op.Clip(points, -1e9, 1e9), 0.0)
     squared = op.ReduceSumSquare(points, [2], keepdims=1)
+    squared = op.Where(there, squared, op.Constant(value_float=math.inf))
     near = op.CastLike(squared <= 16.0 * op.ReduceMin(squared, [1], keepdims=1), points)
     middle = op.ReduceSum(near * points, [1], keepdims=1) / op.ReduceSum(near, [1], keepdims=1)
     return points - middle
 
 
 @onnxscript.script(_OURS, default_opset=op)
+def nearest_their_mean(points: FLOAT[...], there: BOOL[...]) -> INT64[...]:
+    """The first landmark, ``[P, 1, 1]``."""
+    counted = op.CastLike(there, points)
+    total = op.ReduceSum(points * counted, [1], keepdims=1)
+    mean = total / op.Max(op.ReduceSum(counted, [1], keepdims=1), 1.0)
+    distance = op.ReduceSumSquare(points - mean, [2], keepdims=1)
+    distance = op.Where(there, distance, op.Constant(value_float=math.inf))
+    return op.ArgMin(distance, axis=1, keepdims=1)
+
+
+@onnxscript.script(_OURS, default_opset=op)
 def choice_of_few(
-    points: FLOAT[...], budget: INT64, tolerance: FLOAT
+    points: FLOAT[...], there: BOOL[...], nearest: INT64[...], budget: INT64, tolerance: FLOAT
 ) -> tuple[INT64[...], BOOL[...]]:
     """As :func:`choice`, of so few that their Gram matrix is stored: half the nodes of a step."""
     total = op.Squeeze(op.Shape(points, start=1, end=2))
@@ -60,10 +72,10 @@ def choice_of_few(
     gram = op.Exp(op.Min(gram - op.Transpose(half, perm=[0, 2, 1]), 0.0))
     everyone = op.Range(0, total, 1)
     gram = op.Where(op.Unsqueeze(everyone, [1]) == everyone, 1.0, gram)  # [P, M, M]
-    from_mean = op.ReduceSumSquare(points - op.ReduceMean(points, [1], keepdims=1), [2], keepdims=1)
-    pivot = op.ArgMin(from_mean, axis=1, keepdims=1)  # [P, 1, 1]
-    residual = op.Transpose(half, perm=[0, 2, 1]) * 0.0 + 1.0  # [P, 1, M], the diagonal of gram
+    # [P, 1, M]: the diagonal of gram, and less than nothing of what is not there.
+    residual = op.Where(op.Transpose(there, perm=[0, 2, 1]), 1.0, -1.0)
     left = op.ReduceMax(residual, [2], keepdims=1)
+    left = op.Where(left > 0.0, left, op.Constant(value_float=math.inf))
 
     @onnxscript.graph()
     def step(  # type: ignore[no-untyped-def]
@@ -86,7 +98,7 @@ def choice_of_few(
         before = op.Identity(left)
         return another, schur, rest, following, remains, taken, before
 
-    _, _, _, _, pivots, lefts = op.Loop(kept, True, gram, residual, pivot, left, body=step)
+    _, _, _, _, pivots, lefts = op.Loop(kept, True, gram, residual, nearest, left, body=step)
     pivots = op.Transpose(op.Squeeze(pivots, [2, 3]), perm=[1, 0])  # [P, steps]
     lefts = op.Transpose(op.Squeeze(lefts, [2, 3]), perm=[1, 0])
     infinite = op.Constant(value_float=math.inf)
@@ -96,7 +108,9 @@ def choice_of_few(
 
 
 @onnxscript.script(_OURS, default_opset=op)
-def choice(points: FLOAT[...], budget: INT64, tolerance: FLOAT) -> tuple[INT64[...], BOOL[...]]:
+def choice(
+    points: FLOAT[...], there: BOOL[...], nearest: INT64[...], budget: INT64, tolerance: FLOAT
+) -> tuple[INT64[...], BOOL[...]]:
     """``mmsoft.ops.choose_landmarks`` of ``[P, M, d]``, centred: ``[P, k]``."""
     total = op.Squeeze(op.Shape(points, start=1, end=2))
     kept = op.Min(total, budget)
@@ -104,16 +118,18 @@ def choice(points: FLOAT[...], budget: INT64, tolerance: FLOAT) -> tuple[INT64[.
     # The exponents are products of [p, 1, -half] with [p, -half, 1], as elsewhere.
     ones = half * 0.0 + 1.0
     left_side = op.Concat(points, ones, -half, axis=2)
-    right_side = op.Transpose(op.Concat(points, -half, ones, axis=2), perm=[0, 2, 1])
+    # What is not there is far from all: its rows of the factor are 0.
+    away = op.Where(there, -half, -1e30)
+    right_side = op.Transpose(op.Concat(points, away, ones, axis=2), perm=[0, 2, 1])
 
-    from_mean = points - op.ReduceMean(points, [1], keepdims=1)
-    nearest = op.ArgMin(op.ReduceSumSquare(from_mean, [2], keepdims=1), axis=1, keepdims=1)
     first = op.MatMul(op.GatherND(left_side, nearest, batch_dims=1), right_side)
     everyone = op.Unsqueeze(op.Range(0, total, 1), [0, 1])  # [1, 1, M]
     first = op.Where(everyone == nearest, 1.0, op.Exp(op.Min(first, 0.0)))
+    first = first * op.CastLike(op.GatherND(there, nearest, batch_dims=1), first)
     # What is unexplained, nearly 0 of those taken, and the factor's rows: one variable, because two
     # may change places in a loop of onnxscript 0.7.
-    state = op.Concat(1.0 - first * first, first, axis=1)  # [P, 1 + j, M]
+    residual = op.Where(op.Transpose(there, perm=[0, 2, 1]), 1.0, -1.0) - first * first
+    state = op.Concat(residual, first, axis=1)  # [P, 1 + j, M]
     for _ in range(kept - 1):
         residual = op.Slice(state, [0], [1], [1])  # [P, 1, M]
         factor = op.Slice(state, [1], [2147483647], [1])
@@ -176,11 +192,23 @@ def tikhonov_solve(a: Any, mu: Any, b: Any) -> Any:
 
 def landmark_choice(candidates: Any, budget: Any, tolerance: float, mask: Any = None) -> Any:
     """``mmsoft.ops.choose_landmarks``."""
-    if mask is not None:
-        raise NotImplementedError("the choice of landmarks of padded sequences is not exported")
+    if mask is None:
+        there = op.Cast(op.Constant(value_ints=[1]), to=onnxscript.BOOL.dtype)
+    else:
+        there = op.Unsqueeze(mask, [1])
+    there = op.Expand(there, op.Shape(candidates, end=3))
+    size = op.Concat(
+        op.Constant(value_ints=[-1]),
+        op.Shape(candidates, start=2, end=3),
+        op.Constant(value_ints=[1]),
+        axis=0,
+    )
+    there = op.Reshape(there, size)  # [P, M, 1]
     total = candidates.shape[2]
     choose = choice_of_few if isinstance(total, int) and total <= FEW else choice
-    found = choose(centred(candidates), _number(budget), op.Constant(value_float=tolerance))
+    points = centred(candidates, there)
+    nearest = nearest_their_mean(points, there)
+    found = choose(points, there, nearest, _number(budget), op.Constant(value_float=tolerance))
     shape = op.Concat(op.Shape(candidates, end=2), op.Constant(value_ints=[-1]), axis=0)
     return tuple(op.Reshape(each, shape) for each in found)
 

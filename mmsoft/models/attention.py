@@ -455,8 +455,11 @@ class SoftmaxAttention(TakesPadding, nn.Module):
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for t in (self.query(x), *self.key_value(keys).chunk(2, -1))
         )
-        out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5)
-        return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
+        out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+        if bias is not None and traced(out):
+            # With a bias torch.export later takes another form, whose result lies otherwise.
+            out = out.clone(memory_format=torch.contiguous_format)
+        return self.drop(self.proj(out.flatten(2)))
 
     def _keys(
         self, x: Tensor, hw_shape: tuple[int, int], inside: Inside | None

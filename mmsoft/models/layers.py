@@ -210,11 +210,13 @@ def pos_embed_inside(pos_embed: Tensor, grid: tuple[int, int], inside: Inside) -
     Returns:
         ``[B, H*W, C]``; there :func:`resize_pos_embed`'s, beyond that its border continued.
     """
-    image = pos_embed.to(compute_dtype(pos_embed)).unflatten(1, grid)
+    image = pos_embed.to(compute_dtype(pos_embed)).unflatten(1, grid)  # [1, h, w, C]
     rows, cols = (_weights(along, size, image) for along, size in zip(inside, grid))
-    image = matmul(rows, image.flatten(2).expand(len(rows), -1, -1)).unflatten(2, (grid[1], -1))
-    image = matmul(cols[:, None].expand(-1, image.shape[1], -1, -1), image)
-    return image.flatten(1, 2)
+    # Products of one batch dimension each, whose shapes torch.export can follow for any size.
+    image = image.transpose(1, 2).flatten(2).expand(cols.shape[0], -1, -1)
+    image = matmul(cols, image).unflatten(2, (grid[0], -1))  # [B, W, h, C]
+    image = matmul(rows, image.transpose(1, 2).flatten(2))  # [B, H, W * C]
+    return image.reshape(rows.shape[0], -1, pos_embed.shape[2])
 
 
 def _weights(inside: Tensor, size: int, like: Tensor) -> Tensor:

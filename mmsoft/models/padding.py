@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmsoft.ops.library import larger
-from mmsoft.ops.mode import may_decide, recorded
+from mmsoft.ops.mode import may_decide
 
 
 class TakesPadding:
@@ -84,10 +84,10 @@ def inside(images: Tensor) -> Inside | None:
 
     Returns:
         ``None`` where a look at the images shows that there is no padding; on a GPU, which a look
-        would stop, never. ``None`` in programs that are recorded to run elsewhere, too: those take
-        images of any size, without padding.
+        would stop, and in a program that is compiled or exported, never. ``None`` under
+        ``torch.jit.trace``, too, with which FLOPs are counted: those of an image alone.
     """
-    if recorded(images):
+    if torch.jit.is_tracing():
         return None
     with torch.no_grad():
         if may_decide(images):
@@ -99,11 +99,19 @@ def inside(images: Tensor) -> Inside | None:
 
 
 def _every(along: Tensor, step: int) -> Tensor:
-    """``along[:, ::step]`` of ``[B, n]``."""
-    # By halves: torch 2.1 compiles no slice whose step it has made a variable of.
-    while step > 1 and step % 2 == 0:
-        along, step = along[:, ::2], step // 2
-    return along if step == 1 else along[:, ::step]
+    """``along[:, ::step]`` of ``[B, n]``, for a step of 2, 4, 8, ..."""
+    # Numbers of rows and columns in the words of a convolution of stride 2: torch.export cannot
+    # tell that a slice has as many. Nor does torch 2.1 compile one whose step is a variable.
+    size, stride = along.shape[1], step
+    while stride > 1:
+        size, stride = (size - 1) // 2 + 1, stride // 2
+    return _select(along, size, step)
+
+
+def _select(along: Tensor, size: Any, step: int, first: int = 0) -> Tensor:
+    """``size`` entries of ``[B, n]`` at such a distance, the last one where there is none."""
+    index = torch.arange(size, device=along.device) * step + first
+    return along.index_select(1, index.clamp(max=along.shape[1] - 1))
 
 
 def _up_to_the_last(there: Tensor) -> Tensor:
@@ -115,6 +123,5 @@ def _up_to_the_last(there: Tensor) -> Tensor:
 def _whole(along: Tensor, side: int) -> Tensor:
     """Which parts of ``side`` are inside to their end; at least the first one is."""
     count = larger(along.shape[1] // side, 1)
-    whole = _every(along[:, side - 1 :], side)[:, :count]
-    first = torch.ones_like(along[:, :1])
-    return torch.cat((first, whole[:, 1:]), 1)
+    first = torch.arange(count, device=along.device) == 0
+    return _select(along, count, side, side - 1) | first

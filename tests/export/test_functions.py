@@ -13,8 +13,6 @@ pytest.importorskip("onnxscript")
 
 from mmsoft.export import functions  # noqa: E402  (needs onnxscript)
 
-FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-
 
 def run(function, *arguments):
     """Call a function of the domain `mmsoft` in a model of its own."""
@@ -22,7 +20,9 @@ def run(function, *arguments):
     node = onnx.helper.make_node(body.name, body.input, body.output, domain=body.domain)
     arrays = [np.asarray(argument) for argument in arguments]
     inputs = [
-        onnx.helper.make_tensor_value_info(name, FLOAT if array.dtype == np.float32 else INT, None)
+        onnx.helper.make_tensor_value_info(
+            name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), None
+        )
         for name, array in zip(body.input, arrays)
     ]
     outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in body.output]
@@ -130,9 +130,30 @@ def test_scales_are_no_more_than_it_takes():
 @pytest.mark.parametrize("spread", [0.1, 1])
 @pytest.mark.parametrize("function", ["choice", "choice_of_few"])
 def test_choice(candidates, budget, tolerance, spread, function):
+    check_choice(candidates, budget, tolerance, spread, function, 1)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "budget", "tolerance"),
+    [(1, 5, 0.1), (7, 3, 0.1), (100, 20, 1e-2), (300, 300, 1e-1), (525, 49, 0.1)],
+)
+@pytest.mark.parametrize("function", ["choice", "choice_of_few"])
+@pytest.mark.parametrize("share", [0.6, 0])
+def test_choice_of_what_a_mask_leaves(candidates, budget, tolerance, function, share):
+    check_choice(candidates, budget, tolerance, 0.1, function, share)
+
+
+def check_choice(candidates, budget, tolerance, spread, function, share):
+    """Beside eager; of the second image nothing may be left."""
     points = torch.randn(2, 3, candidates, 16) * spread + 5
-    (centred,) = run(functions.centred, points)
+    mask = torch.rand(2, candidates) < share
+    mask[0, 0] = True
+    there = mask[:, None, :, None].expand(2, 3, -1, 1).flatten(0, 1).numpy()
+    (centred,) = run(functions.centred, points, there)
+    (nearest,) = run(functions.nearest_their_mean, centred, there)
     choice = getattr(functions, function)
-    found = run(choice, centred.numpy(), np.int64(budget), np.float32(tolerance))
-    for ours, expected in zip(found, choose_landmarks(points, budget, tolerance=tolerance)):
-        torch.testing.assert_close(ours, expected.flatten(0, 1), rtol=0, atol=0)
+    limits = np.int64(budget), np.float32(tolerance)
+    found = run(choice, centred, there, nearest, *limits)
+    expected = choose_landmarks(points, budget, tolerance=tolerance, mask=mask)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.flatten(0, 1), rtol=0, atol=0)

@@ -83,7 +83,8 @@ def test_backbone_of_one_size(tmp_path):
     assert {made.get(name) for name in normalized} >= {"Sum"}
     assert "Add" not in {made.get(name) for name in normalized}  # onnxruntime's fusion is slow
     assert {d.images for d in differences} == {(1, 3, 64, 97)}
-    assert [d.name for d in differences] == ["stage1", "stage2", "stage3", "stage4"]
+    assert [d.name for d in differences] == ["stage1", "stage2", "stage3", "stage4"] * 2
+    assert [d.padded for d in differences] == [False] * 4 + [True] * 4
 
 
 def test_backbone_of_one_size_with_what_it_has_by_default(tmp_path):
@@ -338,7 +339,7 @@ def test_two_stage_detector(root, tmp_path):
     torch.manual_seed(0)
     module = exportable(load_model(config))
     _, differences = check(module, Input((64, 96)), tmp_path / "mask-rcnn.onnx")
-    assert [d.name for d in differences] == list(module.names)
+    assert [d.name for d in differences] == list(module.names) * 2
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -13,6 +13,7 @@ from mmsoft.export import Input, export_program, exportable
 from mmsoft.export.bodies import choose
 from mmsoft.export.program import record, sizes_of
 from mmsoft.models import SOFTPlusPlus
+from mmsoft.models.padding import inside
 from mmsoft.ops import choose_landmarks
 
 ANY = dict(dynamic_size=True, dynamic_batch=True)
@@ -134,26 +135,32 @@ def choice():
     """The loop that chooses landmarks, at most 49, of any number of candidates and images."""
 
     class Choice(torch.nn.Module):
-        def forward(self, points):
-            return choose(points, 49, 0.1)
+        def forward(self, points, mask):
+            return choose(points, 49, 0.1), choose(points, 49, 0.1, mask)
 
-    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("candidates")}
-    sample = torch.randn(2, 3, 11, 16)
-    return torch.export.export(Choice(), (sample,), dynamic_shapes={"points": dims}, strict=False)
+    batch, candidates = torch.export.Dim("batch"), torch.export.Dim("candidates")
+    sample = torch.randn(2, 3, 11, 16), torch.ones(2, 11, dtype=torch.bool)
+    dims = dict(points={0: batch, 2: candidates}, mask={0: batch, 1: candidates})
+    return torch.export.export(Choice(), sample, dynamic_shapes=dims, strict=False)
 
 
 @pytest.mark.parametrize("candidates", [1, 7, 49, 300, 1050])
 @pytest.mark.parametrize("spread", [0.1, 0.5, 2])
 def test_choice_in_a_loop(choice, candidates, spread):
     """No file has more than one step of it, and it ends where eager does."""
-    assert len(choice.graph.nodes) < 80
-    points = torch.randn(1, 3, candidates, 16) * spread + 5
-    index, present = choice.module()(points)
-    expected = choose_landmarks(points, 49)
+    assert len(choice.graph.nodes) < 180
+    points = torch.randn(2, 3, candidates, 16) * spread + 5
+    mask = torch.rand(2, candidates) < 0.7
+    mask[0, 0], mask[1] = True, False
     kept = min(candidates, 49)
-    assert torch.equal(index[..., :kept], expected[0])
-    assert torch.equal(present[..., :kept], expected[1])
-    assert not present[..., kept:].any()
+    for found, expected in zip(
+        choice.module()(points, mask),
+        (choose_landmarks(points, 49), choose_landmarks(points, 49, mask=mask)),
+        strict=True,
+    ):
+        assert torch.equal(found[0][..., :kept], expected[0])
+        assert torch.equal(found[1][..., :kept], expected[1])
+        assert not found[1][..., kept:].any()
 
 
 def test_sizes_that_are_compared_are_on_both_sides_of_max_keys():
@@ -163,6 +170,7 @@ def test_sizes_that_are_compared_are_on_both_sides_of_max_keys():
     images = Input((96, 128), **ANY).checked(sizes)
     assert {tuple(x.shape[2:]) for x in images} == {(96, 128), (64, 288), (125, 101)}
     assert {len(x) for x in images} == {1, 2}
+    assert [inside(x) is not None for x in images] == [False] * 6 + [True]
 
 
 def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):

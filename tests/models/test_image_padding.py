@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from on_device import device_type
-from operators import FLOAT16, before_torch
+from operators import FLOAT16, before_torch, needs_torch_2_6
 
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
@@ -346,17 +346,36 @@ def test_every_form_of_the_program_ignores_it(form):
         sum(a.sum() for a in found).backward()
 
 
+@needs_torch_2_6
+@pytest.mark.parametrize("landmarks", ["content", "released"])
+def test_exported_programs_leave_it_out(landmarks):
+    """Where the model does; recorded with images that have none."""
+    model = backbone(landmarks=landmarks)
+    program = torch.export.export(model, (normal(2, 3, 96, 96),)).module()
+    images = padded([(60, 96), (96, 50)], 96, 96)
+    with torch.no_grad():
+        for a, b in zip(program(images), model(images)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        seen = backbone(landmarks=landmarks, ignore_padding=False)(images)[3]
+        assert not torch.allclose(a, seen, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cpu
+@needs_torch_2_6
+def test_exported_programs_do_not_look_for_it_in_vain():
+    released = dict(landmarks="released", norm_cfg=dict(type="BN"))
+    for options in (released, dict(ignore_padding=False)):
+        program = torch.export.export(backbone(**options), (normal(1, 3, 64, 64),), strict=False)
+        first = next(iter(program.graph.find_nodes(op="placeholder", target="x")))
+        assert len(first.users) == 1
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("form", ["export", "jit"])
-def test_recorded_programs_see_it(form):
-    if form == "export" and before_torch("2.6"):
-        pytest.skip("torch.export needs torch >= 2.6")
+def test_traced_programs_see_it():
+    """FLOPs are counted with them, those of an image alone."""
     images = padded([(60, 64), (64, 50)], 64, 64)
     with torch.no_grad():
-        if form == "export":
-            program = torch.export.export(backbone(), (images,)).module()
-        else:
-            program = torch.jit.trace(backbone(), images)
+        program = torch.jit.trace(backbone(), images)
         for a, b in zip(program(images), backbone(ignore_padding=False)(images)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(a, backbone()(images)[3], rtol=1e-3, atol=1e-3)

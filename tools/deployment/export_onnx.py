@@ -54,6 +54,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
 @tool_main
 def main() -> None:
     """Run the command line."""
@@ -64,10 +68,11 @@ def main() -> None:
     module = exportable(load_model(read_config(args), args.checkpoint), args.part)
     differences = FORMATS[args.format](module, inputs, args.out, tolerance=args.tolerance)
     rows = [
-        ["x".join(map(str, d.images)), d.name, "x".join(map(str, d.shape)), f"{d.error:.1e}"]
+        (_size(d.images), "yes" if d.padded else "no", d.name, _size(d.shape), f"{d.error:.1e}")
         for d in differences
     ]
-    print(tabulate(rows, ["images", "output", "shape", "error"], "github", disable_numparse=True))
+    columns = ["images", "padded", "output", "shape", "error"]
+    print(tabulate(rows, columns, "github", disable_numparse=True))
     print(f"{args.out}, in {time.perf_counter() - start:.0f} s")
 
 
