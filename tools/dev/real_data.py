@@ -421,8 +421,9 @@ is the difference between rows. The recipe is one for all backbones of a task: i
 learning rate, heads. Configs are in `configs/nuclei/` and `configs/bccd/`, commands in their
 READMEs and in `tools/dev/real_data.py`, one for each row. No row of these configs that was measured
 is left out; norms and filters that were tried and dropped are in [the
-method](method.md#norm-of-the-patch-embeddings). Of SOFT++ with PVTv2-B0's widths and depths, UperNet
-and the blood cells were not measured, and other lengths of schedule only beside SOFT++ mini.
+method](method.md#norm-of-the-patch-embeddings). Of SOFT++ with PVTv2-B0's widths and depths,
+UperNet and the blood cells were not measured, and other lengths of schedule only beside SOFT++
+mini.
 
 - **The default norm was chosen on the nuclei**, by mask AP on these test images: SOFT++ has
   [GroupNorm in its patch embeddings](method.md#norm-of-the-patch-embeddings), peers their own
@@ -489,8 +490,8 @@ model trained without the attention term: these images do not need it.
 LARGEST_IMAGE = """
 The image of 1040x1388, tested though it is in the training set: mask AP of seeds 0, 1, 2, which
 differ by up to half: one image of 14 nuclei says little. They are about 110 pixels wide. In the
-training set 0.2 % are above 90 and half below 24, so most seeds of both backbones find
-parts of them, in boxes of 40 to 80 pixels, which cut the masks; no budget of landmarks changes that.
+training set 0.2 % are above 90 and half below 24, so most seeds of both backbones find parts of
+them, in boxes of 40 to 80 pixels, which cut the masks; no budget of landmarks changes that.
 
 """
 
