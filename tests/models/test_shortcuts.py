@@ -349,9 +349,9 @@ def test_every_shortcut_is_here(root):
     # The warning of many landmarks, the gradients of those that are idle, of the choice inside its
     # operator, which tests/ops/test_choice.py compares, the two forms and when it stops, and of
     # sequences whether there is padding and whether tokens are known; of images whether they are
-    # padded, which no program tells that is recorded, and whether that may be cut off
-    # (tests/models/test_image_padding.py).
-    others = 8
+    # padded and whether that may be cut off (tests/models/test_image_padding.py), and how stage 4's
+    # result lies where it has a mask (tests/export).
+    others = 9
     twice = 1  # tokens by part, with and without what they read from landmarks
     assert sum(map(len, asking)) == len(SHORTCUTS) - twice + others
     # by another condition

@@ -46,7 +46,7 @@ def model(config, tmp_path):
 
 
 def rows(printed):
-    """What the table says: images, output, shape, error."""
+    """What the table says: images, whether they are padded, output, shape, error."""
     cells = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in cells[2:]]
 
@@ -56,9 +56,9 @@ def test_program_of_a_checkpoint(run_tool, config, model, tmp_path):
     options = ["--format", "pt2", "--shape", "64", "96", "--batch", "2", "--out", out]
     status, printed, errors = run_tool(TOOL, config, tmp_path / "model.pth", *options)
     assert status == 0, errors
-    ((*what, error),) = rows(printed)
-    assert what == ["2x3x64x96", "logits", "2x3"]
-    assert float(error) < 1e-5
+    *checked, differences = zip(*rows(printed))
+    assert checked == [("2x3x64x96",) * 2, ("no", "yes"), ("logits",) * 2, ("2x3",) * 2]
+    assert max(map(float, differences)) < 1e-5
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         (found,) = torch.export.load(out).module()(images)
@@ -92,8 +92,9 @@ def test_onnx_of_a_part(run_tool, config, model, tmp_path, dynamic, sizes):
     options += ["--cfg-options", "model.backbone.max_landmarks=4", "--out", out]
     status, printed, errors = run_tool(TOOL, config, tmp_path / "model.pth", *options)
     assert status == 0, errors
-    checked, outputs, shapes, differences = zip(*rows(printed))
+    checked, padded, outputs, shapes, differences = zip(*rows(printed))
     assert {*checked} == sizes
+    assert padded == ("no",) * len(sizes) + ("yes",)
     assert {*outputs} == {"stage1"}
     assert shapes[0] == "1x32x24x32"
     assert max(map(float, differences)) < 1e-4
