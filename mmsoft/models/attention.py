@@ -23,7 +23,7 @@ from mmsoft.ops import (
 )
 from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.library import smaller
-from mmsoft.ops.mode import cpu_shortcut, traced, transformed
+from mmsoft.ops.mode import cpu_shortcut, recorded, traced, transformed
 from mmsoft.ops.softmax import LandmarkMeans, landmark_means, read_landmarks
 
 from .padding import Inside, TakesPadding
@@ -233,15 +233,19 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         with torch.no_grad():
             centre = self._centre(q, inside)
             valid = self._inside(hw_shape, q.device)
-        if inside is not None:  # in its place, what has no weight in the mean of a patch
+        differentiated = q.requires_grad or transformed()
+        if inside is not None and recorded(q) and not differentiated:  # a mask, not all tokens
+            there = landmark_patches(inside.tokens()[:, :, None], hw_shape, 1, self.landmark_stride)
+            valid = valid & there.squeeze(-1)  # [B, M, 1, r*r]
+        elif inside is not None:  # in its place, what has no weight in the mean of a patch
             q = torch.where(inside.tokens()[:, :, None], q, centre.to(q.dtype)[:, None])
         centre = centre.unflatten(1, (self.num_heads, self.head_dims))
         with torch.no_grad():
             every = landmark_candidates(q, *grid, centre, valid)
             budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
-            there = None if inside is None else inside.patches(self.landmark_stride)
-            index, present = choose_landmarks(every, budget, mask=there)
-        if q.requires_grad or transformed():
+            mask = None if inside is None else inside.patches(self.landmark_stride)
+            index, present = choose_landmarks(every, budget, mask=mask)
+        if differentiated:
             chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
             landmarks = chosen.transpose(1, 2)
         else:
@@ -254,6 +258,8 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         if inside is None:
             return q.mean(1)
         there = inside.tokens()[:, :, None]
+        if recorded(q):  # one pass, in which padding has to be finite
+            return (there.mT.to(q.dtype) @ q).squeeze(1) / there.sum(1)
         return q.masked_fill(~there, 0).sum(1) / there.sum(1)
 
     def _nothing(self, q: Tensor) -> Tensor | float:
@@ -398,7 +404,10 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         ``present`` is of landmarks by content, ``landmark_mask`` and ``scale`` of released ones.
         """
         q, v = self._heads(q), self._heads(v)
-        if self.by_content:
+        if self.by_content and mask is not None and recorded(q):
+            # Nothing reads what this gives to padding, which layers keep finite.
+            out = read_landmarks(q, landmark_means(q, v, landmarks, present, mask=mask))
+        elif self.by_content:
             out = landmark_attention(q, v, landmarks, present, mask=mask)
         else:
             out = softmax_free_attention(

@@ -107,6 +107,7 @@ class PatchEmbed(nn.Sequential):
     """
 
     band_elements = 1 << 19  # of an image between the convolutions
+    of_images = False
 
     @property
     def leaves_padding_out(self) -> bool:
@@ -120,7 +121,8 @@ class PatchEmbed(nn.Sequential):
         border.
         """
         if inside is not None and self.leaves_padding_out:
-            x = x.masked_fill(inside.outside()[:, None], 0)
+            if not self.of_images:  # whose padding is 0 by definition
+                x = x.masked_fill(inside.outside()[:, None], 0)
             layers: list[Any] = list(self)
             for layer in layers:
                 inside = inside.every(layer.stride)
@@ -190,11 +192,13 @@ def _is_3x3(conv: nn.Conv2d) -> bool:
 
 def stem(in_channels: int, embed_dims: int, norm_cfg: dict | None) -> PatchEmbed:
     """Three convolutions to stride 4, through 32 channels."""
-    return PatchEmbed(
+    layers = PatchEmbed(
         ConvNormAct(in_channels, 32, 2, norm_cfg),
         ConvNormAct(32, 32, 1, norm_cfg),
         ConvNormAct(32, embed_dims, 2, norm_cfg),
     )
+    layers.of_images = True
+    return layers
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmsoft.ops.group_norm import group_norm, group_norm_relu_
 from mmsoft.ops.island import compute_dtype
-from mmsoft.ops.mode import cpu_shortcut, is_ordinary, transformed
+from mmsoft.ops.mode import cpu_shortcut, is_ordinary, recorded, transformed
 
 from .padding import Inside
 
@@ -46,9 +46,14 @@ class ImageNorm(nn.GroupNorm):
         """Where no size may be looked at."""
         image = x.to(compute_dtype(x)).unflatten(1, (self.num_groups, -1))
         numbers = image.shape[2] * (~outside).sum((2, 3, 4), keepdim=True)
-        total = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True)
+        if recorded(x):  # in one pass, and what lies outside is finite
+            there = (~outside).flatten(1)[..., None].to(image.dtype)
+            total = (image.flatten(3).flatten(1, 2) @ there).unflatten(1, image.shape[1:3])
+            total = total.sum(2, keepdim=True)[..., None]
+        else:
+            total = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True)
         centred = (image - total / numbers).masked_fill(outside, 0)
-        variance = centred.square().sum((2, 3, 4), keepdim=True) / numbers
+        variance = (centred * centred).sum((2, 3, 4), keepdim=True) / numbers
         scale = (variance + self.eps).rsqrt()
         if self.affine:  # on numbers, not on pixels: less is kept for the backward pass
             scale = scale * self.weight.view(self.num_groups, -1, 1, 1)

@@ -94,8 +94,8 @@ def inside(images: Tensor) -> Inside | None:
             last_row, last_col = (images.select(dim, -1) != 0 for dim in (2, 3))
             if bool((last_row.flatten(1).any(1) & last_col.flatten(1).any(1)).all()):
                 return None
-        there = (images != 0).any(1)
-        return Inside(_up_to_the_last(there.any(2)), _up_to_the_last(there.any(1)))
+        largest = images.abs().amax(1)
+        return Inside(*(_up_to_the_last(largest.amax(dim) != 0) for dim in (2, 1)))
 
 
 def _every(along: Tensor, step: int) -> Tensor:

@@ -72,6 +72,13 @@ def traced(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or get_proxy_mode() is not None
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether a program is being recorded to run elsewhere: :func:`traced`, but not compiled."""
+    # Before torch 2.7, which tells no difference, what torch.export records strictly is compiled.
+    exported = getattr(torch.compiler, "_is_exporting_flag", False)
+    return traced(x) and (exported or not is_compiling())
+
+
 def may_set() -> bool:
     """Whether settings of the process may be changed: ``torch.compile`` cannot record it."""
     return not is_compiling()

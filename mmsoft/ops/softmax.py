@@ -10,7 +10,7 @@ from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
 from .island import compute_dtype, no_autocast
 from .library import TORCH, cpu_autocast_dtype
-from .mode import forward_mode, lacks_batch_rule, may_decide
+from .mode import forward_mode, lacks_batch_rule, may_decide, recorded
 
 # Their products and sums are within float32's range.
 QUERY_MAX, VALUE_MAX = 1e17, 1e30
@@ -135,7 +135,8 @@ def _means(
     padding = absent = None
     if mask is not None:
         padding = _bias(mask | ~mask.any(1, keepdim=True), q.dtype)[:, None, None]
-        padding = padding.expand(-1, q.shape[1], landmarks.shape[2], -1)
+        if not recorded(q):  # fused attention wants it whole, a program would store it
+            padding = padding.expand(-1, q.shape[1], landmarks.shape[2], -1)
     if present is not None:
         absent = _bias(present | ~present.any(-1, keepdim=True), q.dtype)[:, :, None]
     landmarks = _bounded(landmarks.to(q.dtype), QUERY_MAX)
@@ -158,7 +159,7 @@ def read_landmarks(q: Tensor, means: LandmarkMeans) -> Tensor:
 
 def _read(q: Tensor, means: LandmarkMeans) -> Tensor:
     absent = means.absent
-    if absent is not None:
+    if absent is not None and not recorded(q):
         absent = absent.expand(-1, -1, q.shape[2], -1)
     relative = q - means.centre
     if q.dtype == torch.float16:
@@ -185,9 +186,11 @@ def _mean(q: Tensor, mask: Tensor | None) -> Tensor:
     """Over the tokens that there are. Landmarks need not be moved likewise: a row would lose it."""
     if mask is None:
         return q.mean(2, keepdim=True)
+    count = mask.sum(1)[:, None, None, None].clamp(min=1)
+    if recorded(q):  # one pass
+        return mask[:, None, None].to(q.dtype) @ q / count
     kept = q.to(compute_dtype(q)).masked_fill(~mask[:, None, :, None], 0)
-    mean = kept.sum(2, keepdim=True) / mask.sum(1)[:, None, None, None].clamp(min=1)
-    return mean.to(q.dtype)
+    return (kept.sum(2, keepdim=True) / count).to(q.dtype)
 
 
 def _bias(there: Tensor, dtype: torch.dtype) -> Tensor:
