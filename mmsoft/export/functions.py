@@ -17,6 +17,8 @@ from onnxscript import opset18 as op
 from mmsoft.ops.inverse import TIKHONOV
 from mmsoft.ops.landmarks.choice import FEW
 
+from .detections import ABSENT
+
 _OURS = onnxscript.values.Opset("mmsoft", 1)
 
 
@@ -213,6 +215,21 @@ def landmark_choice(candidates: Any, budget: Any, tolerance: float, mask: Any = 
     return tuple(op.Reshape(each, shape) for each in found)
 
 
+def suppress(boxes: Any, scores: Any, iou_threshold: float, most: int) -> Any:
+    """``mmsoft_export::suppress``: the operator of ONNX gives numbers of kept boxes."""
+    numbers = op.NonMaxSuppression(
+        boxes,
+        op.Unsqueeze(scores, op.Constant(value_ints=[1])),
+        op.Constant(value_ints=[most]),
+        op.Constant(value_floats=[iou_threshold]),
+        op.Constant(value_floats=[ABSENT]),  # a score must be above it
+    )  # [kept, 3]: image, class, box
+    numbers = op.Gather(numbers, op.Constant(value_ints=[0, 2]), axis=1)
+    true = op.Cast(op.Constant(value_ints=[1]), to=BOOL.dtype)
+    kept = op.Expand(true, op.Shape(numbers, end=1))
+    return op.ScatterND(op.Less(scores, scores), numbers, kept)
+
+
 def _gelu(x: Any, approximate: str = "none") -> Any:
     """``torch.nn.functional.gelu``, in the order of products in which onnxruntime knows it."""
     if approximate == "none":
@@ -235,5 +252,6 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.newton_raphson_pinv.default: newton_raphson_pinv,
         ops.tikhonov_solve.default: tikhonov_solve,
         ops.landmark_choice.default: landmark_choice,
+        torch.ops.mmsoft_export.suppress.default: suppress,
         torch.ops.aten.gelu.default: _gelu,
     }

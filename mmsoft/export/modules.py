@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from mmsoft.models import SequenceSOFT
 
+from .detections import NAMES, check, compare_detections, detections
+from .program import Difference
+
 PARTS = ("model", "backbone")
 
 
@@ -123,6 +126,26 @@ class _Detector(_Part):
         )
 
 
+class _Detections(_Detector):
+    """Boxes, scores and labels, after non-maximum suppression; see :func:`detections`."""
+
+    # In torch a program of it would be as many steps as there are detections.
+    onnx_alone = "its non-maximum suppression is an operator of ONNX that torch does not have"
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.names = NAMES
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return detections(self.head, self.head(self._features(images)), images.shape[2:])
+
+    @torch.no_grad()
+    def differences(self, images: Tensor, found: list[Any], tolerance: float) -> list[Difference]:
+        """How far a program's outputs are from what the head's own ``predict`` says."""
+        outputs = self.head(self._features(images))
+        return compare_detections(self.head, images, outputs, found, tolerance)
+
+
 def _levels(outputs: Any) -> int | None:
     """How many levels a head's output has, where it is a list of tensors."""
     if isinstance(outputs, list | tuple) and all(isinstance(one, Tensor) for one in outputs):
@@ -138,7 +161,7 @@ def _needed(module: nn.Module) -> int:
     )
 
 
-def exportable(model: Any, part: str = "model") -> Any:
+def exportable(model: Any, part: str = "model", postprocess: bool = False) -> Any:
     """The part of a model that leaves as a program: from images ``[B, 3, H, W]`` to tensors.
 
     Args:
@@ -148,12 +171,17 @@ def exportable(model: Any, part: str = "model") -> Any:
         part: ``'model'`` for logits of a classifier, logits of a segmentor at the size of the
             image, or what a detector's dense head says before post-processing; ``'backbone'`` for
             its features.
+        postprocess: of a detector with one stage: what its dense head's ``predict`` finds, ``dets``
+            ``[B, K, 5]`` and ``labels`` ``[B, K]`` for ``K = test_cfg.max_per_img``. A row of
+            ``dets`` is (x1, y1, x2, y2, score) in pixels of the image; an image with fewer has
+            zeros, and labels of -1, at the end.
 
     Returns:
         A module that returns a tuple, and the names of what is in it as ``module.names``.
 
     Raises:
-        ValueError: ``part`` is unknown, or the model is of no kind that can be exported.
+        ValueError: ``part`` is unknown, or the model is of no kind that can be exported, or its
+            post-processing is not.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {PARTS}, got {part!r}")
@@ -163,6 +191,10 @@ def exportable(model: Any, part: str = "model") -> Any:
         raise ValueError(
             f"{type(model.backbone).__name__} takes sequences; only models of images are exported"
         )
+    if postprocess and part != "model":
+        raise ValueError(f"part={part!r} has no post-processing")
+    if postprocess:
+        check(model)
     if part == "backbone":
         module: _Part = _Backbone(model)
     elif hasattr(model, "decode_head"):
@@ -178,7 +210,7 @@ def exportable(model: Any, part: str = "model") -> Any:
             )
         module = _Segmentor(model)
     elif hasattr(getattr(model, "bbox_head", getattr(model, "rpn_head", None)), "prior_generator"):
-        module = _Detector(model)
+        module = (_Detections if postprocess else _Detector)(model)
     elif hasattr(model, "head"):
         module = _Classifier(model)
     else:

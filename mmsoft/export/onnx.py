@@ -9,7 +9,16 @@ import torch
 from mmsoft.builder import require
 from mmsoft.fileio import write_whole
 
-from .program import TOLERANCE, Difference, Input, compare, one_error, record, refuse, sizes_of
+from .program import (
+    TOLERANCE,
+    Difference,
+    Input,
+    differences_of,
+    one_error,
+    record,
+    refuse,
+    sizes_of,
+)
 
 OPSET = 18
 
@@ -68,11 +77,9 @@ def export_onnx(
         with one_error(module):
             session = start(partial)
         for images in inputs.checked(sizes_of(module)):
-            with torch.no_grad():
-                expected = module(images)
             with one_error(module):
                 found = session.run(None, {"images": images.numpy()})
-            differences += compare(module.names, images, expected, found)
+            differences += differences_of(module, images, found, tolerance)
         refuse(differences, tolerance)
     return differences
 

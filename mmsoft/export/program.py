@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -127,13 +127,15 @@ class Difference:
     shape: tuple[int, ...]
     error: float  # largest absolute difference over the largest absolute value
     padded: bool = False
+    found: int = 0  # of detections: by the model
+    note: str = ""  # how many, and how many rounding decides
 
 
 def compare(
     names: list[str], images: Tensor, expected: tuple[Tensor, ...], found: list[Any]
 ) -> list[Difference]:
     """One :class:`Difference` for each output."""
-    result, padded = [], inside(images) is not None
+    result = []
     for name, ours, theirs in zip(names, expected, found, strict=True):
         other = torch.as_tensor(theirs)
         if other.shape != ours.shape:
@@ -143,8 +145,25 @@ def compare(
         scale = ours.abs().max().clamp(min=torch.finfo(ours.dtype).tiny)
         error = float((other - ours).abs().max() / scale)
         error = error if math.isfinite(error) else math.inf
-        result.append(Difference(tuple(images.shape), name, tuple(ours.shape), error, padded))
+        result.append(Difference(tuple(images.shape), name, tuple(ours.shape), error))
     return result
+
+
+@torch.no_grad()
+def differences_of(
+    module: Any, images: Tensor, found: list[Any], tolerance: float
+) -> list[Difference]:
+    """One :class:`Difference` for each output of a program, by the module's own measure if any.
+
+    Raises:
+        ValueError: an output has another shape, or detections are others.
+    """
+    if hasattr(module, "differences"):
+        differences = module.differences(images, found, tolerance)
+    else:
+        differences = compare(module.names, images, module(images), found)
+    padded = inside(images) is not None
+    return [replace(difference, padded=padded) for difference in differences]
 
 
 def refuse(differences: list[Difference], tolerance: float) -> None:
@@ -241,19 +260,17 @@ def export_program(
         ImportError: torch is older than 2.6.
         ValueError: the program's outputs differ by more, or torch cannot export the module.
     """
+    if reason := getattr(module, "onnx_alone", ""):
+        raise ValueError(f"{module.title} cannot be exported as a torch.export program: {reason}")
     program = record(module, inputs, linear_algebra=True)
     with one_error(module):
         program = program.run_decompositions({})
     cases = inputs.checked(sizes_of(module))
-    with torch.no_grad():
-        expected = [module(images) for images in cases]
     with write_whole(path) as partial:
         torch.export.save(program, partial)
         differences = []
-        for images, outputs, found in zip(
-            cases, expected, run_elsewhere(partial, cases), strict=True
-        ):
-            differences += compare(module.names, images, outputs, found)
+        for images, found in zip(cases, run_elsewhere(partial, cases), strict=True):
+            differences += differences_of(module, images, found, tolerance)
         refuse(differences, tolerance)
     return differences
 

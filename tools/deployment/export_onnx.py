@@ -5,7 +5,8 @@
 
 The program takes images as the config's data preprocessor hands them over, normalized, and returns
 a classifier's logits, a segmentor's logits at the size of the image, what a detector's dense head
-says of every anchor, or with `--part backbone` the features. onnxruntime, or for `--format pt2` a
+says of every anchor, with `--postprocess` the boxes, scores and labels that it finds, or with
+`--part backbone` the features. onnxruntime, or for `--format pt2` a
 process without MMSOFT, runs it on images of several sizes; the file is written only if every output
 agrees with the model's.
 """
@@ -40,6 +41,11 @@ def parse_args() -> argparse.Namespace:
         help="take any number of images, any height and width",
     )
     parser.add_argument("--part", choices=PARTS, default="model", help="default: model")
+    parser.add_argument(
+        "--postprocess",
+        action="store_true",
+        help="detections of a detector with one stage, after non-maximum suppression",
+    )
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
     parser.add_argument("--out", required=True, help="file to write, .onnx or .pt2")
     parser.add_argument(
@@ -51,6 +57,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.out.endswith(f".{args.format}"):
         parser.error(f"--out must end in .{args.format}, got {args.out}")
+    if args.postprocess and args.part != "model":
+        parser.error(f"--postprocess takes the whole model, not --part {args.part}")
     return args
 
 
@@ -65,14 +73,29 @@ def main() -> None:
     start = time.perf_counter()
     MMLogger.get_instance("export_onnx").setLevel("ERROR")  # each parameter, when initialized
     inputs = Input(args.shape, args.batch, "batch" in args.dynamic, "size" in args.dynamic)
-    module = exportable(load_model(read_config(args), args.checkpoint), args.part)
+    model = load_model(read_config(args), args.checkpoint)
+    module = exportable(model, args.part, args.postprocess)
     differences = FORMATS[args.format](module, inputs, args.out, tolerance=args.tolerance)
     rows = [
-        (_size(d.images), "yes" if d.padded else "no", d.name, _size(d.shape), f"{d.error:.1e}")
+        [
+            _size(d.images),
+            "yes" if d.padded else "no",
+            d.name,
+            _size(d.shape),
+            f"{d.error:.1e}",
+            d.note,
+        ]
         for d in differences
     ]
-    columns = ["images", "padded", "output", "shape", "error"]
+    columns = ["images", "padded", "output", "shape", "error", "compared"]
+    if not args.postprocess:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     print(tabulate(rows, columns, "github", disable_numparse=True))
+    if args.postprocess and not any(d.found for d in differences):
+        print(
+            "the model finds nothing in these random images, so that no box was compared: try "
+            "--cfg-options model.test_cfg.score_thr=... with a lower one"
+        )
     print(f"{args.out}, in {time.perf_counter() - start:.0f} s")
 
 
