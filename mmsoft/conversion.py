@@ -1,6 +1,7 @@
 """What converters and generators of data sets share: COCO files, problems, complete folders."""
 
 import argparse
+import filecmp
 import json
 import shutil
 import sys
@@ -138,8 +139,8 @@ def read_image(path: Path, flag: int, problems: Problems) -> np.ndarray | None:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file, unless it is there already with the same size."""
-    if not target.is_file() or target.stat().st_size != source.stat().st_size:
+    """Copy a file, unless it is there already."""
+    if not target.is_file() or not filecmp.cmp(source, target, shallow=False):
         with write_whole(target) as partial:
             shutil.copyfile(source, partial)
 

@@ -50,6 +50,7 @@ def test_instances_and_masks(run_tool, source, tmp_path):
         there = f"stage1_train/{name}: missing, an image of the {of.split} set" in printed
         assert there == (name != VAL)
     assert "left out 663:" in printed
+    assert "not of the repository, in the training set: a, b, d\n" in printed
     coco = COCO(str(out / "annotations/instances_val.json"))
     (image,) = coco.imgs.values()
     assert image == {"id": 1, "file_name": f"{VAL}.png", "width": 60, "height": 40}
@@ -176,12 +177,19 @@ def test_a_lost_mask_is_named_and_its_image_left_out(run_tool, source, tmp_path)
 
 
 def test_a_changed_source_is_converted_again(run_tool, source, tmp_path):
-    out = tmp_path / "out"
+    def uncompressed(value):  # of the same length
+        image = np.full((40, 60, 3), value, np.uint8)
+        return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
+
+    out, path = tmp_path / "out", source / "stage1_train/a/images/a.png"
+    path.write_bytes(uncompressed(value=1))
     convert(run_tool, source, out)
     mask = np.zeros((40, 60), np.uint8)
     mask[30:33, :4] = 255
     write(source / "stage1_train/a/masks/9.png", mask)  # as corrections of the repository come
+    path.write_bytes(uncompressed(value=2))
     assert "3 images, 10 nuclei" in convert(run_tool, source, out)
+    assert (out / "images/train/a.png").read_bytes() == uncompressed(value=2)
     assert cv2.imread(str(out / "masks/train/a.png"), cv2.IMREAD_UNCHANGED)[31, 2] == 1
 
 
@@ -205,11 +213,15 @@ def test_segmentation_reads_what_the_lists_name(run_tool, source, tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cv2, "imdecode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_tool(TOOL, source, tmp_path / "other")
-    data = BaseSegDataset(**{**config, "data_root": str(tmp_path / "other")})
-    assert len(data) == 3
-    assert not Path(data[0]["img_path"]).exists()
+    # A fresh folder, and a complete one whose source has changed since.
+    write(source / "stage1_train/a/masks/9.png", np.ones((40, 60), np.uint8))
+    for begun in (out, tmp_path / "other"):
+        with pytest.raises(KeyboardInterrupt):
+            run_tool(TOOL, source, begun)
+        assert not list(begun.glob("annotations/*"))
+    for unfinished in (out, tmp_path / "other"):
+        with pytest.raises(AssertionError, match="Failed to load `ann_file`"):
+            BaseSegDataset(**{**config, "data_root": str(unfinished)})
 
 
 def test_published_images():

@@ -265,9 +265,13 @@ def test_where_the_classes_agree(tool, tmp_path):
             ("found", found),
         ):
             cv2.imwrite(str(tmp_path / folder / f"{name}.png"), image)
-    prefix = dict(img_path="images", seg_map_path="masks")
+    (tmp_path / "images/left-out.png").touch()  # of an earlier conversion: not in the list
+    (tmp_path / "val.txt").write_text("a\nb\n")
     dataset = dict(
-        data_root=str(tmp_path), data_prefix=prefix, metainfo=dict(classes=("no", "yes"))
+        data_root=str(tmp_path),
+        ann_file="val.txt",
+        data_prefix=dict(img_path="images", seg_map_path="masks"),
+        metainfo=dict(classes=("no", "yes")),
     )
     config = Config(dict(test_dataloader=dict(dataset=dataset)))
     where = tool.where_classes_agree(config, tmp_path / "found")

@@ -15,9 +15,10 @@ masks: of the images of each size, in the order of their names, the third and ev
 
 What is missing or broken is named and left out: an image that cannot be read, or whose nuclei are
 not all known, because a mask is missing, cannot be read or has another size. An empty mask is named
-and counts for nothing. Run it again after an interruption or a change of SOURCE: what was converted
-and has not changed is kept. Until all of it is, training finds an image of the lists, or the
-annotations, missing.
+and counts for nothing. Folders that the repository does not have join the training set, and are
+named. Run it again after an interruption or a change of SOURCE: what was converted and has not
+changed is kept. Lists and annotations are removed first and written last, so that training on a
+part, or on a mixture of two versions of SOURCE, stops because they are missing.
 """
 
 import hashlib
@@ -140,10 +141,14 @@ def convert(folder: Path, out: Path, known: Published, problems: Problems) -> di
     return result
 
 
-def write_list(out: Path, split: str, names: list[str]) -> None:
-    """The images that MMSegmentation reads."""
-    with write_whole(out / f"{split}.txt") as partial:
-        partial.write_text("".join(f"{name}\n" for name in names))
+def annotations_of(out: Path, split: str) -> Path:
+    """What MMDetection reads."""
+    return out / "annotations" / f"instances_{split}.json"
+
+
+def list_of(out: Path, split: str) -> Path:
+    """Which images MMSegmentation reads."""
+    return out / f"{split}.txt"
 
 
 def main() -> None:
@@ -161,17 +166,22 @@ def main() -> None:
         problems.add(root / name, f"missing, an image of the {known[name].split} set")
     found: dict[str, list[dict]] = {split: [] for split in SPLITS}
     splits = {folder: known.get(folder.name, Published(0, "train")) for folder in folders}
-    for split in SPLITS:  # until all is there: who reads the list misses an image, and says so
-        write_list(args.out, split, [f.name for f, of in splits.items() if of.split == split])
+    for split in SPLITS:
+        for path in (annotations_of(args.out, split), list_of(args.out, split)):
+            path.unlink(missing_ok=True)
     for folder, of in track(splits.items(), len(folders)):
         if result := convert(folder, args.out, of, problems):
             found[of.split].append(result)
     for split, results in found.items():
-        path = args.out / "annotations" / f"instances_{split}.json"
+        path = annotations_of(args.out, split)
         pairs = [(each["image"], each["annotations"]) for each in results]
         images, annotations = write_coco(path, pairs, CLASSES)
-        write_list(args.out, split, [Path(each["image"]["file_name"]).stem for each in results])
+        with write_whole(list_of(args.out, split)) as partial:
+            names = [Path(each["image"]["file_name"]).stem for each in results]
+            partial.write_text("".join(f"{name}\n" for name in names))
         print(f"{path}: {images} images, {annotations} nuclei")
+    if others := [folder.name for folder in folders if folder.name not in known]:
+        print(f"not of the repository, in the training set: {', '.join(others)}")
     print(problems.summary())
 
 

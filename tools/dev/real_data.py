@@ -221,12 +221,12 @@ def maps_of(config: Config, predictions: Path) -> Iterator[tuple[Path, np.ndarra
     """Of a segmentor's test images: the file, and the true and the predicted classes."""
     dataset = config.test_dataloader.dataset
     root = Path(dataset.data_root)
-    for path in sorted((root / dataset.data_prefix.img_path).iterdir()):
+    for name in (root / dataset.ann_file).read_text().split():
         there, said = (
-            mmcv.imread(folder / f"{path.stem}.png", "grayscale")
+            mmcv.imread(folder / f"{name}.png", "grayscale")
             for folder in (root / dataset.data_prefix.seg_map_path, predictions)
         )
-        yield path, there, said
+        yield root / dataset.data_prefix.img_path / f"{name}.png", there, said
 
 
 def overlaps(there: np.ndarray, said: np.ndarray, count: int) -> np.ndarray:
