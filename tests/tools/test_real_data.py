@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from itertools import groupby
 from pathlib import Path
 
 import cv2
@@ -53,16 +54,15 @@ def test_the_page_is_current(tool):
 
 def test_every_row_is_of_a_config_of_the_same_schedule_and_size(tool):
     """A row of an older one would stand beside the others as if it were of the same."""
-    parameters = {}
-    for row in tool.read(tool.ROWS):
-        path = ROOT / "configs" / row["config"]
-        config = Config.fromfile(path)
-        assert row["digest"] == digest(config), row["config"]
-        assert row["scheduled_iterations"] == config.train_cfg.max_iters, row["config"]
-        if path not in parameters:
-            model = build_model(config)
-            parameters[path] = sum(parameter.numel() for parameter in model.parameters())
-        assert row["parameters"] == parameters[path], row["config"]
+    rows = sorted(tool.read(tool.ROWS), key=lambda row: row["config"])
+    assert rows
+    for name, of_config in groupby(rows, lambda row: row["config"]):
+        config = Config.fromfile(ROOT / "configs" / name)
+        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+        for row in of_config:
+            assert row["digest"] == digest(config), name
+            assert row["scheduled_iterations"] == config.train_cfg.max_iters, name
+            assert row["parameters"] == parameters, name
 
 
 def row(config, seed=0, iterations=10, score=0.5, memory=5e8, **changes):
