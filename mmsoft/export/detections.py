@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmsoft.models.padding import inside
 from mmsoft.ops.library import custom_op, smaller
 
 from .program import Difference
@@ -134,15 +135,28 @@ def _candidates(
     )
 
 
+def sizes_of_images(images: Tensor, padded: bool) -> Tensor:
+    """(height, width) in pixels of each image, int64 ``[B, 2]``.
+
+    Args:
+        images: a batch, filled up with zeros at the bottom and on the right.
+        padded: False if such zeros are part of the images.
+    """
+    there = inside(images) if padded else None
+    if there is None:
+        return torch.tensor(images.shape[2:]).repeat(images.shape[0], 1)
+    return torch.stack([along.sum(1) for along in there], 1)
+
+
 def detections(
-    head: Any, outputs: Sequence[Sequence[Tensor]], size: Sequence[int]
+    head: Any, outputs: Sequence[Sequence[Tensor]], sizes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the head's ``predict`` finds, of a model that passed :func:`check`.
 
     Args:
         head: of a detector, with its ``test_cfg``.
         outputs: what it returns, scores and boxes and perhaps factors of the scores.
-        size: (height, width) of the images in pixels, to which boxes are clipped.
+        sizes: from :func:`sizes_of_images`, to which boxes are clipped.
 
     Returns:
         ``dets``, ``[B, K, 5]`` for ``K = test_cfg.max_per_img``: (x1, y1, x2, y2, score), the
@@ -159,10 +173,11 @@ def detections(
     )
     levels = [_candidates(head, *level) for level in zip(scores, deltas, factors, priors)]
     every = _Candidates(*(torch.cat(parts, 1) for parts in zip(*levels)))
-    boxes = head.bbox_coder.decode(
-        every.priors.flatten(0, 1), every.deltas.flatten(0, 1), max_shape=tuple(size)
-    )
+    boxes = head.bbox_coder.decode(every.priors.flatten(0, 1), every.deltas.flatten(0, 1))
     boxes = get_box_tensor(boxes).reshape(first.shape[0], -1, 4)
+    if head.bbox_coder.clip_border:
+        border = sizes.flip(1).repeat(1, 2)[:, None].to(boxes)  # [B, 1, 4]
+        boxes = torch.minimum(boxes.clamp(min=0), border)
     present = every.scores > ABSENT
     if (smallest := cfg.get("min_bbox_size", -1)) >= 0:
         present = present & (boxes[..., 2:] - boxes[..., :2] > smallest).all(-1)
@@ -203,6 +218,7 @@ class _Found(NamedTuple):
 def compare_detections(
     head: Any,
     images: Tensor,
+    sizes: Tensor,
     outputs: Sequence[Sequence[Tensor]],
     found: Sequence[Any],
     tolerance: float,
@@ -218,6 +234,7 @@ def compare_detections(
     Args:
         head: of a model that passed :func:`check`.
         images: ``[B, 3, H, W]``.
+        sizes: theirs, from :func:`sizes_of_images`.
         outputs: what the head returns for them.
         found: ``dets`` and ``labels`` of the program, as from :func:`detections`.
         tolerance: of boxes, relative to the longer side of the images; of scores, to the largest;
@@ -237,7 +254,7 @@ def compare_detections(
             f"not {shapes[0]} and {shapes[1]}"
         )
     side, total, rounded, error = max(images.shape[2:]), 0, 0, 0.0
-    for image, ours in enumerate(_predictions(head, outputs, images)):
+    for image, ours in enumerate(_predictions(head, outputs, sizes)):
         there = labels[image] >= 0
         count = int(there.sum())
         rest = dets[image, count:], labels[image, count:] + 1
@@ -261,7 +278,7 @@ def compare_detections(
             continue
         slack = scale * tolerance
         wide, narrow = (
-            _predictions(head, outputs, images, change)[image] for change in (-slack, slack)
+            _predictions(head, outputs, sizes, change)[image] for change in (-slack, slack)
         )
         sides = ours, theirs
         known, certain = (
@@ -278,7 +295,8 @@ def compare_detections(
                 f"of images {tuple(images.shape)}, model and program find {len(ours.scores)} and "
                 f"{count} objects in number {image}: {missing} are not, within {tolerance:g}, in "
                 f"the other, {unclear} of them not by rounding (differences up to "
-                f"{farthest:.1e}); nothing was written"
+                f"{farthest:.1e}), unless scores are equal at the nms_pre best; nothing was "
+                "written"
             )
         rounded += missing
     note = f"{total} detections" + (f", {rounded} decided by rounding" if rounded else "")
@@ -290,7 +308,7 @@ def compare_detections(
 
 
 def _predictions(
-    head: Any, outputs: Sequence[Any], images: Tensor, change: float | None = None
+    head: Any, outputs: Sequence[Any], sizes: Tensor, change: float | None = None
 ) -> list[_Found]:
     """What the head finds; with a change of ``score_thr``, its candidates for suppression."""
     from mmdet.structures.bbox import get_box_tensor
@@ -298,7 +316,7 @@ def _predictions(
     cfg = copy.deepcopy(head.test_cfg)
     if change is not None:
         cfg.score_thr = cfg.get("score_thr", 0) + change
-    metas = [dict(img_shape=tuple(images.shape[2:])) for _ in images]
+    metas = [dict(img_shape=tuple(size)) for size in sizes.tolist()]
     found = head.predict_by_feat(
         *outputs, batch_img_metas=metas, cfg=cfg, rescale=False, with_nms=change is None
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmsoft.models import SequenceSOFT
 
-from .detections import NAMES, check, compare_detections, detections
+from .detections import NAMES, check, compare_detections, detections, sizes_of_images
 from .program import Difference
 
 PARTS = ("model", "backbone")
@@ -135,15 +135,17 @@ class _Detections(_Detector):
     def __init__(self, model: Any):
         super().__init__(model)
         self.names = NAMES
+        self.padded = getattr(model.backbone, "ignore_padding", True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return detections(self.head, self.head(self._features(images)), images.shape[2:])
+        sizes = sizes_of_images(images, self.padded)
+        return detections(self.head, self.head(self._features(images)), sizes)
 
     @torch.no_grad()
     def differences(self, images: Tensor, found: list[Any], tolerance: float) -> list[Difference]:
         """How far a program's outputs are from what the head's own ``predict`` says."""
-        outputs = self.head(self._features(images))
-        return compare_detections(self.head, images, outputs, found, tolerance)
+        outputs, sizes = self.head(self._features(images)), sizes_of_images(images, self.padded)
+        return compare_detections(self.head, images, sizes, outputs, found, tolerance)
 
 
 def _levels(outputs: Any) -> int | None:

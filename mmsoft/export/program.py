@@ -96,11 +96,12 @@ class Input:
 
 
 def _fill_up(images: Tensor) -> Tensor:
-    """Images of which every other has lost a quarter of its rows, the others of their columns."""
+    """Images without a quarter of their rows and an eighth of their columns, or vice versa."""
     height, width = images.shape[2:]
     images = images.clone()
-    images[::2, :, height - height // 4 :] = 0
-    images[1::2, :, :, width - width // 4 :] = 0
+    for first, (rows, cols) in enumerate(((4, 8), (8, 4))):
+        images[first::2, :, height - height // rows :] = 0
+        images[first::2, :, :, width - width // cols :] = 0
     return images
 
 

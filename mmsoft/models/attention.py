@@ -483,9 +483,11 @@ class SoftmaxAttention(TakesPadding, nn.Module):
                 return x, None
             return x, F.pad(there, (1, 0), value=1.0)[:, :, None].log()
         rows, cols = smaller(height, side), smaller(width, side)
-        image = x[:, 1:].transpose(1, 2)
-        if there is not None:
-            image = torch.cat((image.masked_fill(there == 0, 0), there), 1)
+        image = x[:, 1:]
+        if there is not None:  # as a channel more, in the memory of tokens: torch.export would
+            last = there.transpose(1, 2)  # tell sizes apart for one in that of images
+            image = torch.cat((image.masked_fill(last == 0, 0), last), 2)
+        image = image.transpose(1, 2)
         image = F.adaptive_avg_pool2d(image.unflatten(2, hw_shape), (rows, cols)).flatten(2)
         # A mean stands for several tokens: so many times its exponential enters the softmax.
         tokens = x.new_full((1, 1, 1, image.shape[2] + 1), height * width / (rows * cols))

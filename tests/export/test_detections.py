@@ -11,7 +11,7 @@ from released import SMALL
 
 from mmsoft.builder import build_model
 from mmsoft.export import Input, export_onnx, export_program, exportable
-from mmsoft.export.detections import compare_detections, detections
+from mmsoft.export.detections import compare_detections, detections, sizes_of_images
 from mmsoft.export.onnx import start
 
 import_library("mmdet")
@@ -75,14 +75,14 @@ def build(kind="RetinaNet", test_cfg=(), **head):
     return model
 
 
-def predictions(model, images, **changes):
-    """Of MMDetection alone: boxes, scores and labels of each image."""
+def predictions(model, images, sizes=None, **changes):
+    """Of MMDetection alone: boxes, scores and labels of each image, (height, width) of a batch."""
     from mmdet.structures import DetDataSample
 
     head = model.bbox_head
     before, head.test_cfg = head.test_cfg, ConfigDict(head.test_cfg, **changes)
-    size = tuple(images.shape[2:])
-    samples = [DetDataSample(metainfo=dict(img_shape=size)) for _ in images]
+    sizes = sizes or [tuple(images.shape[2:])] * len(images)
+    samples = [DetDataSample(metainfo=dict(img_shape=size)) for size in sizes]
     with torch.no_grad():
         found = model.predict(images, samples, rescale=False)
     head.test_cfg = before
@@ -91,9 +91,9 @@ def predictions(model, images, **changes):
     ]
 
 
-def check(model, dets, labels, images):
+def check(model, dets, labels, images, sizes=None):
     """The same detections in the same order, then nothing."""
-    expected = predictions(model, images)
+    expected = predictions(model, images, sizes)
     for boxes, scores, classes, det, label in zip(*zip(*expected), dets, labels, strict=True):
         count = len(scores)
         torch.testing.assert_close(det[:count, :4], boxes, rtol=0, atol=2e-3)
@@ -130,6 +130,27 @@ def test_the_module_finds_what_the_model_does(kind, test_cfg):
     assert labels_difference.error == 0
 
 
+def test_boxes_end_where_the_padding_begins():
+    """As in ``predict``, which knows the sizes; what lies in padding alone suppresses nothing."""
+    images, sizes = Input().images(2, SIZE), [(60, 128), (96, 77)]
+    images[0, :, 60:] = 0
+    images[1, :, :, 77:] = 0
+    for kind in ("RetinaNet", "FCOS"):
+        model = build(kind)
+        module = exportable(model, postprocess=True)
+        with torch.no_grad():
+            dets, labels = module(images)
+        assert min(check(model, dets, labels, images, sizes)) > 0
+        borders = torch.tensor(sizes).flip(1).repeat(1, 2)[:, None]
+        assert (dets[..., :4] <= borders).all()
+        uncut = predictions(model, images)  # which are others
+        assert any((boxes > border).any() for (boxes, *_), border in zip(uncut, borders))
+    model.backbone.ignore_padding = False
+    with torch.no_grad():
+        dets, labels = exportable(model, postprocess=True)(images)
+    check(model, dets, labels, images)
+
+
 @pytest.mark.parametrize("kind", ["RetinaNet", pytest.param("FCOS", marks=pytest.mark.long)])
 def test_program_of_a_detector(tmp_path, kind):
     """Two images with different numbers of objects, of which far more overlap."""
@@ -152,6 +173,9 @@ def test_program_of_a_detector(tmp_path, kind):
     assert {*labels.unique().tolist()} == {-1, 0, 1}
     assert len(every[0][1]) > 2 * len(some[0][1])  # without suppression
     assert differences[0].found == sum(counts)
+    images[0, :, 70:] = images[1, :, :, 100:] = 0
+    dets, labels = map(torch.as_tensor, start(path).run(None, {"images": images.numpy()}))
+    assert min(check(model, dets, labels, images, [(70, 128), (96, 100)])) > 0
     file = onnx.load(path)
     onnx.checker.check_model(file)
     assert [value.name for value in file.graph.output] == ["dets", "labels"]
@@ -372,12 +396,13 @@ def test_what_rounding_decides_is_no_difference(reason, slight):
         logits = {A: (2.0 + more, 2.0), D: (2.0, 2.0 + more)}
     ours, theirs = (written({c: pair[i] for c, pair in logits.items()}) for i in (0, 1))
     images = torch.zeros(1, 3, *SIZE)
-    found = detections(other, theirs, SIZE)
+    sizes = sizes_of_images(images, padded=True)
+    found = detections(other, theirs, sizes)
     if slight > 1e-4:
         with pytest.raises(ValueError, match="not by rounding"):
-            compare_detections(head, images, ours, found, 1e-4)
+            compare_detections(head, images, sizes, ours, found, 1e-4)
         return
-    dets, _ = compare_detections(head, images, ours, found, 1e-4)
+    dets, _ = compare_detections(head, images, sizes, ours, found, 1e-4)
     assert dets.error <= 1e-6
     numbers = dict(threshold=(2, 1), order=(3, 3), overlap=(3, 1), last=(1, 2))[reason]
     assert dets.note == "{} detections, {} decided by rounding".format(*numbers)

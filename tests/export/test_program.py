@@ -11,7 +11,7 @@ from released import SMALL
 
 from mmsoft.export import Input, export_program, exportable
 from mmsoft.export.bodies import choose
-from mmsoft.export.program import record, sizes_of
+from mmsoft.export.program import compare, record, sizes_of
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.models.padding import inside
 from mmsoft.ops import choose_landmarks
@@ -57,6 +57,20 @@ def test_runs_without_mmsoft(tmp_path, options, inputs):
     assert max(difference.error for difference in differences) < 1e-5
     program = torch.export.load(tmp_path / "model.pt2")
     assert not {name for name in operators(program) if name.startswith("mmsoft")}
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), pytest.param(dict(batch=2), marks=pytest.mark.long)], ids=str
+)
+def test_any_size_of_a_number_of_images(options):
+    """All stages, by content: with ``--dynamic size`` alone, torch knows the number."""
+    module = exportable(Model(max_landmarks=9, max_keys=64).eval(), "backbone")
+    inputs = Input((96, 128), dynamic_size=True, **options)
+    program = record(module, inputs, linear_algebra=True).module()
+    for images in inputs.checked(sizes_of(module)):
+        with torch.no_grad():
+            differences = compare(module.names, images, module(images), program(images))
+        assert max(difference.error for difference in differences) < 1e-5
 
 
 @pytest.mark.long
