@@ -38,15 +38,17 @@ def run_of_library(script: str, description: str) -> None:
         return
     if not configs:
         sys.exit(f"error: no config among the arguments of {script}; its name ends in .py")
-    if not Path(configs[0]).is_file():
+    # Another such word may be an option's, as the folder of --work-dir.
+    path = next((word for word in configs if Path(word).is_file()), None)
+    if path is None:
         sys.exit(f"error: no config {configs[0]}")
     try:
-        library = Config.fromfile(configs[0]).get("default_scope")
+        library = Config.fromfile(path).get("default_scope")
     except ImportError as error:  # it inherits from a library that is not there
-        sys.exit(f"error: {configs[0]}: {error}")
+        sys.exit(f"error: {path}: {error}")
     if library not in LIBRARIES:
         sys.exit(
-            f"error: the default_scope of {configs[0]} is {library!r}, which should be one of "
+            f"error: the default_scope of {path} is {library!r}, which should be one of "
             f"{', '.join(LIBRARIES)}: inherit from a config of one of them, or of mmsoft"
         )
     try:

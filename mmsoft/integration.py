@@ -6,6 +6,7 @@ is enabled by name instead: ``mmsoft.CheckpointHook`` and :mod:`mmsoft.checkpoin
 
 import importlib.abc
 import sys
+from difflib import get_close_matches
 from functools import wraps
 from importlib import metadata
 from pathlib import Path
@@ -200,13 +201,16 @@ def _add_names(inferencer: Any) -> None:
         except ValueError as error:
             from mmengine.config import Config
 
-            configs = Path(__file__).with_name(".mim") / "configs"
-            found = [*configs.glob(f"*/{model.lower().removesuffix('.py')}.py")]
-            if not found:
+            files = Path(__file__).with_name(".mim").glob("configs/*/*.py")
+            ours = {file.stem: file for file in files}
+            name = Path(model.rpartition("::")[2]).name.lower().removesuffix(".py")
+            if name not in ours:
+                near = get_close_matches(name, ours, n=1)
                 raise ValueError(
-                    f"{error}, nor among mmsoft's configs, most of which `mim search mmsoft` lists"
+                    f"{error}, nor among mmsoft's configs"
+                    + (f", which have {near[0]}" if near else "")
                 ) from None
-            config = Config.fromfile(found[0])
+            config = Config.fromfile(ours[name])
             if (scope := config.get("default_scope")) != self.scope:
                 raise ValueError(
                     f"{model} is a config of {scope}, not of {self.scope}: use the inferencer of "

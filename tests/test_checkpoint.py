@@ -255,6 +255,47 @@ def test_a_tensor_of_another_size_is_untrained_and_neither_loaded_nor_resized(re
     )
 
 
+def test_what_the_backbone_lacks_is_counted(tmp_path, log):
+    model = build("mmpretrain")
+    weights = model.state_dict()
+    lost = [name for name in weights if name.startswith("backbone.stages.3.blocks.0.mlp")]
+    assert len(lost) > 1
+    torch.save({k: v for k, v in weights.items() if k not in lost}, tmp_path / "part.pth")
+    load_checkpoint(model, str(tmp_path / "part.pth"))
+    model.eval()
+    (record,) = [r for r in log.records if "tensors of the backbone" in r.getMessage()]
+    size = len(model.backbone.state_dict())
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        f"SOFTPlusPlus: loaded {size - len(lost)} of {size} tensors of the backbone ({len(lost)} "
+        "are not in it, and untrained)"
+    )
+
+
+@pytest.mark.parametrize("load", ["mmengine", "torch"])
+@pytest.mark.parametrize("kind", ["bare", "another backbone", "heads"])
+def test_weights_of_which_the_backbone_takes_none(kind, load, tmp_path, log):
+    model = build("mmpretrain")
+    size = len(model.backbone.state_dict())
+    weights = {
+        "bare": model.backbone.state_dict(),
+        "another backbone": {"layer1.0.conv1.weight": torch.zeros(1)},
+        "heads": {k: v for k, v in model.state_dict().items() if k.startswith("head.")},
+    }[kind]
+    if load == "torch":
+        model.load_state_dict(weights, strict=False)
+    else:
+        torch.save(weights, tmp_path / "weights.pth")
+        load_checkpoint(model, str(tmp_path / "weights.pth"))
+    model.eval()
+    (record,) = [r for r in log.records if "tensors of the backbone" in r.getMessage()]
+    assert record.levelno == logging.WARNING
+    line = record.getMessage()
+    assert line.startswith(f"SOFTPlusPlus: loaded none of the {size} tensors of the backbone, un")
+    assert (f"; {size} have their names without 'backbone.': a file of" in line) == (kind == "bare")
+    assert ("2 tensors of the model are not in it" in line) == (kind != "heads")
+
+
 @pytest.mark.parametrize("others", [None, [dict(type="Constant", layer="Linear", val=3.0)]])
 @pytest.mark.parametrize("library", ["", *LIBRARIES])
 def test_mmengine_logs_where_each_parameter_came_from(library, others, tmp_path):

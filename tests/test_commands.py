@@ -58,7 +58,7 @@ def test_arguments_without_a_config_are_an_error(monkeypatch, capsys):
 def test_a_base_of_a_library_that_is_not_there(monkeypatch, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("_base_ = 'mmpose::hands/hand.py'\n")  # none of ours, and not installed
-    monkeypatch.setattr("sys.argv", ["train.py", str(config)])
+    monkeypatch.setattr("sys.argv", ["train.py", "--work-dir", "runs/x.py", str(config)])
     with pytest.raises(SystemExit, match=r"error: .*config\.py: mmpose is not installed"):
         run_of_library("train.py", "What it does.")
 

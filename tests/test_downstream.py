@@ -95,9 +95,10 @@ def template(root):
 
 @pytest.mark.long
 def test_the_readmes_commands_install_and_train(wheel, root, tmp_path, template):
-    """From the package index: torch, torchvision, what `.[all]` names, and nothing from here.
+    """From the package index: torch, torchvision and what `.[all]` names.
 
-    mmcv, which the README wants in place too, is the one that the set-up compiled for this torch.
+    What the README wants in place is from here: mmcv, compiled by the set-up for this torch, and
+    the schemas that a torchvision for CUDA lacks on a machine without one.
     """
     setup_env = load_tool("dev/setup_env.py")
     words = " ".join(path.read_text() for path in (root / "requirements").glob("*.txt")).split()

@@ -163,15 +163,18 @@ def test_inferencers_find_our_configs_by_name_and_theirs_as_before(run, first):
     names = [("mmdet", ours)]
     if first == "import mmsoft":
         names += [("mmseg", "upernet_softpp-mini_shapes"), ("mmdet", theirs)]
-        names += [("mmdet", "retinanet_x"), ("mmseg", ours)]
+        names += [("mmdet", f"mmsoft::retinanet/{ours}.py")]
+        names += [("mmdet", "retinanet_softpp_t_fpn_1x_coco"), ("mmdet", "none"), ("mmseg", ours)]
     found = run(first + BY_NAME.format(names=names)).splitlines()[-len(names) :]
     assert found[0] == "mmsoft.SOFTPlusPlus None"
     if first == "import mmsoft":
         assert found[1] == "mmsoft.SOFTPlusPlus None"
         assert found[2].startswith("ResNet https://")
-        assert found[3:] == [
-            "Cannot find model: retinanet_x in mmdet, nor among mmsoft's configs, most of which "
-            "`mim search mmsoft` lists",
+        assert found[3] == "mmsoft.SOFTPlusPlus None"
+        assert found[4:] == [
+            "Cannot find model: retinanet_softpp_t_fpn_1x_coco in mmdet, nor among mmsoft's "
+            f"configs, which have {ours}",
+            "Cannot find model: none in mmdet, nor among mmsoft's configs",
             f"{ours} is a config of mmdet, not of mmseg: use the inferencer of mmdet",
         ]
 

@@ -230,10 +230,16 @@ class SOFT(Backbone):
     ) -> None:
         """Refuse a checkpoint of another backbone, architecture or variant: MMEngine only logs it.
 
-        A state dict with only a few of our parameters is left to its author.
+        A state dict with only a few of our parameters is left to its author; with none it may be a
+        mistake, which is logged.
         """
         own = self._own_tensors()
         whole = f"{prefix}stages.0.pos_embed" in state_dict
+        none = (
+            not any(name.startswith(prefix) for name in state_dict)
+            if prefix
+            else (own.keys().isdisjoint(state_dict))
+        )
         check_tensors(state_dict, prefix, own)
         if whole:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
@@ -244,7 +250,7 @@ class SOFT(Backbone):
             check_is_ours(state_dict, prefix, [*own, *statistics], self.variant)
         self._match_variant(local_metadata)
         self.match_weights(state_dict, prefix, local_metadata)
-        if whole:  # after the switch, because landmarks by content are among the tensors
+        if whole or none:  # after the switch, because landmarks by content are among the tensors
             self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
