@@ -107,19 +107,34 @@ class _Candidates(NamedTuple):
     deltas: Tensor
 
 
+def _scores(head: Any, level: Tensor) -> Tensor:
+    """Of one level, ``[B, anchors, classes]``, without the background."""
+    level = level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, head.cls_out_channels)
+    return level.sigmoid() if head.use_sigmoid_cls else level.softmax(-1)[..., :-1]
+
+
+def lower_threshold(head: Any, outputs: Sequence[Sequence[Tensor]], count: int = 64) -> float:
+    """A ``score_thr`` that so many of the scores in a batch exceed, but for ties."""
+    every = torch.cat([_scores(head, level).flatten() for level in outputs[0]])
+    return float(every.topk(min(count + 1, len(every))).values[-2:].mean())
+
+
 def _candidates(
-    head: Any, scores: Tensor, deltas: Tensor, factors: Tensor | None, priors: Tensor
+    head: Any,
+    scores: Tensor,
+    deltas: Tensor,
+    factors: Tensor | None,
+    priors: Tensor,
+    score_thr: Tensor | float,
 ) -> _Candidates:
     """The ``nms_pre`` best pairs of an anchor and a class, of one level."""
     from mmdet.structures.bbox import get_box_tensor
 
-    batch, cfg = scores.shape[0], head.test_cfg
-    scores = scores.permute(0, 2, 3, 1).reshape(batch, -1, head.cls_out_channels)
-    scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(-1)[..., :-1]
-    classes = scores.shape[2]
+    scores = _scores(head, scores)
+    batch, _, classes = scores.shape
     scores = scores.flatten(1)
-    scores = torch.where(scores > cfg.get("score_thr", 0), scores, ABSENT)
-    scores, index = scores.topk(smaller(scores.shape[1], cfg.nms_pre))
+    scores = torch.where(scores > score_thr, scores, ABSENT)
+    scores, index = scores.topk(smaller(scores.shape[1], head.test_cfg.nms_pre))
     anchors = torch.div(index, classes, rounding_mode="floor")
     deltas = deltas.permute(0, 2, 3, 1).reshape(batch, -1, head.bbox_coder.encode_size)
     if factors is None:
@@ -149,7 +164,10 @@ def sizes_of_images(images: Tensor, padded: bool) -> Tensor:
 
 
 def detections(
-    head: Any, outputs: Sequence[Sequence[Tensor]], sizes: Tensor
+    head: Any,
+    outputs: Sequence[Sequence[Tensor]],
+    sizes: Tensor,
+    score_thr: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """What the head's ``predict`` finds, of a model that passed :func:`check`.
 
@@ -157,6 +175,7 @@ def detections(
         head: of a detector, with its ``test_cfg``.
         outputs: what it returns, scores and boxes and perhaps factors of the scores.
         sizes: from :func:`sizes_of_images`, to which boxes are clipped.
+        score_thr: of the ``test_cfg``.
 
     Returns:
         ``dets``, ``[B, K, 5]`` for ``K = test_cfg.max_per_img``: (x1, y1, x2, y2, score), the
@@ -171,8 +190,9 @@ def detections(
     priors = head.prior_generator.grid_priors(
         [level.shape[-2:] for level in scores], dtype=first.dtype, device=first.device
     )
-    levels = [_candidates(head, *level) for level in zip(scores, deltas, factors, priors)]
-    every = _Candidates(*(torch.cat(parts, 1) for parts in zip(*levels)))
+    parts = zip(scores, deltas, factors, priors)
+    levels = [_candidates(head, *level, score_thr) for level in parts]
+    every = _Candidates(*(torch.cat(part, 1) for part in zip(*levels)))
     boxes = head.bbox_coder.decode(every.priors.flatten(0, 1), every.deltas.flatten(0, 1))
     boxes = get_box_tensor(boxes).reshape(first.shape[0], -1, 4)
     if head.bbox_coder.clip_border:

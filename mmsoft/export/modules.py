@@ -1,6 +1,8 @@
 """A module from images to tensors for each kind of model."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any
 
@@ -10,7 +12,14 @@ from torch import Tensor, nn
 
 from mmsoft.models import SequenceSOFT
 
-from .detections import NAMES, check, compare_detections, detections, sizes_of_images
+from .detections import (
+    NAMES,
+    check,
+    compare_detections,
+    detections,
+    lower_threshold,
+    sizes_of_images,
+)
 from .program import Difference
 
 PARTS = ("model", "backbone")
@@ -131,15 +140,36 @@ class _Detections(_Detector):
 
     # In torch a program of it would be as many steps as there are detections.
     onnx_alone = "its non-maximum suppression is an operator of ONNX that torch does not have"
+    score_thr: Tensor
 
     def __init__(self, model: Any):
         super().__init__(model)
         self.names = NAMES
         self.padded = getattr(model.backbone, "ignore_padding", True)
+        # A value by name in the file, which can be changed there.
+        score_thr = torch.tensor(float(self.head.test_cfg.get("score_thr", 0)))
+        self.register_buffer("score_thr", score_thr, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        sizes = sizes_of_images(images, self.padded)
-        return detections(self.head, self.head(self._features(images)), sizes)
+        outputs, sizes = self.head(self._features(images)), sizes_of_images(images, self.padded)
+        return detections(self.head, outputs, sizes, self.score_thr)
+
+    @torch.no_grad()
+    def lower_threshold(self, images: Tensor) -> float:
+        """A ``score_thr`` at which something is found in images."""
+        return lower_threshold(self.head, self.head(self._features(images)))
+
+    @contextmanager
+    def with_threshold(self, score_thr: float) -> Iterator[None]:
+        """Another ``score_thr``, also of MMDetection's own post-processing."""
+        before = self.score_thr, self.head.test_cfg
+        self.score_thr = torch.tensor(score_thr)
+        self.head.test_cfg = copy.deepcopy(before[1])
+        self.head.test_cfg.score_thr = float(self.score_thr)
+        try:
+            yield
+        finally:
+            self.score_thr, self.head.test_cfg = before
 
     @torch.no_grad()
     def differences(self, images: Tensor, found: list[Any], tolerance: float) -> list[Difference]:

@@ -1,7 +1,9 @@
 """Detectors with their post-processing as ONNX files, compared with MMDetection's."""
 
 import copy
+import re
 
+import numpy as np
 import pytest
 import torch
 from mini_models import LIBRARIES, import_library
@@ -18,6 +20,8 @@ import_library("mmdet")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+from mmsoft.export import functions  # noqa: E402  (needs onnxscript)
 
 pytestmark = needs_torch_2_6
 
@@ -227,7 +231,7 @@ def test_command_with_a_config(root, tmp_path, run_tool):
 
 
 def test_command_without_detections(tmp_path, run_tool):
-    """It says that nothing was compared; and by default there is no column for it."""
+    """The file is compared with a lower threshold."""
     model = LIBRARIES["mmdet"]()
     model["backbone"].update(arch=SMALL, max_landmarks=9)
     model["test_cfg"]["nms"]["iou_threshold"] = 0.5
@@ -237,8 +241,13 @@ def test_command_without_detections(tmp_path, run_tool):
     options = ["--postprocess", "--shape", "64", "--out", out]
     status, printed, errors = run_tool(TOOL, config, *options)
     assert status == 0, errors
-    assert "0 detections" in printed
-    assert "the model finds nothing in these random images" in printed
+    last = [line for line in printed.splitlines() if line.startswith("|")][-2]
+    found, padded = re.search(r"\| yes .* \| (\d+) detections.* at score_thr=(\S+) ", last).groups()
+    assert int(found) > 0
+    assert float(padded) < 0.99
+    assert "| 0 detections" in printed
+    (threshold,) = (t for t in onnx.load(out).graph.initializer if t.name == "score_thr")
+    assert onnx.numpy_helper.to_array(threshold) == np.float32(0.99)  # the config's all the same
     for more, message in (
         (["--part", "backbone"], "--postprocess takes the whole model, not --part backbone"),
         (["--cfg-options", "model.test_cfg.nms.type=soft_nms"], "ONNX has no soft_nms"),
@@ -258,13 +267,29 @@ def test_an_image_without_objects_and_one_with(tmp_path):
     with torch.no_grad():
         best = [s.sigmoid().flatten(1).amax(1) for s in model(images, mode="tensor")[0]]
     best = torch.stack(best).amax(0)
-    module.head.test_cfg.score_thr = float(best.mean())
     path = tmp_path / "model.onnx"
-    export_onnx(module, Input(SIZE, batch=2), path)
+    with module.with_threshold(float(best.mean())):
+        export_onnx(module, Input(SIZE, batch=2), path)
+    model.bbox_head.test_cfg.score_thr = float(best.mean())
     dets, labels = map(torch.as_tensor, start(path).run(None, {"images": images.numpy()}))
     counts = check(model, dets, labels, images)
     assert min(counts) == 0
     assert max(counts) > 0
+
+
+def test_a_program_that_is_wrong_where_nothing_is_found_is_refused(tmp_path, monkeypatch):
+    """Which a comparison with the config's threshold alone cannot see."""
+    module = exportable(build(test_cfg=dict(score_thr=0.999999)), postprocess=True)
+    monkeypatch.setattr(
+        functions,
+        "suppress",
+        lambda boxes, *_: functions.op.Cast(
+            functions.op.ReduceMax(boxes, functions.op.Constant(value_ints=[2]), keepdims=0), to=9
+        ),
+    )
+    with pytest.raises(ValueError, match=r"not by rounding .*; nothing was written"):
+        export_onnx(module, Input((64, 64)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_program_without_suppression_is_refused():
@@ -397,7 +422,7 @@ def test_what_rounding_decides_is_no_difference(reason, slight):
     ours, theirs = (written({c: pair[i] for c, pair in logits.items()}) for i in (0, 1))
     images = torch.zeros(1, 3, *SIZE)
     sizes = sizes_of_images(images, padded=True)
-    found = detections(other, theirs, sizes)
+    found = detections(other, theirs, sizes, other.test_cfg.score_thr)
     if slight > 1e-4:
         with pytest.raises(ValueError, match="not by rounding"):
             compare_detections(head, images, sizes, ours, found, 1e-4)
