@@ -80,16 +80,24 @@ def _handle(name: str, macs: Callable[..., int], shapes: int, constants: tuple =
     return handle
 
 
-HANDLES = {
+def _newton(inputs: list[Any], outputs: list[Any]) -> Counter:
+    """The iteration, and the step size where none is given."""
+    a = get_shape(inputs[0])
+    macs = Counter(newton_raphson_pinv=newton_raphson_pinv_macs(a, inputs[3].toIValue()))
+    if inputs[1].type().kind() == "NoneType":
+        macs["newton_step_size"] = newton_step_size_macs(a)
+    return macs
+
+
+HANDLES: dict[str, Handle] = {
     f"mmsoft::{name}": _handle(name, macs, shapes, constants)
     for name, macs, shapes, constants in (
         ("gaussian_kernel_product", gaussian_kernel_product_macs, 3, ()),
         ("landmark_choice", landmark_choice_macs, 1, (1,)),
-        ("newton_step_size", newton_step_size_macs, 1, ()),
-        ("newton_raphson_pinv", newton_raphson_pinv_macs, 1, (3,)),
         ("tikhonov_solve", lambda a, mu, b: tikhonov_solve_macs(a, b), 3, ()),
     )
 }
+HANDLES["mmsoft::newton_raphson_pinv"] = _newton
 # Of other models; ours are traced without it.
 _FUSED = {
     "aten::scaled_dot_product_attention": _handle(

@@ -39,12 +39,11 @@ from mmsoft.benchmark.report import kernel_table, write_json
 from mmsoft.ops import (
     choose_landmarks,
     gaussian_kernel_product,
-    newton_raphson_pinv,
     reference,
-    step_size,
     tikhonov_pinv_product,
     use_backend,
 )
+from mmsoft.ops.inverse import guarded_newton_pinv
 
 BATCH, HEADS, DIMS = 2, 2, 32
 MATRICES = 20  # heads of a batch of two in stage 3
@@ -87,10 +86,6 @@ def _definition(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return reference.gaussian_kernel(x, y) @ w
 
 
-def _newton(a: Tensor) -> Tensor:
-    return newton_raphson_pinv(a, *step_size(a, guarded=True))
-
-
 def _exact_newton(a: Tensor) -> Tensor:
     alpha, extra = reference.step_size_softplusplus(a.detach())
     pinv = reference.newton_filter(a.detach(), alpha, 20 + extra)
@@ -127,7 +122,7 @@ def functions(case: KernelCase) -> tuple[Callable[..., Any], Callable[..., Any]]
     if case.operation in ("spread", "gather"):
         return gaussian_kernel_product, _definition
     return (
-        (_newton, _exact_newton)
+        (guarded_newton_pinv, _exact_newton)
         if case.operation == "newton"
         else (tikhonov_pinv_product, _exact_solve)
     )

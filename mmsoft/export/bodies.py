@@ -163,11 +163,18 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) -> Tensor:
+    """The step size in plain torch, the iteration by its operator."""
+    if alpha is None or cubic is None:
+        alpha, cubic = inverse.step_size(a)
+    return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
+
+
 _EVERYWHERE: dict[str, Callable[..., Any]] = dict(
     gaussian_kernel_product=product,
     landmark_patches=patches,
     matmul=_multiply,
-    newton_step_size=inverse.step_size,
+    newton_raphson_pinv=newton,
 )
 # What ONNX cannot express, or only as a loop: see functions.py.
 _TORCH_ALONE: dict[str, Callable[..., Any]] = dict(

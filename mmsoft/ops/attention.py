@@ -6,7 +6,13 @@ from torch import Tensor
 from .checks import check_mask, check_solver, check_tokens
 from .gaussian import gaussian_gram, leave_out, unit_of
 from .gaussian.pair import PAIR
-from .inverse import RIDGE_SOFT, newton_raphson_pinv, step_size, tikhonov_pinv_product
+from .inverse import (
+    RIDGE_SOFT,
+    guarded_newton_pinv,
+    newton_raphson_pinv,
+    step_size,
+    tikhonov_pinv_product,
+)
 from .island import compute_dtype, matmul, no_autocast
 from .mode import transformed
 
@@ -90,10 +96,11 @@ def softmax_free_attention(
             s = root * s
         if solver == "direct":
             s = tikhonov_pinv_product(a, s)
+        elif normalize:
+            s = matmul(guarded_newton_pinv(a, steps), s)
         else:
-            alpha, cubic = step_size(a, guarded=normalize)
-            if not normalize:
-                a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+            alpha, cubic = step_size(a, guarded=False)
+            a = a + RIDGE_SOFT * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
             s = matmul(newton_raphson_pinv(a, alpha, cubic, steps), s)
         s = scale * s if root is None else scale * root * s
         out = kernel.spread(s)

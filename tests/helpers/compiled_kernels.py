@@ -134,15 +134,16 @@ def _inverses(name, m):
         scalar = torch.empty(2, 1, 1, 1, device="meta")
         right = torch.empty(2, 10, m, 32, device="meta")
         return dict(
-            step_size=(a, 10, 1.01), newton=(a, scalar, scalar, 20), solve=(a, scalar, right)
+            guarded=(a, None, None, 20), newton=(a, scalar, scalar, 20), solve=(a, scalar, right)
         )[name]
 
     return arguments
 
 
-for _name in ("step_size", "newton", "solve"):
+for _name in ("guarded", "newton", "solve"):
     for _m in (25, 49, 128):
-        CASES[f"{_name}-{_m}"] = "inverse", _name, _inverses(_name, _m)
+        _function = "newton" if _name == "guarded" else _name
+        CASES[f"{_name}-{_m}"] = "inverse", _function, _inverses(_name, _m)
 
 
 def _choice(budget, dtype=torch.float32, d=32, masked=False):

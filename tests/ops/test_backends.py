@@ -92,7 +92,7 @@ def test_one_that_refuses_is_passed_over_and_raises_if_asked_for(fake, refused):
     fake.refused[refused] = "heads must be few"
     assert same(both_passes(), expected)
     assert refused not in fake.ran
-    assert len(set(fake.ran)) == 3  # of forward, backward, step size and Newton-Raphson
+    assert len(set(fake.ran)) == 2  # of forward, backward and Newton-Raphson
     with use_backend("fake"), pytest.raises(RuntimeError, match=f"{refused} .* heads must be few"):
         both_passes()
     with use_backend("fake", "newton_raphson_pinv"):
@@ -172,7 +172,7 @@ def test_a_compiled_program_chooses_anew_at_each_call(fake, solver):
         with use_backend(name, *OPERATORS):
             for ours, truth in zip(both_passes(compiled), expected, strict=True):
                 torch.testing.assert_close(ours, truth)
-        assert len(set(fake.ran)) == ((4 if solver == "newton" else 3) if name == "fake" else 0)
+        assert len(set(fake.ran)) == (3 if name == "fake" else 0)
     fake.refused["gaussian_kernel_product"] = "not today"
     with use_backend("fake"), pytest.raises(RuntimeError, match="not today"):
         both_passes(compiled)
@@ -189,11 +189,7 @@ def test_an_exported_program_chooses_anew_at_each_call(fake):
     program = torch.export.export(Module(), tensors).module()
     assert not fake.ran
     expected = program(*tensors)
-    assert set(fake.ran) == {
-        "gaussian_kernel_product",
-        "newton_step_size",
-        "newton_raphson_pinv",
-    }
+    assert set(fake.ran) == {"gaussian_kernel_product", "newton_raphson_pinv"}
     fake.ran.clear()
     with use_backend(EAGER):
         assert torch.equal(program(*tensors), expected)
@@ -215,7 +211,6 @@ def test_transforms_run_plain_torch_or_raise(fake):
     calls = {
         "gaussian_kernel_product": lambda: jvp(softmax_free_attention, tensors, tensors)[1],
         "tikhonov_solve": lambda: vmap(attend("direct"))(*tensors),
-        "newton_step_size": lambda: vmap(attend())(*tensors),
         "newton_raphson_pinv": lambda: vmap(attend())(*tensors),
         "landmark_patches": lambda: jvp(patches, (q,), (q,))[1],
         "gaussian_kernel_product_backward": lambda: grad(
@@ -252,7 +247,7 @@ def test_the_kernel_is_stored_or_streamed_as_asked(fake):
     tensors = arguments()
     with torch.no_grad():
         stored = softmax_free_attention(*tensors)
-        assert set(fake.ran) == {"newton_step_size", "newton_raphson_pinv"}
+        assert set(fake.ran) == {"newton_raphson_pinv"}
         with use_backend("streamed", pair):
             streamed = softmax_free_attention(*tensors)
         assert fake.ran.count("gaussian_kernel_product") == 2

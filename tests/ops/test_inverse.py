@@ -12,6 +12,7 @@ from mmsoft.ops import (
     step_size,
     tikhonov_pinv_product,
 )
+from mmsoft.ops.inverse import guarded_newton_pinv
 
 
 def gram(m: int, condition: float, batch=(2, 2), seed=0) -> torch.Tensor:
@@ -47,6 +48,13 @@ def test_newton_is_the_spectral_filter(m, condition, guarded):
     torch.testing.assert_close(
         reference.newton_raphson(a, *released(a, guarded)), expected, **tolerance
     )
+
+
+def test_the_guarded_start_is_part_of_the_operator():
+    a = gram(7, 1e3, (3, 2)).requires_grad_()
+    both = guarded_newton_pinv(a, 9), newton_raphson_pinv(a, *step_size(a, guarded=True), 9)
+    assert torch.equal(*both)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), a)[0] for out in both))
 
 
 def test_guard_halves_by_what_the_loop_would():
@@ -139,7 +147,7 @@ def test_distance_between_the_solvers():
 
 def test_custom_operators_pass_opcheck():
     a = gram(6, 50).float().requires_grad_()
-    opcheck(torch.ops.mmsoft.newton_step_size.default, (a.detach(), 10, 1.01))
     opcheck(torch.ops.mmsoft.newton_raphson_pinv.default, (a, *step_size(a, True), 20))
+    opcheck(torch.ops.mmsoft.newton_raphson_pinv.default, (a, None, None, 20))
     b = torch.randn(2, 2, 6, 3, requires_grad=True)
     opcheck(torch.ops.mmsoft.tikhonov_solve.default, (a, torch.full((2, 2, 1, 1), 0.05), b))

@@ -158,7 +158,7 @@ def check():
         lambda: island._multiply(a, b),
         lambda: gaussian.product(x, y, b),
         lambda: gaussian.product_backward(x, x, y, b, None, False, (True, True, True)),
-        lambda: inverse.step_size(a, 10, 1.01),
+        lambda: inverse.step_size(a),
         lambda: inverse.newton(a, unit, unit, 3),
         lambda: inverse.solve(a, unit, b),
         lambda: choice.choose(x, 4, 1e-2),

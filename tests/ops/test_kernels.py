@@ -19,6 +19,7 @@ from mmsoft.ops import (
     use_backend,
 )
 from mmsoft.ops.gaussian.operators import product_in_units
+from mmsoft.ops.inverse import guarded_newton_pinv
 from mmsoft.ops.reference import gaussian_kernel as naive
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -196,23 +197,81 @@ def both(function):
     return results
 
 
-@pytest.mark.parametrize("m", [1, 7, 49, 100])
-@pytest.mark.parametrize("spread", [10.0, 0.5, 0.05])
-def test_guarded_step_size(m, spread, device):
-    """From no halving to as many as there are, over the heads of a sample and no other's."""
-    a = overlapping(m, spread, device, (2, 3))
-    a[1, 2] = torch.eye(m, device=device)
-    (alpha, cubic), eager = both(lambda: step_size(a, guarded=True))
-    torch.testing.assert_close(alpha, eager[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(cubic, eager[1], rtol=1e-5, atol=0)
-    expected, extra = reference.step_size_softplusplus(a.double())
-    torch.testing.assert_close(alpha.double(), expected * 2**extra, rtol=1e-5, atol=0)
-    few = both(lambda: torch.ops.mmsoft.newton_step_size(a, 2, 1.01))
-    torch.testing.assert_close(*few, rtol=1e-5, atol=0)
-
-
 SOME = (1, 7, 49)
 MANY = [pytest.param(m, marks=pytest.mark.long) for m in (63, 64, 65, 100, 128)]
+
+
+def several(m, spread, device):
+    """Three samples of three heads each: of one, nothing is halved; of another, a head is ``I``."""
+    a = overlapping(m, spread, device, (3, 3))
+    a[1, 2] = torch.eye(m, device=device)
+    a[2] = overlapping(m, 10.0, device, (3,))
+    return a.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+LARGE = [pytest.param(m, marks=pytest.mark.long) for m in (100, 128)]
+
+
+@pytest.mark.parametrize("m", [*SOME, 64, *LARGE])
+@pytest.mark.parametrize("spread", [0.5, 0.05])
+def test_guarded_start(m, spread, device):
+    """``alpha A - cubic A^3``, with maxima over the heads of a sample and no other's."""
+    a = several(m, spread, device)
+    ours, plain = both(lambda: guarded_newton_pinv(a, 0))
+    exact = a.double()
+    alpha, extra = reference.step_size_softplusplus(exact)
+    assert extra.flatten()[2] == 1  # accepted at once
+    assert m == 1 or extra.flatten()[0] == 0
+    alpha = alpha * 2**extra
+    truth = alpha * exact - extra * alpha**2 / 4 * exact @ exact @ exact
+    for start, same, true in zip(ours.flatten(0, 1), plain.flatten(0, 1), truth.flatten(0, 1)):
+        within(start, same, true, 2)
+
+
+@pytest.mark.parametrize("m", [2, 66])
+def test_no_candidate_of_the_step_size_is_accepted(m, device):
+    """Of no Gram matrix: the smallest one it is, as in plain torch."""
+    a = torch.eye(m, device=device).repeat(1, 2, 1, 1)
+    a[..., :2, :2] = torch.tensor([[-9999, 10000], [10000, -9999.5]], device=device)
+    assert (step_size(a, guarded=True)[0] == 2 / 1024).all()
+    ours, plain = both(lambda: guarded_newton_pinv(a, 0))
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("m", [*SOME, *MANY])
+@pytest.mark.parametrize("spread", [1.0, 0.05])
+def test_guarded_newton_of_several_heads_and_its_gradient(m, spread, device):
+    a, steps = several(m, spread, device), 20
+    if m > 64:  # whose tiles take the interpreter minutes
+        a, steps = a[1:, 1:], 2
+    a.requires_grad_()
+    grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def run():
+        out = guarded_newton_pinv(a, steps)
+        return out, *torch.autograd.grad(out, a, grad)
+
+    exact = a.detach().double()
+    alpha, extra = reference.step_size_softplusplus(exact)
+    truth = reference.newton_filter(exact, alpha, steps + extra)
+    truths = truth, -truth.mT @ grad.double() @ truth.mT
+    for ours, plain, exact, factor in zip(*both(run), truths, (2, 3)):
+        assert ours.stride() == plain.stride()
+        for one, other, true in zip(ours, plain, exact):
+            within(one, other, true, factor)
+
+
+@pytest.mark.parametrize("m", [5, pytest.param(70, marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_guarded_newton_is_of_no_number_where_plain_torch_is(m, device):
+    """A sample's step size is, if one entry of one head is not."""
+    a = overlapping(m, 1.0, device, (3, 2))
+    a[0, 0, 1, 2] = torch.nan
+    a[1, 1, m - 1, m - 1] = torch.inf
+    ours, plain = both(lambda: guarded_newton_pinv(a, 1))
+    assert ours[0].isnan().all()
+    assert torch.equal(ours.isnan(), plain.isnan())
+    assert ours[2].isfinite().all()
 
 
 @pytest.mark.parametrize("m", [*SOME, *MANY])
@@ -223,7 +282,7 @@ def test_newton_and_its_gradient(m, guarded, spread, device):
     grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def run():
-        out = newton_raphson_pinv(a, *step_size(a, guarded))
+        out = guarded_newton_pinv(a) if guarded else newton_raphson_pinv(a, *step_size(a, False))
         return out, *torch.autograd.grad(out, a, grad)
 
     exact = a.detach().double()
@@ -277,14 +336,13 @@ def test_every_matrix_of_a_batch(m, samples, steps, device):
             assert error(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("function", [step_size, newton_raphson_pinv, tikhonov_pinv_product])
+@pytest.mark.parametrize("function", [newton_raphson_pinv, tikhonov_pinv_product])
 def test_inverses_do_not_hide_what_is_not_a_number(function, device):
     a = overlapping(5, 1.0, device, (2, 1))
     a[0, 0, 1, 2] = torch.nan
     one = torch.ones(2, 1, 1, 1, device=device)
-    more = {step_size: (True,), newton_raphson_pinv: (one, one, 3), tikhonov_pinv_product: (a,)}
+    more = {newton_raphson_pinv: (one, one, 3), tikhonov_pinv_product: (a,)}
     out = function(a, *more[function])
-    out = out[0] if isinstance(out, tuple) else out
     assert out[0].isnan().any()
     assert out[1].isfinite().all() or function is tikhonov_pinv_product
 
@@ -319,7 +377,7 @@ def test_inverses_say_why_they_refuse(device):
     with pytest.raises(RuntimeError, match="triton: there are more than 128 landmarks"):
         newton_raphson_pinv(eye, *step_size(eye, guarded=False))
     with pytest.raises(RuntimeError, match="triton: an argument is not float32"):
-        step_size(eye[..., :9, :9].half(), guarded=True)
+        guarded_newton_pinv(eye[..., :9, :9].half())
     with pytest.raises(RuntimeError, match="triton: there are more than 64 channels"):
         tikhonov_pinv_product(eye[..., :9, :9], eye[..., :9, :80])
     with pytest.raises(RuntimeError, match="triton: there are more than 128 landmarks"):

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..island import matmul
+from . import eager
 from .eager import newton_iterates
-from .operators import guarded_step_size, newton, tikhonov_solve
+from .operators import newton, tikhonov_solve
 
 __all__ = [
     "RIDGE_SOFT",
     "TIKHONOV",
+    "guarded_newton_pinv",
     "newton_iterates",
     "newton_raphson_pinv",
     "step_size",
@@ -26,9 +28,6 @@ __all__ = [
 RIDGE_SOFT = 0.01
 # The guard accepts alpha |A^2| of about 0.01, so 20 steps damp below sqrt(100 / 2^20) = 0.01 |A|.
 TIKHONOV = 0.01
-
-_HALVINGS = 10
-_GUARD = 1.01
 
 
 def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
@@ -49,7 +48,7 @@ def step_size(a: Tensor, guarded: bool) -> tuple[Tensor, Tensor]:
     if not guarded:
         alpha = 1.8 / a.detach().sum(-1).amax(-1)[..., None, None].square()
         return alpha, torch.zeros_like(alpha)
-    return guarded_step_size(a, _HALVINGS, _GUARD)
+    return eager.step_size(a.detach())
 
 
 def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20) -> Tensor:
@@ -68,6 +67,21 @@ def newton_raphson_pinv(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int = 20
         ``[B, heads, m, m]``.
     """
     return newton(a, alpha, cubic, steps)
+
+
+def guarded_newton_pinv(a: Tensor, steps: int = 20) -> Tensor:
+    """``newton_raphson_pinv(a, *step_size(a, guarded=True), steps)`` as one operator.
+
+    So that a kernel can find the step size itself: one launch in place of a dozen.
+
+    Args:
+        a: Gram matrices of a Gaussian kernel, ``[B, heads, m, m]``, float32 or float64.
+        steps: number of steps ``T``.
+
+    Returns:
+        ``[B, heads, m, m]``.
+    """
+    return newton(a, None, None, steps)
 
 
 def tikhonov_pinv_product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,21 +8,24 @@ from torch import Tensor
 
 from ..island import no_autocast
 
+HALVINGS = 10
+GUARD = 1.01
 
-def step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
+
+def step_size(a: Tensor) -> tuple[Tensor, Tensor]:
     """The guarded step size of :func:`mmsoft.ops.step_size`: ``alpha`` and ``cubic``."""
     rows = a.sum(-1)
     # Column sums of |I - alpha A^2| from the diagonal of A^2 and its column sums: docs/method.md.
     diagonal = a.square().sum(-1)
     with no_autocast(a):
         columns = (a @ rows[..., None]).squeeze(-1)
-    numbers = torch.arange(halvings, dtype=a.dtype, device=a.device)
+    numbers = torch.arange(HALVINGS, dtype=a.dtype, device=a.device)
     alpha = 2 / rows.amax((-2, -1), keepdim=True).square()  # [B, 1, 1]
     candidates = alpha[..., None] * torch.exp2(-numbers)  # [B, 1, 1, 10]
     off_diagonal = (columns - diagonal)[..., None]
     norm = (1 - candidates * diagonal[..., None]).abs() + candidates * off_diagonal
     # Integers, of which a GPU has a deterministic sum.
-    accepted = 1 - (norm.amax((1, 2)) > guard).to(torch.int32)
+    accepted = 1 - (norm.amax((1, 2)) > GUARD).to(torch.int32)
     rejected = (accepted.cumsum(-1) == 0).to(a.dtype).sum(-1)[:, None, None]  # [B]
     alpha = alpha * torch.exp2(-rejected)
     cubic = torch.where(rejected == 0, alpha.square() / 4, 0)
@@ -47,8 +50,10 @@ def newton_iterates(a: Tensor, alpha: Tensor, cubic: Tensor) -> Iterator[Tensor]
             x = torch.baddbmm(x, x, a @ x, beta=2, alpha=-1)
 
 
-def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
-    """The iterate after ``steps`` steps."""
+def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) -> Tensor:
+    """The iterate after ``steps`` steps; without ``alpha`` and ``cubic``, of the guarded start."""
+    if alpha is None or cubic is None:
+        alpha, cubic = step_size(a)
     return next(islice(newton_iterates(a, alpha, cubic), steps, None))
 
 

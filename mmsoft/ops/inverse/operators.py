@@ -33,11 +33,6 @@ def _refusal_solve(a: Tensor, mu: Tensor, b: Tensor) -> str | None:
     return _refusal(a, mu, b)
 
 
-STEP_SIZE = Operation(
-    "newton_step_size",
-    Implementation(TRITON, lazily(_TRITON, "step_size"), _refusal, on_request=True),
-    Implementation(EAGER, eager.step_size),
-)
 NEWTON = Operation(
     "newton_raphson_pinv",
     Implementation(TRITON, lazily(_TRITON, "newton"), _refusal, on_request=True),
@@ -50,30 +45,13 @@ SOLVE = Operation(
 )
 
 
-@custom_op("mmsoft::newton_step_size")
-def _step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
-    return STEP_SIZE(a, halvings, guard)
-
-
-@_step_size.register_fake
-def _(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
-    return a.new_empty((a.shape[0], 1, 1, 1)), a.new_empty((a.shape[0], 1, 1, 1))
-
-
-def guarded_step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
-    """See :func:`mmsoft.ops.step_size`."""
-    plain = STEP_SIZE.gives_way(transformed())
-    way = eager.step_size if plain else torch.ops.mmsoft.newton_step_size
-    return way(a.detach(), halvings, guard)
-
-
 @custom_op("mmsoft::newton_raphson_pinv")
-def _newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+def _newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) -> Tensor:
     return NEWTON(a, alpha, cubic, steps)
 
 
 @_newton.register_fake
-def _(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+def _(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) -> Tensor:
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
@@ -90,10 +68,12 @@ _newton.register_autograd(_newton_backward, setup_context=_newton_context)
 _Newton = for_func(eager.newton, _newton_context, _newton_backward)
 
 
-def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
-    """:func:`mmsoft.ops.newton_raphson_pinv`."""
+def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) -> Tensor:
+    """:func:`mmsoft.ops.newton_raphson_pinv`; without ``alpha`` and ``cubic``, the guarded ones."""
     if not NEWTON.gives_way(transformed()):
         return torch.ops.mmsoft.newton_raphson_pinv(a, alpha, cubic, steps)
+    if alpha is None or cubic is None:
+        alpha, cubic = eager.step_size(a.detach())
     if not forward_mode():
         return _Newton.apply(a, alpha, cubic, steps)
     with no_autocast(a):

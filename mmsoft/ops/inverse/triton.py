@@ -11,6 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import eager
+
+HALVINGS = tl.constexpr(eager.HALVINGS)
+GUARD = tl.constexpr(eager.GUARD)
+
 
 @triton.jit
 def _dot(a, b):
@@ -27,50 +32,51 @@ def _tile(pointer, i, j, m, stride_n, stride_d, N: tl.constexpr, M: tl.constexpr
 
 
 @triton.jit
-def step_size_kernel(
-    a, alpha, cubic, m, heads, a_b, a_h, a_n, a_d,
-    HALVINGS: tl.constexpr, GUARD: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """The guarded step size of one sample: both maxima run over its heads."""
-    sample = tl.program_id(0)
-    a += sample.to(tl.int64) * a_b
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _guarded(a, m, heads, a_h, a_n, a_d, T: tl.constexpr):
+    """``alpha`` and ``cubic`` of the sample at ``a``: both maxima run over its heads."""
     most = tl.zeros([T], tl.float32)
     for head in range(0, heads):
         tile = _tile(a + head * a_h, 0, 0, m, a_n, a_d, T, T)
-        most = tl.maximum(most, tl.sum(tile, 1), propagate_nan=tl.PropagateNan.ALL)
-    largest = tl.max(most, 0) + 0.0 * tl.sum(most, 0)  # which a NaN is not lost in
+        most = _larger(most, tl.sum(tile, 1))
+    largest = tl.reduce(most, 0, _larger)
     start = 2.0 / (largest * largest)
     number = tl.arange(0, 16)
-    candidates = start * tl.exp2(-number.to(tl.float32))
-    norms = tl.zeros([16], tl.float32)
+    candidates = (start * tl.exp2(-number.to(tl.float32)))[None, :]
+    above = tl.zeros([16], tl.int32)
     for head in range(0, heads):
         tile = _tile(a + head * a_h, 0, 0, m, a_n, a_d, T, T)
         diagonal = tl.sum(tile * tile, 1)[:, None]
         columns = tl.sum(tile * tl.sum(tile, 0)[None, :], 1)[:, None]
-        norm = tl.abs(1.0 - candidates[None, :] * diagonal) + candidates[None, :] * (
-            columns - diagonal
-        )
-        norm = tl.where((tl.arange(0, T) < m)[:, None], norm, 0.0)
-        norms = tl.maximum(norms, tl.max(norm, 0))
-    accepted = (norms <= GUARD) | (number >= HALVINGS)
+        norm = tl.abs(1.0 - candidates * diagonal) + candidates * (columns - diagonal)
+        # Rows that are not there have a norm of 1. A NaN is accepted at once, as plain torch does.
+        above = tl.maximum(above, tl.max((norm > GUARD).to(tl.int32), 0))
+    accepted = (above == 0) | (number >= HALVINGS)
     rejected = tl.min(tl.where(accepted, number, 16), 0)
-    result = start * tl.exp2(-rejected.to(tl.float32))
-    tl.store(alpha + sample, result)
-    tl.store(cubic + sample, tl.where(rejected == 0, result * result / 4, 0.0))
+    alpha = start * tl.exp2(-rejected.to(tl.float32))
+    return alpha, tl.where(rejected == 0, alpha * alpha / 4, 0.0)
 
 
 @triton.jit
 def newton_kernel(
     a, alpha, cubic, out, m, heads, steps,
     a_b, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
-    T: tl.constexpr,
+    GUARDED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """All steps for one matrix that fits into the registers."""
+    """The step size, if it is ``GUARDED``, and all steps for one matrix that fits in registers."""
     matrix = tl.program_id(0)
     b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
-    tile = _tile(a + b * a_b + h * a_h, 0, 0, m, a_n, a_d, T, T)
-    first = tl.load(alpha + b * alpha_b + h * alpha_h)
-    third = tl.load(cubic + b * cubic_b + h * cubic_h)
+    a += b * a_b
+    if GUARDED:
+        first, third = _guarded(a, m, heads, a_h, a_n, a_d, T)
+    else:
+        first = tl.load(alpha + b * alpha_b + h * alpha_h)
+        third = tl.load(cubic + b * cubic_b + h * cubic_h)
+    tile = _tile(a + h * a_h, 0, 0, m, a_n, a_d, T, T)
     x = tile
     for step in range(0, steps + 1):  # the start is a step from A with other factors
         # The order that takes fewer registers.
@@ -100,12 +106,18 @@ def _put(pointer, i, j, values, T: tl.constexpr, P: tl.constexpr):
 def newton_tiles_kernel(
     a, alpha, cubic, out, scratch, m, heads, steps,
     a_b, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
-    T: tl.constexpr, P: tl.constexpr,
+    GUARDED: tl.constexpr, T: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """All steps for one matrix in tiles; ``scratch`` has room for four matrices ``[P, P]``."""
+    """The same for one matrix in tiles; ``scratch`` has room for four matrices ``[P, P]``."""
     matrix = tl.program_id(0)
     b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
-    a += b * a_b + h * a_h
+    a += b * a_b
+    if GUARDED:
+        first, third = _guarded(a, m, heads, a_h, a_n, a_d, P)
+    else:
+        first = tl.load(alpha + b * alpha_b + h * alpha_h)
+        third = tl.load(cubic + b * cubic_b + h * cubic_h)
+    a += h * a_h
     size: tl.constexpr = P * P
     full = scratch + matrix.to(tl.int64) * 4 * size
     between, start = full + size, full + 2 * size
@@ -115,8 +127,6 @@ def newton_tiles_kernel(
             _put(full, i, j, tile, T, P)
             _put(start, i, j, tile, T, P)
     tl.debug_barrier()
-    first = tl.load(alpha + b * alpha_b + h * alpha_h)
-    third = tl.load(cubic + b * cubic_b + h * cubic_h)
     for step in range(0, steps + 1):
         old, new = start + (step % 2) * size, start + (1 - step % 2) * size
         linear, cube = tl.where(step == 0, first, 2.0), tl.where(step == 0, third, 1.0)
@@ -185,33 +195,25 @@ def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def step_size(a: Tensor, halvings: int, guard: float) -> tuple[Tensor, Tensor]:
-    """See :func:`mmsoft.ops.inverse.eager.step_size`."""
-    batch, heads, m, _ = a.shape
-    alpha, cubic = (a.new_empty((batch, 1, 1, 1)) for _ in range(2))
-    step_size_kernel[(batch,)](
-        a, alpha, cubic, m, heads, *a.stride(),
-        HALVINGS=halvings, GUARD=guard, T=_block(m), num_warps=8 if m > 64 else 4,
-    )  # fmt: skip
-    return alpha, cubic
-
-
-def newton(a: Tensor, alpha: Tensor, cubic: Tensor, steps: int) -> Tensor:
+def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) -> Tensor:
     """See :func:`mmsoft.ops.inverse.eager.newton`."""
     batch, heads, m, _ = a.shape
     out = torch.empty_like(a, memory_format=torch.contiguous_format)
+    guarded = alpha is None or cubic is None
+    if alpha is None or cubic is None:
+        alpha = cubic = a[:, :, :1, :1]  # not looked at
     alpha, cubic = (t.expand(batch, heads, 1, 1) for t in (alpha, cubic))
     strides = (*a.stride(), *alpha.stride()[:2], *cubic.stride()[:2])
     if m <= 64:
         newton_kernel[(batch * heads,)](
             a, alpha, cubic, out, m, heads, steps, *strides,
-            T=_block(m), num_warps=4, num_stages=1,
+            GUARDED=guarded, T=_block(m), num_warps=4, num_stages=1,
         )  # fmt: skip
         return out
     scratch = a.new_empty((batch * heads, 4, 128, 128))
     newton_tiles_kernel[(batch * heads,)](
         a, alpha, cubic, out, scratch, m, heads, steps, *strides,
-        T=32, P=128, num_warps=8, num_stages=1,
+        GUARDED=guarded, T=32, P=128, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
 
