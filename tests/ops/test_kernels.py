@@ -90,6 +90,37 @@ def test_product_and_gradients(n, m, d, width, device):
     compare(tensors, grad)
 
 
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("d", [16, 32, 64])
+def test_blocks_of_points_as_long_as_they_have_channels(block, d, device, monkeypatch):
+    """The shapes that flash-sinkhorn says Triton compiles wrongly, on a GPU: docs/cuda.md.
+
+    A product takes all channels of the points in one step and adds up into a matrix, as all do.
+    """
+    from triton import OutOfResources
+
+    from mmsoft.ops.gaussian import triton as kernels
+
+    launched, kernel = set(), kernels.walk_kernel
+
+    class Noted:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launched.add((options["M"], options["D"]))
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "walk_kernel", Noted())
+    monkeypatch.setattr(kernels, "OTHERS", block)
+    *tensors, grad = points(block + 9, block + 3, d, d, device)
+    try:
+        compare(tensors, grad)
+    except OutOfResources as error:  # only blocks of at most 32 are launched by themselves
+        pytest.skip(str(error))
+    assert launched == {(block, d)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("n", "m"), [(70, 20), (20, 70)])
 def test_low_precision_arguments(n, m, dtype, device):

@@ -19,6 +19,7 @@ from .kernel import COORDINATE_MAX, empty_gradients
 
 LIMIT = tl.constexpr(COORDINATE_MAX)
 LOG2E = tl.constexpr(1.4426950408889634)
+OTHERS = 32  # points of the other side at a time: with more, registers spill
 UNITS = ("DIVIDE_U", "DIVIDE_Z", "MULTIPLY_POINTS", "MULTIPLY_VALUES")
 
 
@@ -190,7 +191,7 @@ def _walk(
     m, width = z.shape[2:]
     # With more points at a time registers spill: tests/ops/test_compiled_kernels.py.
     wide = max(d, width) > 32
-    rows_of_x, rows_of_y = min(32 if wide else 64, _block(n)), min(32, _block(m))
+    rows_of_x, rows_of_y = min(32 if wide else 64, _block(n)), min(OTHERS, _block(m))
     blocks, others = triton.cdiv(n, rows_of_x), triton.cdiv(m, rows_of_y)
     count = splits(x, blocks * batch * heads, others) if n < m else 1
     rows = triton.cdiv(others, count) * rows_of_y
