@@ -1,0 +1,124 @@
+"""What only a GPU can show: that nothing waits for it, and CUDA graphs.
+
+The first, as far as the meta device can tell, is tested everywhere.
+"""
+
+import pytest
+import torch
+from metrics import error
+from released import SMALL
+from waiting import NoTransfers, no_waiting
+
+from mmsoft.models import SOFT, SOFTPlusPlus
+from mmsoft.ops import launch, use_backend
+
+MODELS = {
+    "content": lambda **options: SOFTPlusPlus(SMALL, **options),
+    "newton": lambda **options: SOFTPlusPlus(SMALL, landmarks="released", **options),
+    "direct": lambda **options: SOFTPlusPlus(
+        SMALL, landmarks="released", solver="direct", **options
+    ),
+    "SOFT": lambda **options: SOFT(SMALL, **options),
+    "few keys": lambda **options: SOFTPlusPlus(SMALL, max_keys=4, **options),
+    "BatchNorm": lambda **options: SOFTPlusPlus(SMALL, norm_cfg=dict(type="BN"), **options),
+}
+
+
+@pytest.fixture
+def gpu(device):
+    if device != "cuda":
+        pytest.skip("needs a GPU: --device=cuda")
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request, gpu):
+    """Plain torch, and the kernels."""
+    if request.param == "triton" and (reason := launch.lacking()):
+        pytest.skip(reason)
+    with use_backend(request.param):
+        yield request.param
+
+
+def images(seed):
+    """Two of unlike size in a batch, the second one filled up."""
+    batch = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(seed))
+    batch[1, :, 70 + seed :] = 0
+    return batch
+
+
+def trained(model):
+    """A function that takes a training step."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = sum(out.float().square().mean() for out in model(batch))
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def test_what_waits_is_found_on_a_gpu(gpu):
+    x = torch.ones(3)
+    with no_waiting():
+        (x + 1).sum()
+        for ask in (lambda: float(x.sum()), lambda: x[x > 0], lambda: x.cpu()):
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                ask()
+    assert float(x.sum()) == 3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_waits_for_a_gpu(name, autocast, backend):
+    model, batch = MODELS[name](drop_rate=0.1, drop_path_rate=0.1), images(0)
+    step = trained(model.train())
+
+    def both():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = step(batch)
+            with torch.no_grad():
+                return loss, *model.eval()(batch)
+
+    both()  # compiles kernels, makes handles
+    model.train()
+    with no_waiting():
+        found = both()
+    assert all(out.isfinite().all() for out in found)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", MODELS)
+def test_no_value_is_asked_for(name):
+    with torch.device("meta"):
+        model = MODELS[name](drop_rate=0.1, drop_path_rate=0.1)
+        batch = torch.empty(2, 3, 96, 128)
+    step = trained(model.train())
+    with NoTransfers():
+        assert step(batch).is_meta
+        with torch.no_grad():
+            model.eval()(batch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cuda_graph_replays_with_other_images(name, backend):
+    """With other padding too. 1e-5: the libraries may take other kernels while they record."""
+    model, batch = MODELS[name]().eval(), images(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model(batch)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = model(batch)
+    for seed in (1, 2):  # recording ran nothing
+        other = images(seed)
+        batch.copy_(other)
+        graph.replay()
+        for ours, expected in zip(outs, model(other), strict=True):
+            assert error(ours, expected) < 1e-5
