@@ -421,9 +421,8 @@ is the difference between rows. The recipe is one for all backbones of a task: i
 learning rate, heads. Configs are in `configs/nuclei/` and `configs/bccd/`, commands in their
 READMEs and in `tools/dev/real_data.py`, one for each row. No row of these configs that was measured
 is left out; norms and filters that were tried and dropped are in [the
-method](method.md#norm-of-the-patch-embeddings). Of SOFT++ with PVTv2-B0's widths and depths,
-UperNet and the blood cells were not measured, and other lengths of schedule only beside SOFT++
-mini.
+method](method.md#norm-of-the-patch-embeddings). Schedules of other lengths were measured beside
+SOFT++ mini alone.
 
 - **The default norm was chosen on the nuclei**, by mask AP on these test images: SOFT++ has
   [GroupNorm in its patch embeddings](method.md#norm-of-the-patch-embeddings), peers their own
@@ -436,9 +435,8 @@ mini.
   at 39c2f01 and tested again at 5b116c7, since when tests fill nothing up, and attention leaves out
   what is ([why](method.md#padding-of-images)); the crops of training have nothing of the kind.
 - **Blood cells are padded**, from 320x240 to 320x256, in training and tests: SOFT++ with GroupNorm
-  leaves these 16 rows out, which the other backbones see; what that is worth was not measured. Rows
-  with BatchNorm are older (0d20c82, 5b116c7) than the position embeddings that leave padding
-  out (f2b18c1), so that they differ from the default by a little more than the norm.
+  leaves these 16 rows out, which the other backbones see; what that is worth was not measured.
+  There BatchNorm is ahead of the default norm, on the nuclei far behind it.
 
 Parameters are those of the whole model, heads included. Seconds per iteration are the median, with
 the quartiles, over runs of a few iterations in which all configs of a task took turns on an
