@@ -103,3 +103,25 @@ def test_another_folder_is_refused(run_tool, tmp_path):
     status, _, error = run_tool(TOOL, tmp_path, tmp_path / "out")
     assert status
     assert "train.txt is missing; SOURCE must be a clone" in str(status) + error
+
+
+def test_an_interruption_leaves_nothing_to_train_on(run_tool, source, tmp_path, monkeypatch):
+    """Neither a part nor, over an older conversion, a mixture."""
+    out = tmp_path / "out"
+    run_tool(TOOL, source, out)
+    before = read(out, "train")
+    decode, decoded = cv2.imdecode, []
+
+    def interrupted(*args):
+        decoded.append(args)
+        if len(decoded) == 2:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cv2, "imdecode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_tool(TOOL, source, out)
+    assert not list(out.glob("annotations/*"))
+    run_tool(TOOL, source, out)
+    assert read(out, "train") == before

@@ -113,7 +113,6 @@ def test_seeds_share_a_line_and_rows_are_in_the_order_of_their_parameters(tool):
         *("1.00", "10", "700"),
     ]
     assert other[4] == "box AP"
-    assert "Other lengths" not in page
 
 
 def times(config, *seconds):
@@ -518,7 +517,7 @@ def test_a_row_from_drawn_images(tool, drawn, run_outside, name):
     assert tool.task_of(found) in tool.TASKS
     assert set(found["metrics"]) & set(tool.METRICS)
     scheduled = found | dict(iterations=found["scheduled_iterations"])
-    assert tool.render([scheduled], {}).count("\n| SOFT++ mini ") == 1
+    assert tool.render([scheduled], {}).count("\n| SOFT++ mini ") == 2  # where it is right, too
     trained = Config.fromfile(min(drawn.glob("work/*/vis_data/config.py")))
     assert trained.randomness.seed == 1
     assert trained.param_scheduler[-1].end == trained.train_cfg.max_iters == 2

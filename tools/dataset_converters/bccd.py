@@ -10,7 +10,8 @@ SOURCE has `BCCD/{Annotations,ImageSets/Main,JPEGImages}`. MMDetection reads
 The splits are the repository's. (MMDetection's own `pascal_voc.py` knows VOC's twenty classes and
 years only.) Boxes are cut at the border of the image. What is broken is named and left out: an
 image that is missing or cannot be read, or whose XML is missing or malformed, a class that is not
-one of the three, a box that is a line or a single pixel, as two of the repository's are.
+one of the three, a box that is a line or a single pixel, as two of the repository's are. Run it
+again after an interruption or a change of SOURCE: annotations are removed first and written last.
 """
 
 import sys
@@ -82,18 +83,22 @@ def main() -> None:
                 f"error: {path} is missing; SOURCE must be a clone of the repository named above"
             )
     problems = Problems()
-    summary = []
+    annotations_of = {
+        split: args.out / "annotations" / f"instances_{split}.json" for split in SPLITS
+    }
+    for target in annotations_of.values():  # until all is there: nothing to train on
+        target.unlink(missing_ok=True)
+    converted = {}
     for split, path in lists.items():
         names = path.read_text().split()
         print(f"{split}: {len(names)} images")
-        results = []
-        for name in track(names, len(names)):
-            if result := convert(root, name, args.out / "images" / split, problems):
-                results.append(result)
-        target = args.out / "annotations" / f"instances_{split}.json"
-        images, annotations = write_coco(target, results, CLASSES)
-        summary.append(f"{target}: {images} images, {annotations} cells")
-    print(*summary, problems.summary(), sep="\n")
+        folder = args.out / "images" / split
+        results = [convert(root, name, folder, problems) for name in track(names, len(names))]
+        converted[split] = [result for result in results if result]
+    for split, target in annotations_of.items():
+        images, annotations = write_coco(target, converted[split], CLASSES)
+        print(f"{target}: {images} images, {annotations} cells")
+    print(problems.summary())
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ METRICS = {  # of the tests: heading, and the scale to 0..1
     "coco/segm_mAP": ("mask AP", 1),
     "mIoU": ("mIoU", 0.01),
 }
-OF_OBJECTS = re.compile(r"coco/(?P<kind>bbox|segm)_mAP_(?P<suffix>50|s|m|l)")
-SUFFIXES = {"50": " at IoU 0.5"} | {
+OF_OBJECTS = re.compile(r"coco/(?P<kind>bbox|segm)_mAP_(?P<suffix>50|75|s|m|l)")
+SUFFIXES = {"50": " at IoU 0.5", "75": " at IoU 0.75"} | {
     size[0]: f" of {size} objects" for size in ("small", "medium", "large")
 }
 OURS = ("softpp-mini", "softpp-t")  # what others are compared with
@@ -464,9 +464,11 @@ Where they are right and where wrong: {measure} by {parts}{more}.
 """
 AHEAD = """
 Where others are ahead of {ours} by more than the seeds of either differ; where both have one seed,
-by anything that three digits show:
+by anything that three digits show.{counts}
 
 """
+COUNTS = """ COCO's AP counts the
+best 100 detections of an image, at one IoU and by size of the objects all of them."""
 NOWHERE = """
 None is ahead of {ours} there by more than the seeds of either differ.
 """
@@ -478,8 +480,8 @@ ACROSS = """
 The Mask R-CNN with SOFT++ mini was trained on crops of 256x256; here its mask AP on whole images,
 by the square root of their numbers of pixels, with budgets of landmarks that it was not trained
 with: 49 is the default, and `all` leaves it to the tolerance, which by content takes no landmark
-that the others explain. The third column is what the largest image got. The last line is the same
-model trained without the attention term: these images do not need it.
+that the others explain. The third column is what an image of 1024x1024 got at most. The last line
+is the same model trained without the attention term: these images do not need it.
 `tools/analysis_tools/landmark_budgets.py --budgets 16 49 256 all --by-size {sides}` measured it:
 recorded in commit a50fb27, of the largest image below in 862c0e0.
 
@@ -654,7 +656,7 @@ def where_table(rows: Sequence[Row]) -> str:
     body = []
     for group in by_config(rows):
         seeds = ", ".join(str(row["seed"]) for row in group)
-        values = [spread([row["where"][part][kind] for row in group], 3) for part in parts]
+        values = [_spread_of_known([row["where"][part][kind] for row in group]) for part in parts]
         body.append([BACKBONES[backbone_of(group[0])], seeds, *values])
     align = ["left"] + ["right"] * (len(header) - 1)
     measure = dict(segm="mask AP", bbox="box AP", mIoU="mean IoU")[kind]
@@ -664,6 +666,12 @@ def where_table(rows: Sequence[Row]) -> str:
         by += f", and for images whose mean value is below and above {BRIGHT} of 255"
     head = WHERE.format(measure=measure, parts=by, more=ALL_COUNT if kind == "segm" else "")
     return head + tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
+
+
+def _spread_of_known(values: Sequence[float | None]) -> str:
+    """Of parts without objects there is nothing to say."""
+    known = [value for value in values if value is not None]
+    return spread(known, 3) if known else "-"
 
 
 def by_config(rows: Sequence[Row]) -> list[list[Row]]:
@@ -679,7 +687,7 @@ def ahead(rows: Sequence[Row], ours: str) -> str:
         return ""
     found = []
     for name, other in groups.items():
-        if name in OURS:
+        if name == ours:
             continue
         lines = []
         for measure in measures(base[0]):
@@ -691,7 +699,8 @@ def ahead(rows: Sequence[Row], ours: str) -> str:
         if lines:
             found.append(f"- {BACKBONES[name]}: {'; '.join(lines)}")
     text = AHEAD + "\n".join(found) + "\n" if found else NOWHERE
-    return text.format(ours=BACKBONES[ours])
+    boxes = any("_mAP" in key for key in base[0]["metrics"])
+    return text.format(ours=BACKBONES[ours], counts=COUNTS if boxes else "")
 
 
 def measures(row: Row) -> dict[str, float]:
@@ -707,7 +716,8 @@ def measures(row: Row) -> dict[str, float]:
             found[f"{names[match['kind']]}{SUFFIXES[match['suffix']]}"] = value
     for part, figures in row.get("where", {}).items():
         if part != "all":
-            found |= {f"{names[k]} of {part}": figures[k] for k in names if k in figures}
+            known = {k: figures[k] for k in names if figures.get(k) is not None}
+            found |= {f"{names[k]} of {part}": value for k, value in known.items()}
     return found
 
 
@@ -728,7 +738,7 @@ def across(rows: Sequence[Row], budgets: Sequence[Row]) -> str:
         names = [part.removeprefix("segm ") for part in parts]
         values = [spread([row["where"][name]["segm"] for row in without], 3) for name in names]
         body.append(["trained without attention", seeds, "-", *values])
-    header = ["landmarks at most", "seeds", "of the largest image", *parts]
+    header = ["landmarks at most", "seeds", "of 1024x1024", *parts]
     align = ["left"] + ["right"] * (len(header) - 1)
     head = ACROSS.format(sides=" ".join(map(str, SIDES)))
     return head + tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
