@@ -37,7 +37,7 @@ test-long: setup triton  ## Run the tests marked `long`, which take minutes
 
 # On the GPU's own Python and torch, which `setup` does not manage.
 gpu:  ## On a GPU, in nine minutes: tests, kernels, backbones, training
-	$(PYTHON) tools/dev/gpu.py
+	$(PYTHON) tools/dev/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 figures: setup  ## Make the pictures of docs/look_inside.md and docs/method.md anew (20 minutes)
 	$(VENV)/python tools/dev/figures.py

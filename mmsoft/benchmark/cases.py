@@ -477,8 +477,19 @@ def make_model(case: Case) -> Any:
         model = make_whole(case.name)
     model = model.to(case.device)
     if case.compiled:
+        compile_or_fail()
         model.compile(dynamic=False)  # in place
     return model
+
+
+def compile_or_fail() -> None:
+    """Let torch compile as often as there are cases, and fail where it would give up silently.
+
+    All modules share the code that it compiles; after eight of them it runs the others as they are.
+    """
+    for name, value in (("recompile_limit", 128), ("fail_on_recompile_limit_hit", True)):
+        if hasattr(torch._dynamo.config, name):  # since torch 2.6
+            setattr(torch._dynamo.config, name, value)
 
 
 def make_step(model: Any, case: Case) -> Callable[[], Any]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mmsoft.benchmark.__main__ import positive
+from mmsoft.benchmark.cases import compile_or_fail
 from mmsoft.benchmark.measure import (
     ceilings,
     commit,
@@ -158,6 +159,7 @@ def steps_of(case: KernelCase, way: str, tensors: list[Tensor]) -> tuple[Callabl
     ours, definition = functions(case)
     function = ours
     if way == "compiled":
+        compile_or_fail()
         product = case.operation in ("spread", "gather")
         function = torch.compile(definition if product else ours, dynamic=False)
     context = nullcontext if way == "compiled" else partial(use_backend, way)

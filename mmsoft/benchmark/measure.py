@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import math
 import multiprocessing
+import os
 import platform
 import random
 import re
@@ -240,6 +241,8 @@ class PeakMeter:
 
     def __init__(self, threads: int):
         self.threads = threads
+        # The server must ask for a GPU without CUDA, which a child could not start again.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self.context = multiprocessing.get_context("forkserver")
         names = [name for name in PRELOAD if importlib.util.find_spec(name.partition(".")[0])]
         self.context.set_forkserver_preload(names)

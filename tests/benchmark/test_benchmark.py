@@ -915,3 +915,31 @@ def test_a_tree_is_compared_with_its_own_commit(capsys, root):
     compare.compare("HEAD", 3, 1, [case])
     assert "softpp, 8x8, forward" in capsys.readouterr().out
     assert sorted((root / ".git").rglob("worktrees/*")) == before
+
+
+class Twice(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+def test_what_is_compiled_is_compiled_however_many_there_are():
+    """torch runs the ninth module, whose code is that of the others, as it is."""
+    import torch._dynamo.config as config
+
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        cases.compile_or_fail()
+        for width in range(2, 14):
+            module = Twice(width)
+            module.compile(backend=backend, dynamic=False)
+            module(torch.ones(1, width))
+    assert len(compiled) == 12

@@ -15,6 +15,16 @@ from mmsoft.ops import reference
 EVERY = ["tests", "kernels", "large", "data", "detector", "segmentor", "amp", "backbones"]
 
 
+SLOW = """
+import time
+print('begun', flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print('what it has found')
+"""
+
+
 def run(root, out, *arguments):
     command = [sys.executable, root / "tools/dev/gpu.py", "--out", out, *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=out)
@@ -67,11 +77,12 @@ def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
 
 
 def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypatch):
-    """The limit of a dry run is ten times as long."""
+    """One that is stopped can still say what it has found."""
     gpu = load_tool("dev/gpu.py")
     programs = dict(
         fails=("raise SystemExit('broken')", 60),
-        slow=("import time; print('begun', flush=True); time.sleep(60)", 0.3),
+        slow=(SLOW, 6),
+        deaf=(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLOW}", 6),
         works=("print('done')", 60),
     )
     monkeypatch.setattr(
@@ -83,13 +94,15 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
         ],
     )
     monkeypatch.setattr("sys.argv", ["gpu.py", "--dry-run", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu, "DRY", 1)
     with pytest.raises(SystemExit) as caught:
         gpu.main()
     assert caught.value.code == 1
     found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
     assert [(step["name"], step["status"], step["last"]) for step in found] == [
         ("fails", "failed", ["broken"]),
-        ("slow", "stopped at its limit", ["begun"]),
+        ("slow", "stopped at its limit", ["what it has found"]),
+        ("deaf", "stopped at its limit", ["begun"]),
         ("works", "complete", ["done"]),
     ]
 

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in nine minutes: tests, kernels, backbones, training.
 
     make gpu                                      # on a machine with a GPU
-    python tools/dev/gpu.py --wheels FOLDER       # on a bare one, with torch and a folder of wheels
+    make gpu WHEELS=FOLDER                        # on a bare one, with torch and a folder of wheels
     python tools/dev/gpu.py --dry-run             # the same steps on a CPU, with small sizes
 
 Each step runs by itself, up to a limit of its own: one that fails or is stopped there does not stop
@@ -15,6 +15,7 @@ requirements/gpu/packages.txt, and mmcv with CUDA operators.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -31,7 +32,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SECONDS = 540
-NEEDED = ("mmengine", "mmcv", "mmdet", "mmseg", "pytest", "tabulate")
+DRY = 10  # times as long may a step of the dry run take
+NEEDED = (
+    *("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "mim"),
+    *("hypothesis", "pytest", "tabulate"),
+)
+GRACE = 10.0  # seconds in which a step that is stopped can say what it has found
 MODES = ("forward", "train")
 MODELS = ("softpp-tiny", "softpp-small", "pvtv2-b1", "pvtv2-b2", "swin-tiny", "convnext-tiny")
 
@@ -124,14 +130,18 @@ def run(step: Step, out: Path, left: float) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        grace = min(GRACE, limit / 2)
         try:
-            status = "complete" if process.wait(limit) == 0 else "failed"
+            status = "complete" if process.wait(limit - grace) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "stopped at its limit"
+            os.killpg(process.pid, signal.SIGINT)  # pytest prints failures at its end
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # workers too
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     seconds = time.monotonic() - start
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     print("\n".join(f"   {line}" for line in lines[-40:]))
@@ -176,7 +186,7 @@ def main() -> None:
     )
     for step in every:
         if args.dry_run:  # which times nothing
-            step.limit, left = 10 * step.limit, float("inf")
+            step.limit, left = DRY * step.limit, float("inf")
         else:
             left = SECONDS - (time.monotonic() - start)
         if args.steps is None or step.name in args.steps:
