@@ -33,9 +33,8 @@ class LoadReport:
         unexpected: Sequence[str],
         errors: Sequence[str],
     ):
-        self.prefix, self.size = prefix, len(own)
+        self.prefix, self.own = prefix, frozenset(own)
         given = {name: weights.get(prefix + name) for name in own}
-        self.own = frozenset(own)
         self.loaded = [name for name, tensor in given.items() if tensor is not None]
         self.missing = [prefix + name for name, tensor in given.items() if tensor is None]
         self.resized = [
@@ -62,17 +61,17 @@ class LoadReport:
         left_out = [*self.left_out, *self._unexpected]
         left = Counter({"stages not built": len(self.not_built)} if self.not_built else {})
         left.update(name.partition(".")[0] for name in left_out)
-        complete = len(loaded) == self.size
+        complete = len(loaded) == len(self.own)
         missing = [name for name in self.missing if not name.endswith("num_batches_tracked")]
         if not self.loaded:
-            line = f"{what}: loaded none of the {self.size} tensors of the backbone, untrained"
+            line = f"{what}: loaded none of the {len(self.own)} tensors of the backbone, untrained"
             if bare := self.own.intersection(self._unexpected):
                 line += (
                     f"; {len(bare)} have their names without {self.prefix!r}: a file of the "
                     "backbone alone is for init_cfg=dict(type='Pretrained', checkpoint=...)"
                 )
         else:
-            line = f"{what}: loaded {'all ' if complete else f'{len(loaded)} of '}{self.size}"
+            line = f"{what}: loaded {'all ' if complete else f'{len(loaded)} of '}{len(self.own)}"
             line += " tensors of the backbone"
             if missing:
                 line += f" ({len(missing)} are not in it, and untrained)"

@@ -53,6 +53,7 @@ class ImageNorm(nn.GroupNorm):
         else:
             total = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True)
         centred = (image - total / numbers).masked_fill(outside, 0)
+        # A product: ONNX has no square, and a power costs more.
         variance = (centred * centred).sum((2, 3, 4), keepdim=True) / numbers
         scale = (variance + self.eps).rsqrt()
         if self.affine:  # on numbers, not on pixels: less is kept for the backward pass

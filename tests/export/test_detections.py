@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from mini_models import LIBRARIES, import_library
+from mini_models import DENSE_HEADS, LIBRARIES, STRIDES, import_library
 from mmengine.config import Config, ConfigDict
 from operators import needs_torch_2_6
 from released import SMALL
@@ -26,24 +26,12 @@ from mmsoft.export import functions  # noqa: E402  (needs onnxscript)
 pytestmark = needs_torch_2_6
 
 TOOL = "deployment/export_onnx.py"
-STRIDES = [4, 8, 16, 32, 64]
 SIZE = (96, 128)
 MOST = 60
 HEADS = {
     "RetinaNet": dict(loss_cls=dict(type="mmdet.FocalLoss", use_sigmoid=True)),
-    "FCOS": dict(type="mmdet.FCOSHead", strides=STRIDES, norm_cfg=None),
-    "ATSS": dict(
-        type="mmdet.ATSSHead",
-        norm_cfg=None,
-        anchor_generator=dict(
-            type="mmdet.AnchorGenerator",
-            ratios=[1.0],
-            octave_base_scale=8,
-            scales_per_octave=1,
-            strides=STRIDES,
-        ),
-        bbox_coder=dict(type="mmdet.DeltaXYWHBBoxCoder"),
-    ),
+    "FCOS": DENSE_HEADS["FCOSHead"],
+    "ATSS": DENSE_HEADS["ATSSHead"],
     "softmax": dict(loss_cls=dict(type="mmdet.CrossEntropyLoss")),
 }
 
@@ -447,7 +435,6 @@ def test_the_operator():
 
 # ------------------------------------------------------------------------------------- refusals
 
-YOLOX = dict(type="mmdet.YOLOXHead", strides=STRIDES)
 GFL = dict(HEADS["ATSS"], type="mmdet.GFLHead")
 GFL.pop("bbox_coder")
 BUCKETS = dict(type="mmdet.FSAFHead", bbox_coder=dict(type="mmdet.TBLRBBoxCoder"))
@@ -457,7 +444,11 @@ SOFT = dict(nms=dict(type="soft_nms", iou_threshold=0.5))
 @pytest.mark.parametrize(
     ("head", "test_cfg", "message"),
     [
-        (YOLOX, dict(), "YOLOXHead has a post-processing of its own, predict_by_feat, _bbox_post"),
+        (
+            DENSE_HEADS["YOLOXHead"],
+            dict(),
+            "YOLOXHead has a post-processing of its own, predict_by_feat, _bbox_post",
+        ),
         (GFL, dict(), "GFLHead has a post-processing of its own, _predict_by_feat_single; export"),
         (dict(bbox_coder=BUCKETS["bbox_coder"]), dict(), "RetinaHead decodes boxes with TBLRBBox"),
         (dict(), SOFT, "ONNX has no soft_nms, which test_cfg.nms asks for; export it without"),

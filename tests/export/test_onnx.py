@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mini_models import LIBRARIES, import_library
+from mini_models import DENSE_HEADS, LIBRARIES, import_library
 from mmengine.config import Config, ConfigDict
 from operators import needs_torch_2_6
 from released import SMALL
@@ -208,22 +208,6 @@ def test_detector_gives_what_its_dense_head_says(tmp_path):
             torch.testing.assert_close(ours, expected)
 
 
-HEADS = {
-    "FCOSHead": dict(type="mmdet.FCOSHead", strides=[4, 8, 16, 32, 64], norm_cfg=None),
-    "ATSSHead": dict(
-        type="mmdet.ATSSHead",
-        norm_cfg=None,
-        anchor_generator=dict(
-            type="mmdet.AnchorGenerator",
-            ratios=[1.0],
-            octave_base_scale=8,
-            scales_per_octave=1,
-            strides=[4, 8, 16, 32, 64],
-        ),
-        bbox_coder=dict(type="mmdet.DeltaXYWHBBoxCoder"),
-    ),
-    "YOLOXHead": dict(type="mmdet.YOLOXHead", strides=[4, 8, 16, 32, 64]),
-}
 THIRD = dict(FCOSHead="centernesses", ATSSHead="centernesses", YOLOXHead="objectnesses")
 
 
@@ -239,10 +223,10 @@ def with_head(**head):
     return build_model(ConfigDict(default_scope="mmdet", model=model)).eval()
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", DENSE_HEADS)
 def test_every_output_of_a_dense_head_has_a_name(head):
     """Of what a head says beside classes and boxes too."""
-    model = with_head(**HEADS[head])
+    model = with_head(**DENSE_HEADS[head])
     module = exportable(model)
     names = ["cls_scores", "bbox_preds", THIRD[head]]
     assert list(module.names) == [f"{name}_{level}" for name in names for level in range(5)]
@@ -256,7 +240,7 @@ def test_every_output_of_a_dense_head_has_a_name(head):
 
 @long
 def test_detector_with_a_third_output(tmp_path):
-    module = exportable(with_head(**HEADS["FCOSHead"]))
+    module = exportable(with_head(**DENSE_HEADS["FCOSHead"]))
     _, differences = check(module, Input((64, 96)), tmp_path / "fcos.onnx")
     assert [d.name for d in differences][10:15] == [f"centernesses_{i}" for i in range(5)]
 
@@ -396,7 +380,7 @@ def test_invalid_inputs():
 
 def test_a_head_whose_outputs_are_others():
     """As that of VarifocalNet, which returns two of the three that its loss takes."""
-    model = with_head(**HEADS["FCOSHead"])
+    model = with_head(**DENSE_HEADS["FCOSHead"])
     forward = model.bbox_head.forward
     message = "FCOSHead returns other outputs than cls_scores, bbox_preds, centernesses of 5 levels"
     for other in (lambda x: forward(x)[:2], lambda x: (*forward(x)[:2], x[0])):

@@ -5,6 +5,25 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from released import ARCH
 
+STRIDES = [4, 8, 16, 32, 64]
+# Of detectors with one stage, beside RetinaNet's; without the norm of their towers.
+DENSE_HEADS = {
+    "FCOSHead": dict(type="mmdet.FCOSHead", strides=STRIDES, norm_cfg=None),
+    "ATSSHead": dict(
+        type="mmdet.ATSSHead",
+        norm_cfg=None,
+        anchor_generator=dict(
+            type="mmdet.AnchorGenerator",
+            ratios=[1.0],
+            octave_base_scale=8,
+            scales_per_octave=1,
+            strides=STRIDES,
+        ),
+        bbox_coder=dict(type="mmdet.DeltaXYWHBBoxCoder"),
+    ),
+    "YOLOXHead": dict(type="mmdet.YOLOXHead", strides=STRIDES),
+}
+
 
 def mini_detector(**backbone):
     return dict(
@@ -19,7 +38,7 @@ def mini_detector(**backbone):
             feat_channels=16,
             stacked_convs=1,
             anchor_generator=dict(
-                type="mmdet.AnchorGenerator", scales=[8], ratios=[1.0], strides=[4, 8, 16, 32, 64]
+                type="mmdet.AnchorGenerator", scales=[8], ratios=[1.0], strides=STRIDES
             ),
             bbox_coder=dict(type="mmdet.DeltaXYWHBBoxCoder"),
             loss_cls=dict(type="mmdet.FocalLoss"),

@@ -235,11 +235,7 @@ class SOFT(Backbone):
         """
         own = self._own_tensors()
         whole = f"{prefix}stages.0.pos_embed" in state_dict
-        none = (
-            not any(name.startswith(prefix) for name in state_dict)
-            if prefix
-            else (own.keys().isdisjoint(state_dict))
-        )
+        none = not any(prefix + name in state_dict for name in own)
         check_tensors(state_dict, prefix, own)
         if whole:
             check_arch(state_dict, prefix, self.arch_settings, len(self.stages))
