@@ -43,13 +43,15 @@ def device(request):
 def independence_of_other_tests():
     """Give every test the same random numbers, MMEngine's default scope and its loggers.
 
-    A logger made in a test writes to that test's captured output, which is closed after it.
+    A logger made in a test writes to that test's captured output, which is closed after it. A
+    level set in a test would hide from later ones what they expect to be logged.
     """
     import numpy
     import torch
 
     module = sys.modules.get("mmengine.logging")
     before = dict(module.MMLogger._instance_dict) if module else {}
+    levels = {name: logger.level for name, logger in before.items()}
 
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002  (OpenMMLab's transforms draw from it)
@@ -61,6 +63,8 @@ def independence_of_other_tests():
         loggers = module.MMLogger._instance_dict
         for name in loggers.keys() - before.keys():
             del loggers[name]
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
 
 
 @pytest.fixture(autouse=True)

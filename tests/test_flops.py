@@ -26,11 +26,7 @@ PUBLISHED = dict(tiny=1.9, small=3.3, medium=7.2, large=11.0, huge=16.3)
 @pytest.fixture(autouse=True)
 def _quiet():
     """MMEngine warns once for each operator that it does not count."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel("ERROR")
-    yield
-    logger.setLevel(level)
+    MMLogger.get_current_instance().setLevel("ERROR")
 
 
 class Call(nn.Module):

@@ -21,12 +21,10 @@ def warnings():
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = MMLogger.get_current_instance()
-    level = logger.level
     logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 @pytest.mark.parametrize(
