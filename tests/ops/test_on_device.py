@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from on_device import OnDevice, device_type
 from torch import nn
 
@@ -33,3 +34,18 @@ def test_numbers_are_those_of_a_cpu():
     with OnDevice("cpu"):
         assert torch.equal(torch.randn(3, generator=torch.Generator().manual_seed(0)), drawn)
         assert torch.equal(torch.rand(3), again)
+
+
+def test_what_is_compiled_there_is_one_graph():
+    """With a mode of functions, Dynamo breaks graphs at ``unflatten``: tests would run eagerly."""
+
+    def function(x):
+        return (x + torch.zeros(6) + torch.rand(6)).unflatten(0, (2, 3)).sin()
+
+    torch._dynamo.reset()
+    for device in ("meta", "cpu"):
+        counter = torch._dynamo.testing.CompileCounter()
+        with OnDevice(device):
+            compiled = torch.compile(function, fullgraph=True, backend=counter)
+            assert compiled(torch.ones(6)).device.type == device
+        assert (counter.frame_count, counter.op_count >= 5) == (1, True)
