@@ -14,6 +14,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 # A process forked from one in which OpenCV has threads waits forever once it changes their number.
 os.environ["OPENCV_FOR_THREADS_NUM"] = "1"
+# cuBLAS is asked once in a process whether it is set: deterministic mode refuses products without.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,7 +21,7 @@ from mmsoft.ops import (
     softmax_attention,
     softmax_free_attention,
 )
-from mmsoft.ops.island import compute_dtype
+from mmsoft.ops.island import compute_dtype, matmul
 from mmsoft.ops.library import smaller
 from mmsoft.ops.mode import cpu_shortcut, recorded, traced, transformed
 from mmsoft.ops.softmax import LandmarkMeans, landmark_means, read_landmarks
@@ -30,6 +30,30 @@ from .padding import Inside, TakesPadding
 from .plain import is_plain
 
 MANY_LANDMARKS = 256
+
+
+def _pooled(image: Tensor, rows: int, cols: int) -> Tensor:
+    """``adaptive_avg_pool2d`` to ``[B, C, rows, cols]``."""
+    if image.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(image, (rows, cols))
+    # A GPU has no deterministic backward pass of it.
+    return averages(image, rows, cols)
+
+
+def averages(image: Tensor, rows: int, cols: int) -> Tensor:
+    """The same as products with the means along each side."""
+    numbers = image.to(compute_dtype(image))
+    down, across = (
+        _means(*sizes, numbers) for sizes in ((image.shape[2], rows), (image.shape[3], cols))
+    )
+    return matmul(matmul(down, numbers), across.mT).to(image.dtype)
+
+
+def _means(size: int, parts: int, like: Tensor) -> Tensor:
+    part = torch.arange(parts, device=like.device)[:, None]
+    place = torch.arange(size, device=like.device)
+    of_part = (place >= part * size // parts) & (place * parts < (part + 1) * size)
+    return of_part.to(like.dtype) / of_part.sum(1, keepdim=True)
 
 
 @cache  # once
@@ -488,7 +512,7 @@ class SoftmaxAttention(TakesPadding, nn.Module):
             last = there.transpose(1, 2)  # tell sizes apart for one in that of images
             image = torch.cat((image.masked_fill(last == 0, 0), last), 2)
         image = image.transpose(1, 2)
-        image = F.adaptive_avg_pool2d(image.unflatten(2, hw_shape), (rows, cols)).flatten(2)
+        image = _pooled(image.unflatten(2, hw_shape), rows, cols).flatten(2)
         # A mean stands for several tokens: so many times its exponential enters the softmax.
         tokens = x.new_full((1, 1, 1, image.shape[2] + 1), height * width / (rows * cols))
         tokens[..., 0] = 1
