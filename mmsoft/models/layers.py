@@ -220,7 +220,7 @@ def pos_embed_inside(pos_embed: Tensor, grid: tuple[int, int], inside: Inside) -
     image = image.transpose(1, 2).flatten(2).expand(cols.shape[0], -1, -1)
     image = matmul(cols, image).unflatten(2, (grid[0], -1))  # [B, W, h, C]
     image = matmul(rows, image.transpose(1, 2).flatten(2))  # [B, H, W * C]
-    return image.reshape(rows.shape[0], -1, pos_embed.shape[2])
+    return image.reshape(rows.shape[0], rows.shape[1] * cols.shape[1], pos_embed.shape[2])
 
 
 def _weights(inside: Tensor, size: int, like: Tensor) -> Tensor:

@@ -523,3 +523,10 @@ def test_a_detector_sees_each_image_of_a_batch_as_if_alone():
     found = inside(batch)
     assert found.rows.sum(1).tolist() == [90, 120]
     assert found.cols.sum(1).tolist() == [120, 100]
+
+
+@pytest.mark.parametrize("landmarks", ["content", "released"])
+def test_an_empty_batch_where_no_size_may_be_looked_at(landmarks):
+    with torch.device("meta"):
+        model, images = backbone(landmarks=landmarks).eval(), torch.empty(0, 3, 64, 96)
+        assert [out.shape[::2] for out in model(images)] == [(0, side) for side in (16, 8, 4, 2)]
