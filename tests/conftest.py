@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device",
         default="cpu",
-        choices=("cpu", "cuda"),
-        help="where the tests that take a device run (default: cpu)",
+        choices=("cpu", "cuda", "pretended"),
+        help="where the tests that take a device run (default: cpu); pretended: a GPU without one",
     )
 
 
@@ -38,7 +39,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def device(request):
     """The device of --device."""
-    return request.config.getoption("device")
+    return "cpu" if request.config.getoption("device") == "cpu" else "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -71,20 +72,25 @@ def independence_of_other_tests():
 
 @pytest.fixture(autouse=True)
 def tensors_on_device(request):
-    """Operators and models are tested on --device, but for what only a CPU does."""
+    """Operators, models and faults are tested on --device, but for what only a CPU does."""
     device = request.config.getoption("device")
     folder = request.path.relative_to(ROOT).parts[1]
-    if device == "cpu" or folder not in ("ops", "models"):
+    if device == "cpu" or folder not in ("ops", "models", "faults"):
         yield
         return
-    if request.node.get_closest_marker("cpu"):
-        pytest.skip("of CPUs alone")
+    node = request.node
+    if marker := node.get_closest_marker("cpu"):
+        pytest.skip(f"of CPUs alone: {marker.kwargs.get('reason', 'what it asks')}")
+    if (by_runner := node.get_closest_marker("runner")) and device == "pretended":
+        pytest.skip("MMEngine's Runner would start the GPU")
     import torch
     from on_device import OnDevice
+    from pretended import pretended
 
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with OnDevice(device):
+    there = pretended() if device == "pretended" else nullcontext()
+    with there, nullcontext() if by_runner else OnDevice("cuda"):
         yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 

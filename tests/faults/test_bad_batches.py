@@ -15,6 +15,7 @@ import mmsoft.models  # noqa: F401
 
 for library in ("mmdet", "mmseg"):
     pytest.importorskip(library)
+pytestmark = pytest.mark.runner
 
 GUARD = [dict(type="mmsoft.FiniteGradientHook")]
 OFFENDING = "00000002.jpg"  # in the first batch of every data set, second in it

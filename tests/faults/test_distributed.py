@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 from true_layout import make_coco
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+pytestmark = [
+    pytest.mark.cpu(reason="processes of gloo"),
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo"),
+]
 
 # ------------------------------------------------------------------------------------ gradients
 

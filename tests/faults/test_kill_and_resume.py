@@ -25,6 +25,8 @@ from mmsoft.checkpoint import read_checkpoint
 from mmsoft.engine import CheckpointHook
 from mmsoft.engine.hooks import checkpoint as checkpoint_hook
 
+pytestmark = pytest.mark.cpu(reason="processes that are killed, and files")
+
 # ------------------------------------------------------------------- the checkpoint hook alone
 
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from fault_runs import config, plain_loop, train, weights_are_finite
+from mmengine.device import get_device
 
 import mmsoft.models  # noqa: F401
 
 for library in ("mmdet", "mmseg"):
     pytest.importorskip(library)
+pytestmark = pytest.mark.runner
 
 ITERATIONS = 200
 
@@ -26,7 +28,7 @@ def apart(*curves):
 
 @pytest.fixture
 def float32_boxes(monkeypatch):
-    """mmcv's NMS and RoIAlign for CPUs know float32 alone.
+    """mmcv's RoIAlign has no bfloat16, for CPUs its NMS neither.
 
     Autocast converts for those of torchvision (pytorch/vision 8049), but not of mmcv.
     """
@@ -34,7 +36,7 @@ def float32_boxes(monkeypatch):
     from mmcv.ops.nms import NMSop
 
     suppress, align = NMSop.forward, RoIAlign.forward
-    suppress = torch.amp.custom_fwd(suppress, device_type="cpu", cast_inputs=torch.float32)
+    suppress = torch.amp.custom_fwd(suppress, device_type=get_device(), cast_inputs=torch.float32)
     monkeypatch.setattr(NMSop, "forward", staticmethod(suppress))
     monkeypatch.setattr(
         RoIAlign, "forward", lambda self, x, rois: align(self, x.float(), rois.float()).to(x.dtype)

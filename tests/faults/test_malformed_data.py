@@ -7,6 +7,7 @@ import pytest
 
 for library in ("mmdet", "mmseg"):
     pytest.importorskip(library)
+pytestmark = pytest.mark.cpu(reason="files, in processes of their own")
 
 
 @pytest.mark.long

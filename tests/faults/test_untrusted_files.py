@@ -34,6 +34,8 @@ from mmsoft.checkpoint import read_checkpoint
 from mmsoft.models import SOFTPlusPlus
 from mmsoft.safe_globals import load
 
+pytestmark = pytest.mark.cpu(reason="files")
+
 
 def save(path, weights, **options):
     torch.save(dict(state_dict=weights, meta=dict(epoch=1, iter=1)), path, **options)

@@ -26,7 +26,7 @@ MODELS = {
 
 @pytest.fixture
 def gpu(device):
-    if device != "cuda":
+    if device != "cuda" or not torch.cuda.is_available():
         pytest.skip("needs a GPU: --device=cuda")
 
 

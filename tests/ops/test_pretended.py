@@ -1,0 +1,73 @@
+"""`--device=pretended`: what a test does wrong on a GPU fails on one that is not there, too."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from on_device import OnDevice, device_type
+from pretended import Pretended, pretended
+from released import SMALL
+from torch import nn
+
+from mmsoft.models import SOFTPlusPlus
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def gpu():
+    with pretended(), OnDevice("cuda"):
+        yield
+
+
+def test_tensors_are_there(gpu):
+    x, linear = torch.randn(3), nn.Linear(3, 2)
+    made = [
+        x, x + 1, x.double(), x.new_tensor([1, 2]), torch.zeros_like(x), torch.ones(3).cuda(),
+        torch.zeros(2, device=x.device), torch.ones(3, device="cpu").to(x), linear(x),
+        linear.weight, copy.deepcopy(linear).weight, torch.tensor([x.sum()]),
+    ]  # fmt: skip
+    assert all(isinstance(t, Pretended) and t.device.type == "cuda" for t in made)
+    assert device_type() == "cuda"
+    assert isinstance(linear.weight, nn.Parameter)
+    for back in (x.cpu(), x.to("cpu"), torch.ones(3, device="cpu")):
+        assert type(back) is torch.Tensor
+    assert x.tolist() == x.cpu().tolist()
+    assert float(x.sum()) == float(x.cpu().sum())
+    y = x.clone()
+    assert y.add_(1) is y
+    with torch.autocast("cuda", torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
+
+
+def test_they_do_not_meet_those_of_the_cpu(gpu):
+    x, there = torch.ones(3), torch.ones(3, device="cpu")
+    for meet in (lambda: x + there, lambda: torch.stack([there, x]), lambda: there.mul_(x)):
+        with pytest.raises(RuntimeError, match="on cpu and cuda:0"):
+            meet()
+    for ask in (x.numpy, lambda: np.asarray(x)):
+        with pytest.raises((RuntimeError, TypeError)):
+            ask()
+    with pytest.raises(AssertionError, match="device"):
+        torch.testing.assert_close(x, there)
+    assert (x + torch.tensor(1.0, device="cpu")).sum() == 6  # a number may
+    assert x.copy_(there) is x
+
+
+def step():
+    torch.manual_seed(0)
+    model, x = SOFTPlusPlus(SMALL), torch.randn(2, 3, 64, 96)
+    outs = model(x)
+    sum(out.square().mean() for out in outs).backward()
+    return [*outs, *(p.grad for p in model.parameters())]
+
+
+def test_numbers_are_those_of_the_cpu():
+    expected = step()
+    with pretended(), OnDevice("cuda"):
+        found = step()
+        assert all(isinstance(t, Pretended) for t in found)
+        found = [t.detach().cpu() for t in found]
+    for ours, numbers in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, numbers.detach(), rtol=1e-3, atol=1e-5)
