@@ -61,17 +61,10 @@ class Pretended(Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        there = func not in (aten._local_scalar_dense.default,)
         if func.overloadpacket not in MIXED:
             _check(func, (args, kwargs))
-        if kwargs.get("device") is not None:
-            there = torch.device(kwargs["device"]).type == "cuda"
-            if there:
-                kwargs["device"] = torch.device("cpu")
-        if func.overloadpacket is aten.copy_:
-            there = isinstance(args[0], Pretended)
         out = func(*tree_map(_kept, args), **tree_map(_kept, kwargs))
-        return _returned(func, args, kwargs, tree_map(_pretended, out) if there else out)
+        return _returned(func, args, kwargs, tree_map(_pretended, out))
 
 
 def _check(func: Any, arguments: Any) -> None:
@@ -132,7 +125,9 @@ class _Functions(TorchFunctionMode):
             return Pretended(torch.tensor(data, **{"dtype": like.dtype, **kwargs, "device": "cpu"}))
         device = kwargs.get("device")
         if device is None or torch.device(device).type != "cuda":
-            return func(*args, **kwargs)
+            # torch itself takes them for tensors of the CPU, and so says of those that stay.
+            asked = device is not None and torch.device(device).type == "cpu"
+            return func(*(tree_map(_kept, args) if asked else args), **kwargs)
         kwargs["device"] = "cpu"
         if func not in _device_constructors():  # zeros_like, new_zeros
             made = func(*map(_kept, args), **kwargs)

@@ -35,7 +35,12 @@ def test_tensors_are_there(gpu):
         assert type(back) is torch.Tensor
     assert x.tolist() == x.cpu().tolist()
     assert float(x.sum()) == float(x.cpu().sum())
-    y = x.clone()
+    assert type(torch.zeros_like(x, device="cpu")) is torch.Tensor
+    half = x.requires_grad_().half()
+    (gradient,) = torch.autograd.grad(half.sum(), x)
+    assert isinstance(gradient, Pretended)
+    assert gradient.dtype == torch.float32
+    y = x.detach().clone()
     assert y.add_(1) is y
     with torch.autocast("cuda", torch.bfloat16):
         assert linear(x).dtype == torch.bfloat16
