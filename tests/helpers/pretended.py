@@ -2,8 +2,8 @@
 
 They say that they are on ``cuda:0``, give no NumPy array, and do not meet tensors of the CPU in an
 operation, as those of a GPU do not; their numbers are those of the CPU. So a test that makes a
-tensor on the wrong device fails without a GPU. What is compiled, Triton's kernels and mmcv's
-operators cannot be pretended.
+tensor on the wrong device fails without a GPU. What is compiled, transforms of ``torch.func``,
+Triton's kernels and mmcv's operators cannot be pretended.
 """
 
 from collections.abc import Iterator
@@ -114,6 +114,8 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if torch._C._are_functorch_transforms_active():  # whose tensors say where torch takes us
+            pytest.skip("no transform of torch.func knows a GPU that is pretended")
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return _to(func, *args, **kwargs)
         if func is Tensor.tolist:  # which no subclass has
