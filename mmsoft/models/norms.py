@@ -46,21 +46,25 @@ class ImageNorm(nn.GroupNorm):
         """Where no size may be looked at."""
         image = x.to(compute_dtype(x)).unflatten(1, (self.num_groups, -1))
         numbers = image.shape[2] * (~outside).sum((2, 3, 4), keepdim=True)
+        there = (~outside).to(image.dtype)
         if recorded(x):  # in one pass, and what lies outside is finite
-            there = (~outside).flatten(1)[..., None].to(image.dtype)
-            total = (image.flatten(3).flatten(1, 2) @ there).unflatten(1, image.shape[1:3])
-            total = total.sum(2, keepdim=True)[..., None]
+            total = image.flatten(3).flatten(1, 2) @ there.flatten(1)[..., None]
+            total = total.unflatten(1, image.shape[1:3]).sum(2, keepdim=True)[..., None]
+            centred = (image - total / numbers).masked_fill(outside, 0)
         else:
-            total = image.masked_fill(outside, 0).sum((2, 3, 4), keepdim=True)
-        centred = (image - total / numbers).masked_fill(outside, 0)
+            image = image.masked_fill(outside, 0)
+            mean = image.sum((2, 3, 4), keepdim=True) / numbers
+            centred = torch.addcmul(image, mean, there, value=-1)  # one pass less
         # A product: ONNX has no square, and a power costs more.
         variance = (centred * centred).sum((2, 3, 4), keepdim=True) / numbers
         scale = (variance + self.eps).rsqrt()
         if self.affine:  # on numbers, not on pixels: less is kept for the backward pass
             scale = scale * self.weight.view(self.num_groups, -1, 1, 1)
         image = (centred * scale).flatten(1, 2)
-        if self.affine:
+        if self.affine and recorded(x):
             image = (image + self.bias[:, None, None]).masked_fill(outside[:, 0], 0)
+        elif self.affine:
+            image = torch.addcmul(image, self.bias[:, None, None], there[:, 0])
         return image.to(x.dtype)
 
 

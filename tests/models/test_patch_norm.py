@@ -10,6 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import ExponentialMovingAverage
 from operators import before_torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsoft.checkpoint import load_backbone
 from mmsoft.models import SOFT, SOFTPlusPlus
@@ -126,6 +127,43 @@ def test_what_is_inside_is_normalized_alone(
         # What rounding the arguments of the definition alone changes, with room for the sums.
         error = 16 * torch.finfo(dtype).eps * (1 + offset) * truth.abs().max().clamp(min=1)
         assert (mine.double() - truth).abs().max() <= error
+
+
+class Passes(TorchDispatchMode):
+    """Counts the operations that read or write as many numbers as an image has, views aside."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in (out, *args) if isinstance(t, torch.Tensor)]
+        self.count += max(sizes) == self.numbers and not func.is_view
+        return out
+
+
+@pytest.mark.cpu
+def test_passes_over_an_image_that_may_not_be_looked_at():
+    """Of which a GPU launches a kernel for each: 9 and 15 with one operation for each step."""
+    x, norm = torch.empty(4, 12, 9, 13, device="meta", requires_grad=True), image_norm().to("meta")
+    known = Inside(*(along.to("meta") for along in inside()))
+    with Passes(x.numel()) as forward:
+        out = norm(x, known)
+    with Passes(x.numel()) as backward:
+        out.backward(torch.empty_like(x))
+    assert (forward.count, backward.count) == (7, 14)
+
+
+def test_what_lies_outside_changes_no_bit_without_a_look(monkeypatch):
+    monkeypatch.setattr(norms_module, "cpu_shortcut", lambda x, backward: False)
+    norm, found = image_norm(), []
+    for beyond in (0.0, 1e4, torch.nan):
+        x = filled_up(torch.float32, beyond).requires_grad_()
+        out = norm(x, inside())
+        found.append([out, *torch.autograd.grad(out.square().sum(), (x, *norm.parameters()))])
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
 
 
 @pytest.mark.cpu
