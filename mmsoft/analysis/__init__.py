@@ -4,6 +4,7 @@ Start with :func:`capture`. :mod:`mmsoft.visualization` draws figures from them.
 """
 
 from .capture import BlockState, KeptRows, attention_blocks, capture, choose_block
+from .choice import even_choice, evenly
 from .inference import ModelImage, capture_image, load_image, load_model
 from .precision import average_precisions, by_side
 from .rows import (
@@ -30,6 +31,8 @@ __all__ = [
     "capture",
     "capture_image",
     "choose_block",
+    "even_choice",
+    "evenly",
     "inverse_filter",
     "landmark_regions",
     "landmark_rows",

@@ -266,15 +266,24 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         centre = centre.unflatten(1, (self.num_heads, self.head_dims))
         with torch.no_grad():
             every = landmark_candidates(q, *grid, centre, valid)
-            budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
             mask = None if inside is None else inside.patches(self.landmark_stride)
-            index, present = choose_landmarks(every, budget, mask=mask)
+            index, present = self.choose(every, mask, hw_shape)
         if differentiated:
             chosen = salient_mean(landmark_patches(q, *grid, index=index), centre, valid)
             landmarks = chosen.transpose(1, 2)
         else:
             landmarks = every.gather(2, index[..., None].expand(-1, -1, -1, self.head_dims))
         return landmarks + self._nothing(q), present, index
+
+    def choose(
+        self, candidates: Tensor, mask: Tensor | None, hw_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The choice by content, see :func:`~mmsoft.ops.choose_landmarks`, within the budget.
+
+        Candidates are of the patches of the grid ``hw_shape``, row by row.
+        """
+        budget = candidates.shape[2] if self.max_landmarks is None else self.max_landmarks
+        return choose_landmarks(candidates, budget, mask=mask)
 
     def _centre(self, q: Tensor, inside: Inside | None) -> Tensor:
         """The mean of the queries ``[B, C]``."""

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmsoft.ops import (
-    choose_landmarks,
     gaussian_kernel_product,
     salient_mean,
     softmax_attention,
@@ -137,8 +136,7 @@ class SequenceAttention(SoftmaxFreeAttention):
             centre = (total / count).unflatten(1, (self.num_heads, self.head_dims))
             of_patch = None if valid is None else valid[:, :, None]
             every = salient_mean(patches, centre, of_patch).transpose(1, 2)
-            budget = every.shape[2] if self.max_landmarks is None else self.max_landmarks
-            index, present = choose_landmarks(every, budget, mask=there)
+            index, present = self.choose(every, there, (q.shape[1], 1))
         patches = patches.transpose(1, 2)  # [B, heads, M, r, d]
         where = index[..., None, None].expand(-1, -1, -1, *patches.shape[3:])
         chosen = patches.gather(2, where).transpose(1, 2)

@@ -10,8 +10,9 @@ sample, and queries elsewhere, which show a key and answer its value.
 
 One post-norm block, 64 channels in 2 heads, without the values' convolution. Landmarks have patches
 of 4x4 tokens, and in recall 8x8 patches share the grid. `gaussian` is the exact kernel, all tokens
-with all. Peers have the defaults of their packages (`pip install "mmsoft[peers]"`). Prints
-accuracies over the seeds: mean and range.
+with all. What the landmarks by content are worth: `even` takes an even grid of the same candidates
+in place of the choice, `mean` chooses among plain means of the patches. Peers have the defaults of
+their packages (`pip install "mmsoft[peers]"`). Prints accuracies over the seeds: mean and range.
 """
 
 import argparse
@@ -25,10 +26,12 @@ from mmengine.utils import track_iter_progress
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from mmsoft.analysis import evenly
 from mmsoft.benchmark.cases import OPERATORS
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.models.layers import SOFTBlock, resize_pos_embed
 from mmsoft.models.sequence import GaussianSequenceAttention
+from mmsoft.ops import landmark_patches
 
 DIMS, HEADS, CLASSES, KEYS = 64, 2, 8, 16
 SIDE = 16
@@ -44,6 +47,33 @@ class NoAttention(SoftmaxFreeAttention):
         return torch.zeros_like(v)
 
 
+class EvenAttention(SoftmaxFreeAttention):
+    """Landmarks by content without the choice."""
+
+    choose = evenly
+
+
+class MeanAttention(SoftmaxFreeAttention):
+    """A choice by content among plain means of the patches."""
+
+    def sample_landmarks(self, q: Tensor, hw_shape: tuple[int, int]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """As there."""
+        patches = landmark_patches(q, hw_shape, self.num_heads, self.landmark_stride)
+        every = patches.mean(3).transpose(1, 2)
+        index, present = self.choose(every, None, hw_shape)
+        chosen = every.gather(2, index[..., None].expand(-1, -1, -1, self.head_dims))
+        return chosen, present, index
+
+
+OURS = dict(
+    released=SoftmaxFreeAttention,
+    content=SoftmaxFreeAttention,
+    even=EvenAttention,
+    mean=MeanAttention,
+    none=NoAttention,
+)
+
+
 class OfTokens(nn.Module):
     """A peer's layer, which takes tokens without their grid."""
 
@@ -57,15 +87,14 @@ class OfTokens(nn.Module):
 
 
 def build_attention(name: str, side: int = SIDE, budget: int = 49, stride: int = 4) -> nn.Module:
-    """Our layer, `released` or `content`, or `none`, `gaussian`, or a peer's."""
+    """Our layer, one of ``OURS``, or `gaussian`, or a peer's."""
     if name == "gaussian":
         return OfTokens(GaussianSequenceAttention(DIMS, HEADS, 0, 0.0, normalize=True))
-    if name not in ("released", "content", "none"):
+    if name not in OURS:
         return OfTokens(OPERATORS[name][1](side * side))
-    kind = NoAttention if name == "none" else SoftmaxFreeAttention
-    landmarks = "content" if name == "content" else "released"
+    landmarks = "released" if name in ("released", "none") else "content"
     options: dict[str, Any] = dict(normalize=True, max_landmarks=budget, solver="direct")
-    layer = kind(DIMS, HEADS, stride, 3, landmarks=landmarks, **options)
+    layer = OURS[name](DIMS, HEADS, stride, 3, landmarks=landmarks, **options)
     for part in (layer.query, layer.value, layer.proj):
         nn.init.trunc_normal_(part.weight, std=0.02)
         nn.init.zeros_(part.bias)
@@ -174,7 +203,7 @@ def accuracy(model: nn.Module, draw: Callable[..., Batch], batches: int = 8) -> 
 def main() -> None:
     """Parse the command line, train, print the table."""
     peers = (name for name in OPERATORS if name != "softpp")
-    known = ("released", "content", "none", "gaussian", *peers)
+    known = (*OURS, "gaussian", *peers)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=("lookup", "recall"))
     parser.add_argument("--attention", nargs="+", choices=known, default=list(known))

@@ -8,12 +8,13 @@ For each data root, of the layout that the config tests on, and each solver: the
 measures (mIoU, AP), beside the number of landmarks that the largest image had in the head with most
 of them (the first, where the data set does not tell their sizes). `--blocks` prints the relative
 error of each block's attention term instead: that of a budget against all landmarks and Newton's
-iteration, on the first test images, with the inputs that all landmarks give. `--by-size 300 600`
-adds AP on images of less than 300 x 300 pixels, of less than 600 x 600 and the others, where
-annotations are COCO's; it counts all detections of an image, COCO's mAP the best 100. `--json`
-collects the rows of several models, for the figure of docs/method.md (`make figures`).
+iteration, on the first test images, with the inputs that all landmarks give. `--choice even` takes
+an even grid of the candidates in place of the choice by content, whose worth it shows. `--by-size
+300 600` adds AP on images of less than 300 x 300 pixels, of less than 600 x 600 and the others,
+where annotations are COCO's; it counts all detections of an image, COCO's mAP the best 100.
+`--json` collects the rows of several models, for the figure of docs/method.md (`make figures`).
 
-The solver matters for released landmarks alone: those by content need none.
+The solver matters for released landmarks alone, the choice for those by content.
 """
 
 import io
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from mmsoft.analysis import (
     average_precisions,
     by_side,
     capture,
+    even_choice,
 )
 from mmsoft.builder import config_parser, read_config, tool_main
 from mmsoft.fileio import write_whole
@@ -57,18 +59,19 @@ def budget(text: str) -> int | None:
 
 
 def settings(
-    model: nn.Module, budgets: Sequence[int | None], solvers: Sequence[str]
+    model: nn.Module, budgets: Sequence[int | None], solvers: Sequence[str], choice: str
 ) -> Iterator[dict[str, Any]]:
     """Set each combination in turn; solvers once for landmarks by content."""
     layers = list(attention_blocks(model).values())
     if all(layer.by_content for layer in layers):
         solvers = ["none"]
-    for solver in solvers:
-        for most in budgets:
-            for layer in layers:
-                layer.max_landmarks = most
-                layer.solver = layer.solver if solver == "none" else solver
-            yield dict(budget="all" if most is None else most, solver=solver)
+    with even_choice(layers) if choice == "even" else nullcontext():
+        for solver in solvers:
+            for most in budgets:
+                for layer in layers:
+                    layer.max_landmarks = most
+                    layer.solver = layer.solver if solver == "none" else solver
+                yield dict(budget="all" if most is None else most, solver=solver)
 
 
 def largest_image(dataset: Any) -> Any:
@@ -105,6 +108,7 @@ def test(
     config: Config,
     budgets: Sequence[int | None],
     solvers: Sequence[str],
+    choice: str,
     sides: Sequence[float] | None,
 ) -> list[dict]:
     """The rows of one data root, each a stock test; with ``sides`` one for each size of images."""
@@ -117,12 +121,13 @@ def test(
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(kept)))
         largest = largest_image(runner.test_dataloader.dataset)
         by_content = any(layer.by_content for layer in attention_blocks(runner.model).values())
+        kind = "by content" if by_content else "released"
         about = dict(
-            model="by content" if by_content else "released",
+            model=kind if choice == "content" else f"{kind}, {choice} choice",
             seed=config.get("randomness", {}).get("seed"),
             size=list(largest["inputs"][0].shape[1:]),
         )
-        for setting in settings(runner.model, budgets, solvers):
+        for setting in settings(runner.model, budgets, solvers, choice):
             measured = runner.test()
             found = {name: float(measured[name]) for name in MEASURES if name in measured}
             row = about | setting | dict(landmarks=most_landmarks(runner.model, largest)) | found
@@ -147,7 +152,9 @@ def of_sizes(runner: Runner, predictions: Path, sides: Sequence[float]) -> dict[
 
 
 @torch.no_grad()
-def blocks(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]) -> list[dict]:
+def blocks(
+    config: Config, budgets: Sequence[int | None], solvers: Sequence[str], choice: str
+) -> list[dict]:
     """The relative error of each block's term, Frobenius norm over tokens and channels."""
     with loaded(config) as runner:
         model = runner.model.eval()
@@ -158,7 +165,7 @@ def blocks(config: Config, budgets: Sequence[int | None], solvers: Sequence[str]
 
     truth = {block: state.attend() for block, state in states.items()}
     rows = []
-    for setting in settings(model, budgets, solvers):
+    for setting in settings(model, budgets, solvers, choice):
         errors = {
             f"{stage + 1}.{block + 1}": float(
                 (state.attend() - truth[stage, block]).norm() / truth[stage, block].norm()
@@ -176,6 +183,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--budgets", nargs="+", type=budget, default=[49, 64, 128, 256, None])
     parser.add_argument("--solvers", nargs="+", choices=("newton", "direct"), default=["newton"])
+    parser.add_argument("--choice", choices=("content", "even"), default="content")
     parser.add_argument("--data", nargs="+", help="data roots (default: the config's)")
     parser.add_argument(
         "--by-size", nargs="+", type=int, metavar="SIDE", help="edges between sizes of images"
@@ -196,11 +204,8 @@ def main() -> None:
                 name = config.test_evaluator.ann_file
                 config.test_evaluator.ann_file = name.replace(former.rstrip("/"), root.rstrip("/"))
         data = {} if root is None else {"data": root}
-        budgets, solvers = args.budgets, args.solvers
-        if args.blocks:
-            found = blocks(config, budgets, solvers)
-        else:
-            found = test(config, budgets, solvers, args.by_size)
+        how = args.budgets, args.solvers, args.choice
+        found = blocks(config, *how) if args.blocks else test(config, *how, args.by_size)
         rows += [data | row for row in found]
     print(tabulate(rows, "keys", "github", floatfmt=".3f"))
     if args.json:
