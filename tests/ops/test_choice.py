@@ -6,6 +6,7 @@ import pytest
 import torch
 from metrics import error
 from operators import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsoft.ops import (
     choose_landmarks,
@@ -146,6 +147,42 @@ def test_any_finite_candidates(size):
     index, present = choose_landmarks(candidates, 9)
     assert ((index >= 0) & (index < 40)).all()
     assert present[..., 0].all()
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest result of an operation has that is no view."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        if isinstance(out, torch.Tensor) and out._base is None and out.is_contiguous():
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.cpu
+def test_no_memory_for_landmarks_that_are_not_needed():
+    """A thousand candidates in seven places, without a budget."""
+    places = 4 * torch.eye(7, 8)
+    candidates = places[torch.arange(1000) % 7].expand(1, 2, 1000, 8)
+    with Largest() as largest:
+        _, present = choice.choose(candidates, 1000, 0.1)
+    assert present.sum() == 2 * 7
+    assert largest.elements == 2 * 1000 * (8 + 2 + choice.ROWS)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("count", [choice.ROWS, choice.ROWS + 1, 5 * choice.ROWS])
+def test_memory_that_grows_changes_no_bit(count, monkeypatch):
+    """As many landmarks as there are candidates."""
+    points = normal(3, count, 16, dtype=torch.float32)
+    grown = choice._streamed(points, None, count, 0.0)
+    monkeypatch.setattr(choice, "ROWS", count)
+    at_once = choice._streamed(points, None, count, 0.0)
+    assert len(grown[0]) == count
+    for ours, truth in zip(grown, at_once):
+        assert all(map(torch.equal, ours, truth))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from ..mode import may_decide, traced, transformed
 
 FEW = 128  # candidates whose Gram matrix is stored
 STEPS_UNSEEN = 4  # between two looks at whether a landmark is still missing
+ROWS = 64  # of the factor that are stored at first, where it is seen how many there will be
 
 
 def choose(
@@ -90,7 +91,11 @@ def _stored(
 def _streamed(
     points: Tensor, there: Tensor | None, budget: int, tolerance: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As :func:`_stored`, with as many rows of the factor stored as there are landmarks."""
+    """As :func:`_stored`, with a row of the factor stored for each landmark.
+
+    They double as they are needed where it may be seen that no more are: without a budget few
+    landmarks may do for many candidates.
+    """
     total, d = points.shape[1:]
     pivot = nearest_their_mean(points, there)
     points = points.mT  # [B * heads, d, M]
@@ -99,9 +104,9 @@ def _streamed(
     # What a step takes of its pivot lies together: -distance^2 / 2 is a product of [p, 1, -half] of
     # the pivot with [p, -half, 1] of all, and the factor's rows follow.
     right = torch.cat((points, -half, torch.ones_like(half)), 1)
-    factor = half.new_zeros(half.shape[0], kept, total)
-    columns = torch.cat((points, torch.ones_like(half), -half, factor), 1)
-    factor, width = columns[:, d + 2 :], columns.shape[1]
+    rows = min(kept, ROWS) if may_decide(half) else kept
+    columns = torch.cat((points, torch.ones_like(half), -half), 1)
+    columns = F.pad(columns, (0, 0, 0, rows))
     residual = torch.ones_like(half[:, 0])
     if there is not None:
         residual = residual.masked_fill(~there, -1)
@@ -113,13 +118,17 @@ def _streamed(
             break
         lefts.append(left)
         pivots.append(pivot)
-        column = columns.gather(2, pivot[:, None].expand(-1, width, 1)).mT
+        if j == rows:
+            rows = min(2 * rows, kept)
+            columns = F.pad(columns, (0, 0, 0, rows - j))
+        column = columns.gather(2, pivot[:, None].expand(-1, columns.shape[1], 1)).mT
         row = (column[..., : d + 2] @ right).clamp_(max=0).exp_()
         row = row.squeeze(1).scatter_(1, pivot, 1.0)
         if j:
-            row = row - (column[..., d + 2 : d + 2 + j] @ factor[:, :j]).squeeze(1)
+            before = slice(d + 2, d + 2 + j)
+            row = row - (column[..., before] @ columns[:, before]).squeeze(1)
         row = row * left.rsqrt()
-        factor[:, j] = row
+        columns[:, d + 2 + j] = row
         residual = torch.addcmul(residual, row, row, value=-1).scatter_(1, pivot, -1.0)
         left, pivot = residual.max(1, keepdim=True)
     return lefts, pivots
