@@ -399,6 +399,62 @@ def test_another_variant_is_refused(released, tmp_path):
     loaded(released_file(tmp_path / "unnamed.pth", arch="", args=None), SOFT)
 
 
+RELEASED, CONTENT = dict(landmarks="released"), dict(landmarks="content")
+
+
+@pytest.mark.parametrize(
+    ("saved", "built", "message"),
+    [
+        (
+            dict(RELEASED, solver="direct"),
+            RELEASED,
+            "saved with solver='direct', the config has solver='newton', another filter of the "
+            "landmarks' inverse: write solver='direct' in the config's backbone for theirs",
+        ),
+        (
+            dict(RELEASED, newton_steps=9),
+            dict(CONTENT, solver="direct"),  # until the weights are loaded
+            "saved with solver='newton', newton_steps=9, the config has solver='direct'",
+        ),
+        (
+            dict(RELEASED, newton_steps=9),
+            {},
+            "saved with newton_steps=9, the config has newton_steps=20",
+        ),
+        (
+            dict(RELEASED, solver="direct", newton_steps=9),
+            dict(RELEASED, solver="direct"),
+            None,
+        ),
+        (dict(RELEASED, solver="newton"), RELEASED, None),
+        (dict(CONTENT, solver="direct"), CONTENT, None),
+    ],
+)
+def test_another_inverse_is_told_once(saved, built, message, tmp_path, log):
+    source = SOFTPlusPlus(ARCH, **saved)
+    assert ("solver" in source.notes()) == (saved["landmarks"] == "released")
+    torch.save(source.state_dict(), tmp_path / "own.pth")
+    model = loaded(tmp_path / "own.pth", **built)
+    warnings = [r.getMessage() for r in log.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == (message is not None)
+    assert message is None or message in warnings[0]
+    layer = model.stages[0].blocks[0].attn
+    assert layer.solver == built.get("solver", "newton")  # the config decides
+    assert layer.newton_steps == 20
+
+
+@pytest.mark.parametrize("noted", [{}, dict(solver=3), dict(solver=["direct"]), dict(solver="qr")])
+def test_weights_that_do_not_tell_their_inverse_load_silently(noted, tmp_path, log):
+    weights = SOFTPlusPlus(ARCH, landmarks="released").state_dict()
+    for name in ("solver", "newton_steps"):
+        del weights._metadata[""][name]
+    weights._metadata[""] |= noted
+    torch.save(weights, tmp_path / "own.pth")
+    loaded(tmp_path / "own.pth", solver="direct")
+    loaded(released_file(tmp_path / "released.pth"), solver="direct")
+    assert not [r for r in log.records if r.levelno >= logging.WARNING]
+
+
 def test_missing_and_unexpected_parameters_are_named(tmp_path):
     weights = state_dict()
     del weights["block2.1.att.norm1.bias"], weights["patch_embed1.proj.1.running_var"]

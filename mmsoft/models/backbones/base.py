@@ -1,5 +1,6 @@
 """What backbones share: loading of weights, and the parameters that do not decay."""
 
+import logging
 from typing import Any
 
 from mmengine.logging import print_log
@@ -7,6 +8,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
 from mmsoft.checkpoint import LoadReport, foresee_backbone, load_backbone
+from mmsoft.ops.checks import SOLVERS
 from mmsoft.safe_globals import warn_of_other_loaders
 
 from ..attention import SoftmaxFreeAttention
@@ -126,8 +128,40 @@ class Backbone(BaseModule):
             )
 
     def notes(self) -> dict[str, Any]:
-        """What is not in the weights but belongs to them."""
-        return dict(variant=self.variant)
+        """What is not in the weights but belongs to them.
+
+        The variant; of released landmarks the options that decide about their inverse, too.
+        """
+        inverses = [
+            _inverse(layer)
+            for layer in self.modules()
+            if isinstance(layer, SoftmaxFreeAttention) and not layer.by_content
+        ]
+        alike = bool(inverses) and all(each == inverses[0] for each in inverses)
+        return dict(variant=self.variant, **(inverses[0] if alike else {}))
+
+    def _compare_inverse(self, local_metadata: dict) -> None:
+        """Warn of weights that were saved with another inverse, which a config decides about."""
+        ours = self.notes()
+        solver, steps = (local_metadata.get(name) for name in ("solver", "newton_steps"))
+        if "solver" not in ours or solver not in SOLVERS:
+            return
+        noted = dict(solver=solver)
+        if solver == "newton" and type(steps) is int:
+            noted["newton_steps"] = steps
+        other = [name for name in noted if noted[name] != ours.get(name)]
+        if other:
+            theirs, here = (
+                ", ".join(f"{name}={of[name]!r}" for name in other if name in of)
+                for of in (noted, ours)
+            )
+            print_log(
+                f"{type(self).__name__}: the weights were saved with {theirs}, the config has "
+                f"{here}, another filter of the landmarks' inverse: write {theirs} in the config's "
+                "backbone for theirs",
+                logger="current",
+                level=logging.WARNING,
+            )
 
     def _own_tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -164,6 +198,13 @@ class Backbone(BaseModule):
             for name, parameter in self.named_parameters()
             if parameter.dim() == 1 or name.rpartition(".")[2] in ("pos_embed", "cls_token")
         }
+
+
+def _inverse(layer: SoftmaxFreeAttention) -> dict[str, Any]:
+    """The options of a layer that decide about the inverse of its landmarks' Gram matrix."""
+    if layer.solver == "newton":
+        return dict(solver=layer.solver, newton_steps=layer.newton_steps)
+    return dict(solver=layer.solver)
 
 
 class _MeanBefore:

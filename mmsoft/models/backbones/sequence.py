@@ -255,6 +255,7 @@ class SequenceSOFT(Backbone):
         check_tensors(state_dict, prefix, own)
         self._match_variant(local_metadata)
         self._match_landmarks(state_dict, prefix)
+        self._compare_inverse(local_metadata)
         own = self._own_tensors()
         check_is_ours(state_dict, prefix, own, f"{type(self).__name__}, as configured,")
         for name, tensor in own.items():

@@ -246,6 +246,8 @@ class SOFT(Backbone):
             check_is_ours(state_dict, prefix, [*own, *statistics], self.variant)
         self._match_variant(local_metadata)
         self.match_weights(state_dict, prefix, local_metadata)
+        if whole:
+            self._compare_inverse(local_metadata)
         if whole or none:  # after the switch, because landmarks by content are among the tensors
             self._note_loading(state_dict, prefix, self._own_tensors(), *args[1:])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -257,7 +259,7 @@ class SOFT(Backbone):
         self._match_norms(state_dict, prefix, noted if isinstance(noted, dict) else {})
 
     def notes(self) -> dict[str, Any]:
-        """The variant, and for every norm of the patch embeddings what its tensors do not tell."""
+        """Also, for every norm of the patch embeddings, what its tensors do not tell."""
         kinds = {name: NormKind.of(layer.norm) for name, layer in self._patch_convs().items()}
         patch_norms = {name: tuple(kind) for name, kind in kinds.items() if kind is not None}
         return dict(super().notes(), patch_norms=patch_norms)
