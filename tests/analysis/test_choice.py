@@ -30,7 +30,8 @@ def test_the_candidates_are_the_same_and_the_grid_is_even():
     # 3 x 5 patches of 8 x 8 tokens
     assert every.index.tolist() == [[list(range(15))]]
     assert kept.index.tolist() == [[[0 * 5 + 1, 0 * 5 + 3, 2 * 5 + 1, 2 * 5 + 3]]]
-    assert every.present.all() and kept.present.all()
+    assert every.present.all()
+    assert kept.present.all()
     assert torch.equal(kept.landmarks, every.landmarks[:, :, kept.index[0, 0]])
     chosen = before.index[before.present]
     assert torch.equal(before.landmarks[before.present], every.landmarks[0, 0, chosen])
@@ -55,6 +56,6 @@ def test_padding_is_no_part_of_the_grid():
 
 def test_released_landmarks_are_not_chosen():
     layers = attention_blocks(SOFTPlusPlus(ARCH, landmarks="released")).values()
-    with pytest.raises(ValueError, match="are an even grid: nothing chooses them"):
-        with even_choice(layers):
-            pass
+    message = "are an even grid: nothing chooses them"
+    with pytest.raises(ValueError, match=message), even_choice(layers):
+        pass
