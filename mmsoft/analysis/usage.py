@@ -39,7 +39,8 @@ def attention_usage(state: BlockState) -> Usage:
     Tokens that are padding do not count.
     """
     heads = (state.q.shape[1], -1)
-    convolved = state.layer.convolve_values(state.v.transpose(1, 2).flatten(2), state.hw_shape)
+    v, padding = state.v.transpose(1, 2).flatten(2), () if state.inside is None else (state.inside,)
+    convolved = state.layer.convolve_values(v, state.hw_shape, *padding)
     terms = (t.unflatten(2, heads).transpose(1, 2) for t in (state.attend(), convolved))
     images = [t.double().unbind() for t in (state.q, state.landmarks, *terms)]
     present, mask = (

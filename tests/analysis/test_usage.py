@@ -97,7 +97,7 @@ def test_padding_does_not_count():
         before = attention_usage(state)
         state.q[:, :, ~state.mask[0]], state.v[:, :, ~state.mask[0]] = 3.0, -5.0
         after = attention_usage(state)
-        for name in ("landmarks", "nearest", "rank", "varying"):
+        for name in ("landmarks", "nearest", "rank", "ratio", "varying"):
             torch.testing.assert_close(getattr(before, name), getattr(after, name))
 
 
