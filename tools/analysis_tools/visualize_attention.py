@@ -5,10 +5,13 @@
         --query 40,60 --query 110,30 --stage 1 --compare softmax performer nystromformer
 
 Each row of the contact sheet is a query, each column a head, then the mean over heads: the query's
-row of the normalized attention matrix `K1 D^-1/2 A^+ D^-1/2 K1^T`. With `--compare`, further
-columns show other attention methods on the same queries, averaged over the same heads;
-Performer and Nystromformer come from the optional extra `peers`. Prints the effective rank of each
-head's kernel, and says where rows hardly depend on the query.
+row of the matrix by which the layer multiplies its values. By content that is what the token reads
+from the landmarks times what they gathered from all tokens, not negative and with a sum of 1; with
+released landmarks `K1 D^-1/2 A^+ D^-1/2 K1^T` (SOFT leaves out D). With `--compare`, further
+columns show other attention methods on the same queries, averaged over the same heads; Performer
+and Nystromformer come from the optional extra `peers`. Prints the effective rank of what each
+head's tokens read with, by content rows of a softmax over the landmarks, else of the kernel `K1`,
+and says where rows hardly depend on the query.
 """
 
 import argparse
@@ -29,7 +32,8 @@ from mmsoft.builder import config_parser, read_config, tool_main
 from mmsoft.visualization import draw_attention, save_figure
 
 PEERS = ("softmax", "performer", "nystromformer")
-ALIKE = 0.2  # share of the output that differs between tokens, below which a picture misleads
+# Below which a picture misleads: effective rank, and share of the output that differs.
+ONE_ROW, ALIKE = 1.1, 0.2
 
 
 def pixel(text: str) -> tuple[float, float]:
@@ -61,6 +65,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", default="attention.png", help="default: attention.png")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
+
+
+def caution(rank: float, varying: float) -> str:
+    """Why rows hardly depend on the query, if so."""
+    why = []
+    if rank < ONE_ROW:
+        why.append("all rows are nearly multiples of one")
+    if varying < ALIKE:
+        why.append(f"{varying:.0%} of its output differs between tokens")
+    return f", {' and '.join(why)}: rows hardly depend on the query" if why else ""
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -101,11 +115,8 @@ def draw(args: argparse.Namespace) -> None:
     )
     usage = attention_usage(state)
     for head in heads:
-        note = f"head {head}: effective rank {usage.rank[head]:.2f}"
-        if usage.varying[head] < ALIKE:
-            note += f", {usage.varying[head]:.0%} of its output differs between tokens: rows "
-            note += "hardly depend on the query"
-        print(note)
+        rank, varying = float(usage.rank[head]), float(usage.varying[head])
+        print(f"head {head}: effective rank {rank:.2f}{caution(rank, varying)}")
     print(save_figure(figure, args.out))
 
 
