@@ -40,6 +40,14 @@ def test_by_content_the_term_keeps_its_size(sizes):
         assert max(a for a, _ in row) < 1.25 * min(a for a, _ in row)
 
 
+@pytest.mark.parametrize("option", ["--attn-init=released", "--solver=newton"])
+def test_what_landmarks_by_content_have_not_is_refused(option, run_tool):
+    for more in ((), ("--variant=SOFTPlusPlus", "--landmarks=content")):
+        status, _, errors = run_tool("analysis_tools/attention_scale.py", option, *more)
+        message = f"{option.split('=')[0]} is of released landmarks: add --landmarks released"
+        assert (status, message in errors) == (2, True), errors
+
+
 def test_one_scale_with_newton_and_with_batch_statistics():
     check(SOFTPlusPlus, "tiny", 49, solver="newton", sizes=QUICK_SIZES)
     check(SOFTPlusPlus, "tiny", 49, train=True, sizes=QUICK_SIZES)

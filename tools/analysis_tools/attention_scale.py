@@ -1,10 +1,13 @@
 """Scale of the attention term at initialization, compared with the convolution of the values.
 
-    python tools/analysis_tools/attention_scale.py --arch tiny --max-landmarks 256
+    python tools/analysis_tools/attention_scale.py --arch tiny
+    python tools/analysis_tools/attention_scale.py --landmarks released --max-landmarks 256
 
 Prints, for every softmax-free block and image size, the standard deviation of both terms and their
-ratio. All sizes show the same smooth random image. With `--attn-init balanced` the ratio should be
-of order 1 and the same at every size; `released` is the authors' initialization.
+ratio. All sizes show the same smooth random image. Landmarks by content, SOFT++'s default, keep the
+term's size at every size of the image. Of released landmarks, which are SOFT's, `--attn-init`
+decides about it: with `balanced`, the default, the ratio should be of order 1 and the same at every
+size, `released` is the authors' initialization; `--solver` is their inverse (default: direct).
 """
 
 import argparse
@@ -66,15 +69,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=("SOFT", "SOFTPlusPlus"), default="SOFTPlusPlus")
     parser.add_argument("--arch", default="tiny")
-    parser.add_argument("--solver", choices=("newton", "direct"), default="direct")
+    parser.add_argument("--solver", choices=("newton", "direct"))
     parser.add_argument("--landmarks", choices=("content", "released"))
     parser.add_argument(
         "--max-landmarks", type=lambda text: None if text == "none" else int(text), default=49
     )
-    parser.add_argument("--attn-init", choices=("balanced", "released"), default="balanced")
+    parser.add_argument("--attn-init", choices=("balanced", "released"))
     parser.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
     args = vars(parser.parse_args())
     variant = {"SOFT": SOFT, "SOFTPlusPlus": SOFTPlusPlus}[args.pop("variant")]
+    for name, default in (("solver", "direct"), ("attn_init", "balanced")):
+        if args[name] is None:
+            args[name] = default
+        elif (args["landmarks"] or ("content" if variant.normalize else "")) == "content":
+            parser.error(
+                f"--{name.replace('_', '-')} is of released landmarks: add --landmarks released"
+            )
     sizes = (*SIZES, LARGE)
     columns = scales_by_size(variant, sizes, **args)
     print("attention / values' convolution = ratio")
