@@ -5,6 +5,7 @@ any kind of colour vision can tell apart. matplotlib is imported when a figure i
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def save_figure(figure: Any, path: str | os.PathLike, colours: int | None = None) -> Path:
+def save_figure(
+    figure: Any,
+    path: str | os.PathLike,
+    colours: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Write a figure, whole or not at all; the format is the suffix's, e.g. ``.png``, ``.svg``.
 
     A PNG has ``DPI`` pixels per inch of the figure, and with ``colours`` no more than so many
-    colours: a drawing of lines takes half the bytes with 64.
+    colours: a drawing of lines takes half the bytes with 64. Such a PNG has ``metadata`` as text.
 
     Raises:
         ValueError: the suffix is not that of a known format.
@@ -53,10 +59,13 @@ def save_figure(figure: Any, path: str | os.PathLike, colours: int | None = None
         options = dict(pil_kwargs=dict(quality=60)) if kind in ("jpg", "jpeg") else {}
         figure.savefig(partial, format=kind, dpi=DPI, **options)
         if kind == "png" and colours is not None:
-            from PIL import Image
+            from PIL import Image, PngImagePlugin
 
+            notes = PngImagePlugin.PngInfo()
+            for name, text in (metadata or {}).items():
+                notes.add_text(name, text)
             picture = Image.open(partial).convert("RGB").quantize(colours)
-            picture.save(partial, format="png", optimize=True)
+            picture.save(partial, format="png", optimize=True, pnginfo=notes)
     return path
 
 

@@ -11,6 +11,9 @@ from loading import load_tool
 from lra_data import write_listops
 from mmengine.config import Config
 
+from mmsoft.builder import build_model
+from mmsoft.rows import digest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,21 +22,34 @@ def tool():
     return load_tool("dev/lra.py")
 
 
-def test_the_page_is_current(tool):
-    assert tool.PAGE.read_text() == tool.render(tool.read(tool.ROWS)), "run lra.py table"
-    assert tool.FIGURE.exists() == bool(tool.read(tool.ROWS))
+def test_the_page_and_its_figure_are_current(tool):
+    assert tool.stale(tool.read(tool.ROWS), tool.read_baselines(tool.BASELINES)) == []
 
 
 def test_every_row_is_of_a_config_as_it_is(tool):
-    for row in tool.read(tool.ROWS):
+    """A row of an older one would stand beside the others as if it were of the same."""
+    pytest.importorskip("mmpretrain.models", exc_type=(ImportError, RuntimeError))
+    rows = tool.read(tool.ROWS)
+    assert rows
+    for row in rows:
         config = Config.fromfile(ROOT / "configs" / row["config"], import_custom_modules=False)
-        assert row["scheduled_iterations"] == config.train_cfg.max_iters, row["config"]
+        config.merge_from_dict(tool.options(tool.ATTENTIONS[row["attention"]][1]))
+        label = f"{row['config']}, {row['attention']}"
+        assert row["digest"] == digest(config), label
+        assert row["scheduled_iterations"] == config.train_cfg.max_iters, label
+        try:
+            model = build_model(config)
+        except ImportError:  # a peer's package is not installed
+            continue
+        assert row["parameters"] == sum(p.numel() for p in model.parameters()), label
 
 
 def row(attention="soft++", seed=0, task="listops", iterations=5000, accuracy=37.0, **changes):
     return dict(
         config=f"lra/softpp_{task}.py",
+        digest="0123456789ab",
         attention=attention,
+        data=None,
         seed=seed,
         commit="0123456789ab",
         iterations=iterations,
@@ -47,9 +63,8 @@ def row(attention="soft++", seed=0, task="listops", iterations=5000, accuracy=37
         threads=1,
         device="a processor",
         versions=dict(torch="2.13.0"),
-        loss=[[50, 2.3], [100, 2.2]],
         validation=[[100, 30.0]],
-        **changes,
+        **(dict(loss=[[50, 2.3], [100, 2.2]]) | changes),
     )
 
 
@@ -65,7 +80,7 @@ def lines(page, task):
 def test_seeds_share_a_line_and_attentions_keep_their_order(tool):
     rows = [row("softmax", accuracy=38.0), row(seed=1, accuracy=36.0), row(accuracy=37.0)]
     rows += [row(iterations=100), row("none", task="pathfinder32", accuracy=50.0)]
-    page = tool.render(rows)
+    page = tool.render(rows, {})
     assert [line[0] for line in lines(page, "ListOps")] == ["SOFT++", "SOFT++", "softmax"]
     found = lines(page, "ListOps")
     assert ["SOFT++", "200", "0, 1", "5000", "36.50 (36.00-37.00)", "-", "900"] in found
@@ -75,16 +90,59 @@ def test_seeds_share_a_line_and_attentions_keep_their_order(tool):
     assert "standard attention" in page
 
 
+def test_baselines_and_rows_near_them(tool, tmp_path):
+    """What expressions of the small data say by hand, and a row no better than one class."""
+    write_listops(tmp_path / "data")
+    # Below MAX there are 0 to 7, below MED 4. Class 7 comes twice more, in the test MED 5 too.
+    test = tmp_path / "data/basic_test.tsv"
+    test.write_text(test.read_text() + "( ( [MAX 7 ) ] )\t7\n" * 2 + "( ( [MED 5 ) ] )\t5\n")
+    train = tmp_path / "data/basic_train.tsv"
+    train.write_text(train.read_text() + "( ( [MAX 7 ) ] )\t7\n" * 2)
+    (tmp_path / "data/parameters.json").write_text('{"seed": 3}')
+    path = tool.baselines("listops-1000", tmp_path / "data", tmp_path / "rows")
+    assert path == tmp_path / "rows/listops-1000.json"
+    found = tool.read_baselines(tmp_path / "rows")
+    one = found["listops-1000"]
+    assert one["data"] == {"seed": 3}
+    assert one["test_size"] == 12
+    assert one["most_frequent"] == dict(answer=7, accuracy=25)
+    assert one["root_operator"] == dict(answers=dict(MAX=7, MED=4), accuracy=pytest.approx(100 / 3))
+    rows = [
+        row(task="listops-1000", accuracy=27.0),
+        row("none", task="listops-1000", accuracy=27.1),
+    ]
+    page = tool.render(rows, found)
+    assert [line[:1] + line[4:5] for line in lines(page, "ListOps, 500 to 1000 tokens")] == [
+        ["SOFT++", "27.00, not past one class for all"],
+        ["none", "27.10"],
+        ["one class for all", "25.00"],
+        ["the root operator alone", "33.33"],
+    ]
+    # sqrt(1/3 * 2/3 / 12) is 13.6 %
+    assert "by the root operator MAX 7, MED 4. The standard error" in page
+    assert "test's 12 expressions is 13.6 points" in page
+    assert "test's 12" in tool.render([], found)
+
+
 def test_published_means(tool):
     """As quoted: 58.77 and 58.95 (Nystromformer's), 59.39 (Skyformer)."""
-    means = [line[-1] for line in lines(tool.render([]), "What others publish")]
+    means = [line[-1] for line in lines(tool.render([], {}), "What others publish")]
     assert means == ["58.77", "58.95", "57.37", "58.56", "58.93", "59.39"]
 
 
-def test_the_figure(tool, tmp_path):
+def test_the_figure(tool, tmp_path, monkeypatch):
     rows = [row(), row(seed=1), row("softmax"), row("none", task="pathfinder32")]
     tool.draw(rows, tmp_path / "learning.png")
     assert cv2.imread(str(tmp_path / "learning.png")).std() > 10
+    for name, content in (("FIGURE", None), ("PAGE", tool.render(rows, {}))):
+        path = tmp_path / ("learning.png" if content is None else "page.md")
+        monkeypatch.setattr(tool, name, path)
+        if content:
+            path.write_text(content)
+    assert tool.stale(rows, {}) == []
+    other = [*rows[:3], row("none", task="pathfinder32", loss=[[50, 2.4]])]
+    assert tool.stale(other, {}) == [tmp_path / "learning.png"]  # what the page does not show
+    assert tool.stale(rows[:3], {}) == [tmp_path / "page.md", tmp_path / "learning.png"]
     with pytest.raises(ValueError, match="no runs"):
         tool.draw([], tmp_path / "none.png")
 
@@ -95,10 +153,12 @@ def test_the_figure(tool, tmp_path):
         (dict(attention="flash"), "attention flash is unknown"),
         (dict(config="lra/softpp_sudoku.py"), "config softpp_sudoku.py is of no known task"),
         (dict(loss=None), "it lacks loss"),
+        (dict(digest=None), "it lacks digest"),
     ],
 )
 def test_other_files_are_refused(tool, tmp_path, change, message):
-    content = {k: v for k, v in {**row(), **change}.items() if v is not None or k != "loss"}
+    lacking = [key for key, value in change.items() if value is None]
+    content = {k: v for k, v in {**row(), **change}.items() if k not in lacking}
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"a\.json is not a row of lra\.py: {message}"):
         tool.read(tmp_path)
@@ -106,18 +166,15 @@ def test_other_files_are_refused(tool, tmp_path, change, message):
 
 def test_every_attention_changes_the_config(tool):
     """The changes name options that the backbone has."""
-    from mmsoft.builder import build_model
-
     pytest.importorskip("mmpretrain.models", exc_type=(ImportError, RuntimeError))
     seen = set()
-    for name, (_, changes) in tool.ATTENTIONS.items():
+    for _, changes in tool.ATTENTIONS.values():
         config = Config.fromfile(ROOT / "configs/lra/softpp_listops-1000.py")
         config.merge_from_dict(tool.options(changes))
         try:
             seen.add(repr(build_model(config, "backbone")))
         except ImportError as error:
             pytest.skip(str(error))
-        assert name in tool.ATTENTIONS
     assert len(seen) == len(tool.ATTENTIONS)
 
 
@@ -132,6 +189,7 @@ def test_a_schedule_shorter_than_its_warm_up_is_refused_before_any_work(tool, tm
 @pytest.mark.parametrize("attention", ["soft++", "content", "none"])
 def test_a_run_writes_its_row(tool, tmp_path, attention):
     write_listops(tmp_path / "data/listops")
+    (tmp_path / "data/listops/parameters.json").write_text('{"seed": 7}')
     command = [sys.executable, ROOT / "tools/dev/lra.py", "run"]
     command += [ROOT / "configs/lra/softpp_listops.py", "--attention", attention, "--iters", "1002"]
     command += ["--work-dir", "work", "--out", "rows", "--untimed", "--seed", "3"]
@@ -143,6 +201,7 @@ def test_a_run_writes_its_row(tool, tmp_path, attention):
     assert {50, 1000} <= {step for step, _ in found["loss"]}
     assert found["validation"][0][0] == 1000
     assert found["seconds_per_iteration"] is None
+    assert found["data"] == {"seed": 7}
     assert 0 <= found["metrics"]["accuracy/top1"] <= 100
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "work exists; name a new folder" in again.stderr

@@ -2,19 +2,24 @@ r"""Train and test a config of the Long Range Arena, and make docs/lra.md from a
 
     python tools/dev/lra.py run configs/lra/softpp_listops.py --attention softmax \
         --seed 0 --work-dir work_dirs/softmax_listops_seed0
+    python tools/dev/lra.py baselines listops data/listops
     python tools/dev/lra.py table
 
 `run` calls `mim train` and `mim test` in the current folder, whose `data/` has the data, and writes
 the row to `docs/lra/TASK_ATTENTION_seedN.json` when both have ended. `soft++` is the config as it
-is, `soft` without the normalization, `content` with landmarks by content. With `--iters` the
-schedule is that much longer or shorter, warm-up excepted, and the name says so. With `--untimed`,
-for a machine that other work shares, the row has no times. `table --check` only compares.
+is, `soft` without the normalization, `content` with landmarks by content, `-conv` with the
+convolution of values. With `--iters` the schedule is that much longer or shorter, warm-up excepted,
+and the name says so. With `--untimed`, for a machine that other work shares, the row has no times.
+`baselines` writes to `docs/lra/baselines/TASK.json` what is right without reading an expression of
+ListOps, or its first operator alone. `table --check` only compares.
 """
 
 import argparse
+import hashlib
+import json
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -34,8 +39,10 @@ from mmsoft.rows import (
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "lra"
+BASELINES = ROWS / "baselines"  # a file for each task
 PAGE = ROOT / "docs" / "lra.md"
 FIGURE = ROOT / "docs" / "lra" / "learning.png"
+NOTE = "Rows"  # in the figure's file: the digest of what it shows
 TASKS = {  # by config, in the order of the page
     "listops": "ListOps",
     "listops-1000": "ListOps, 500 to 1000 tokens",
@@ -45,21 +52,39 @@ TASKS = {  # by config, in the order of the page
     "pathfinder32": "Pathfinder",
 }
 BACKBONE = "model.backbone."
+CONVOLVED = f"{BACKBONE}value_kernel=33"  # of MRA attention's comparison
 ATTENTIONS = {  # label, changes of the config
     "soft++": ("SOFT++", []),
+    "soft++-conv": ("SOFT++, convolution of values (33)", [CONVOLVED]),
     "soft": ("SOFT", [f"{BACKBONE}type=mmsoft.SequenceSOFT"]),
+    "soft-conv": (
+        "SOFT, convolution of values (33)",
+        [f"{BACKBONE}type=mmsoft.SequenceSOFT", CONVOLVED],
+    ),
     "content": (
         "SOFT++, landmarks by content",
         [f"{BACKBONE}landmarks=content", f"{BACKBONE}landmark_stride=8"],
     ),
     "softmax": ("softmax", [f"{BACKBONE}attention=softmax"]),
+    "softmax-conv": (
+        "softmax, convolution of values (33)",
+        [f"{BACKBONE}attention=softmax", CONVOLVED],
+    ),
     "gaussian": ("exact Gaussian kernel", [f"{BACKBONE}attention=gaussian"]),
-    "nystromformer": ("Nyströmformer", [f"{BACKBONE}attention=nystromformer"]),
+    "nystromformer": (
+        "Nyströmformer, no convolution",
+        [f"{BACKBONE}attention=nystromformer"],
+    ),
+    "nystromformer-conv": (
+        "Nyströmformer, convolution of values (35)",
+        [f"{BACKBONE}attention=nystromformer", f"{BACKBONE}value_kernel=35"],
+    ),
     "linformer": ("Linformer", [f"{BACKBONE}attention=linformer"]),
     "performer": ("Performer", [f"{BACKBONE}attention=performer"]),
     "none": ("none", [f"{BACKBONE}attention=none"]),
 }
 METRIC = "accuracy/top1"
+NEAR = 2  # points above the most frequent class, within which nothing has been learned
 PACKAGES = (
     *("python", "torch", "mmsoft", "mmengine", "mmpretrain"),
     *("linformer", "performer-pytorch", "nystrom-attention"),
@@ -107,6 +132,7 @@ def run(
     changes = ATTENTIONS[attention][1]
     config = Config.fromfile(path, import_custom_modules=False)
     config.merge_from_dict(options(changes))
+    data = parameters_of(Path(config.train_dataloader.dataset.data_root))
     return measure_row(
         config,
         f"{task_of_config(path.name)}_{attention}",
@@ -118,8 +144,54 @@ def run(
         timed=timed,
         changes=changes,
         packages=PACKAGES,
-        extra=lambda scalars: dict(attention=attention, **curves(scalars)),
+        extra=lambda scalars: dict(attention=attention, data=data, **curves(scalars)),
     )
+
+
+def parameters_of(folder: Path) -> Row | None:
+    """What the data of a folder were generated with; ``None`` for data as distributed."""
+    stamp = folder / "parameters.json"
+    return json.loads(stamp.read_text()) if stamp.is_file() else None
+
+
+def baselines(task: str, folder: Path, out: Path) -> Path:
+    """Write the accuracies on ListOps of one answer for all, and of one for each root operator.
+
+    Answers are those most frequent in the training split.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder does not have the task's data.
+    """
+    from mmsoft.datasets import ListOps
+    from mmsoft.datasets.long_range_arena import LISTOPS_TOKENS
+
+    config = Config.fromfile(
+        ROOT / f"configs/lra/softpp_{task}.py", import_custom_modules=False
+    ).train_dataloader.dataset
+    counts: dict[str, dict[str, Counter]] = {}
+    for split in ("train", "test"):
+        counts[split] = defaultdict(Counter)
+        data = ListOps(str(folder), split, config.get("max_length"))
+        for number in range(len(data)):
+            sample = data.get_data_info(number)
+            root = LISTOPS_TOKENS[sample["tokens"][0] - 1].lstrip("[")
+            for key in ("", root):
+                counts[split][key][sample["gt_label"]] += 1
+    answers = {key: count.most_common(1)[0][0] for key, count in sorted(counts["train"].items())}
+    size = counts["test"][""].total()
+    right = {key: counts["test"][key][answer] for key, answer in answers.items()}
+    answer = answers.pop("")
+    found = dict(
+        task=task,
+        data=parameters_of(folder),
+        test_size=size,
+        most_frequent=dict(answer=answer, accuracy=100 * right.pop("") / size),
+        root_operator=dict(answers=answers, accuracy=100 * sum(right.values()) / size),
+    )
+    target = out / f"{task}.json"
+    with write_whole(target) as partial:
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+    return target
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -135,12 +207,21 @@ mean, with the lowest and the highest in parentheses; a seed sets the initial we
 of the sequences. Seconds per iteration are the median over the log, loading included; "-" where
 other work shared the machine. Peak memory is the resident memory of the training process, Python
 and the data included.
+
+Two lines on ListOps need no model: one class for all, and one for each root operator, which is the
+first token, in both cases those most frequent in training. A row that is no higher than the second
+has learned to read that token and no more.
+"""
+BASELINE = """
+For all {answer}; by the root operator {answers}. The standard error of an accuracy over the
+test's {size} expressions is {error:.1f} points there.
 """
 EMPTY = "\nNothing has been measured yet.\n"
 PUBLISHED_HEAD = """
 ## What others publish
 
-Quoted from their papers; protocols differ from each other and from ours.
+Quoted from their papers; protocols differ from each other and from ours. On ListOps they are near
+what the root operator alone gives.
 
 """
 
@@ -170,7 +251,19 @@ def read(folder: Path) -> list[Row]:
     Raises:
         ValueError: naming the file that is not one.
     """
-    return read_rows(folder, "lra.py", check, (*FIELDS, "attention", "loss", "validation"))
+    fields = (*FIELDS, "digest", "data", "attention", "loss", "validation")
+    return read_rows(folder, "lra.py", check, fields)
+
+
+def read_baselines(folder: Path) -> dict[str, Row]:
+    """What :func:`baselines` wrote, by task.
+
+    Raises:
+        ValueError: naming the file that is not of it.
+    """
+    fields = ("task", "test_size", "most_frequent", "root_operator")
+    found = read_rows(folder, "lra.py", lambda row: task_of_config(row["task"]), fields)
+    return {row["task"]: row for row in found}
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -182,7 +275,16 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     return found
 
 
-def table(rows: Sequence[Row]) -> str:
+def accuracy(group: Sequence[Row], baseline: Row | None) -> str:
+    """Of seeds that differ by nothing else; it says where it is that of a constant answer."""
+    values = [row["metrics"][METRIC] for row in group]
+    text = spread(values, 2)
+    if baseline and sum(values) / len(values) <= baseline["most_frequent"]["accuracy"] + NEAR:
+        text += ", not past one class for all"
+    return text
+
+
+def table(rows: Sequence[Row], baseline: Row | None = None) -> str:
     """A Markdown table of one task."""
     body = [
         [
@@ -190,16 +292,34 @@ def table(rows: Sequence[Row]) -> str:
             f"{group[0]['parameters'] / 1e3:.0f}",
             ", ".join(str(row["seed"]) for row in group),
             str(iterations),
-            spread([row["metrics"][METRIC] for row in group], 2),
+            accuracy(group, baseline),
             seconds([row["seconds_per_iteration"] for row in group]),
             f"{max(row['peak_bytes'] for row in group) / 1e6:.0f}",
         ]
         for (attention, iterations), group in groups(rows).items()
     ]
+    if baseline:
+        for name, key in (
+            ("one class for all", "most_frequent"),
+            ("the root operator alone", "root_operator"),
+        ):
+            body.append([name, "-", "-", "-", f"{baseline[key]['accuracy']:.2f}", "-", "-"])
     header = ["attention", "params (k)", "seeds", "iterations", "accuracy (%)", "s/iteration"]
     header += ["peak memory (MB)"]
     align = ["left"] + ["right"] * (len(header) - 1)
     return tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
+
+
+def about(baseline: Row) -> str:
+    """What the baselines of a task are."""
+    root, size = baseline["root_operator"], baseline["test_size"]
+    share = root["accuracy"] / 100
+    return BASELINE.format(
+        answer=baseline["most_frequent"]["answer"],
+        answers=", ".join(f"{name} {answer}" for name, answer in root["answers"].items()),
+        size=size,
+        error=100 * (share * (1 - share) / size) ** 0.5,
+    )
 
 
 def published() -> str:
@@ -220,26 +340,29 @@ def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {task: [] for task in TASKS}
     for row in rows:
         found[task_of_config(Path(row["config"]).name)].append(row)
-    return {task: own for task, own in found.items() if own}
+    return found
 
 
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[Row], baselines: Mapping[str, Row]) -> str:
     """The page."""
     text = HEAD + (conditions(rows) if rows else EMPTY)
     for task, own in by_task(rows).items():
-        length = own[0]["scheduled_iterations"]
-        text += f"\n## {TASKS[task]}\n\nThe published schedule has {length} iterations.\n\n"
-        text += table(own)
+        baseline = baselines.get(task)
+        if not own and not baseline:
+            continue
+        text += f"\n## {TASKS[task]}\n\n"
+        if own:
+            length = own[0]["scheduled_iterations"]
+            text += f"The published schedule has {length} iterations.\n\n"
+        text += table(own, baseline) + (about(baseline) if baseline else "")
     if rows:
         text += f"\n## Learning\n\n![Loss and accuracy](lra/{FIGURE.name})\n"
     return text + PUBLISHED_HEAD + published()
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """The figure of all runs."""
-    from mmsoft.visualization import draw_learning, save_figure
-
-    runs = {
+def learning(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, list]]]:
+    """What the figure shows: task -> label -> curves of the seeds."""
+    return {
         TASKS[task]: {
             f"{ATTENTIONS[attention][0]}, {iterations} iterations": dict(
                 loss=[row["loss"] for row in group],
@@ -248,8 +371,38 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             for (attention, iterations), group in groups(own).items()
         }
         for task, own in by_task(rows).items()
+        if own
     }
-    save_figure(draw_learning(runs), path, colours=64)
+
+
+def digest_of_figure(rows: Sequence[Row]) -> str:
+    """Of all that the figure shows; the file has it too, so that an old one is found."""
+    return hashlib.sha256(json.dumps(learning(rows)).encode()).hexdigest()[:12]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The figure of all runs."""
+    from mmsoft.visualization import draw_learning, save_figure
+
+    note = {NOTE: digest_of_figure(rows)}
+    save_figure(draw_learning(learning(rows)), path, colours=64, metadata=note)
+
+
+def stale(rows: Sequence[Row], baselines: Mapping[str, Row]) -> list[Path]:
+    """Which of the page and its figure are not of these rows."""
+    from PIL import Image
+
+    found = []
+    if not PAGE.exists() or PAGE.read_text() != render(rows, baselines):
+        found.append(PAGE)
+    if rows:
+        noted = None
+        if FIGURE.exists():
+            with Image.open(FIGURE) as figure:
+                noted = figure.info.get(NOTE)
+        if noted != digest_of_figure(rows):
+            found.append(FIGURE)
+    return found
 
 
 def main() -> None:
@@ -266,6 +419,9 @@ def main() -> None:
     one.add_argument("--iters", type=int, help="instead of the config's (the row's name says so)")
     one.add_argument("--untimed", action="store_true", help="other work shares the machine")
     one.add_argument("--out", type=Path, default=ROWS, help="folder of the rows")
+    base = commands.add_parser("baselines", help="what is right without reading an expression")
+    base.add_argument("task", choices=[task for task in TASKS if task.startswith("listops")])
+    base.add_argument("data", type=Path, help="folder of the task's data")
     page = commands.add_parser("table", help="write docs/lra.md and its figure")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     args = parser.parse_args()
@@ -276,17 +432,20 @@ def main() -> None:
             row = (args.seed, args.work_dir, args.iters, args.out, not args.untimed)
             print(run(args.config, args.attention, *row))
             return
-        rows = read(ROWS)
+        if args.command == "baselines":
+            print(baselines(args.task, args.data, BASELINES))
+            return
+        rows, found = read(ROWS), read_baselines(BASELINES)
+        if args.check:
+            if old := stale(rows, found):
+                names = ", ".join(str(path.relative_to(ROOT)) for path in old)
+                sys.exit(f"stale: {names}; run python tools/dev/lra.py table")
+            print("current")
+            return
     except (CommandError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    text = render(rows)
-    if args.check:
-        if not PAGE.exists() or PAGE.read_text() != text:
-            sys.exit("stale: docs/lra.md; run python tools/dev/lra.py table")
-        print("current")
-        return
     with write_whole(PAGE) as partial:
-        partial.write_text(text)
+        partial.write_text(render(rows, found))
     if rows:
         draw(rows, FIGURE)
     print(f"wrote {PAGE}")
