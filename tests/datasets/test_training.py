@@ -9,6 +9,7 @@ from lra_data import WRITERS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
+from torch import nn
 
 from mmsoft.builder import build_model
 from mmsoft.datasets.long_range_arena import SequenceDataset
@@ -50,6 +51,11 @@ def test_config_has_the_published_model_and_schedule(path):
     assert backbone.arch_settings == settings
     attention = backbone.blocks[0].attn
     assert -(-backbone.max_length // attention.landmark_stride) in (63, 64)
+    assert attention.value_conv is None
+    assert attention.drop.p == backbone.pos_drop.p == 0.1
+    hidden, last = (module for module in model.head.modules() if isinstance(module, nn.Linear))
+    assert hidden.in_features == (256 if task(path) == "retrieval" else 64)
+    assert hidden.out_features == last.in_features == 128
     data_set = DATASETS.get(config.train_dataloader.dataset.type)
     assert issubclass(data_set, SequenceDataset)
     longest = config.train_dataloader.dataset.get("max_length") or data_set.length
@@ -58,6 +64,8 @@ def test_config_has_the_published_model_and_schedule(path):
     # no decay; who asks for it gets it for what is not exempt
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0}
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-4}
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
     config.optim_wrapper.optimizer.weight_decay = 0.1
     groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -134,15 +142,21 @@ def test_every_attention_trains_and_tests(train, attention):
 def test_a_resumed_run_goes_on_where_it_stopped(train, tmp_path):
     pytest.importorskip("mmpretrain")
     (path,) = (path for path in CONFIGS if task(path) == "listops")
-    (whole,), _ = train([path], "randomness.seed=0", folder="whole")
+    changes = ("randomness.seed=0", "model.backbone.drop_rate=0")  # dropout draws anew
+    (whole,), _ = train([path], *changes, folder="whole")
     saved = tmp_path / "whole/0/iter_2.pth"
-    changes = ("randomness.seed=0", "resume=True", f"load_from={saved}")
-    (resumed,), _ = train([path], *changes, folder="resumed")
+    (resumed,), _ = train([path], *changes, "resume=True", f"load_from={saved}", folder="resumed")
     assert len(whole["losses"]) == 3
-    assert len(resumed["losses"]) == 1
+    assert resumed["losses"] == whole["losses"][2:]
     last = [tmp_path / name / "0/iter_3.pth" for name in ("whole", "resumed")]
-    hubs = [torch.load(path, weights_only=True)["message_hub"] for path in last]
-    assert [hub["runtime_info"]["iter"] for hub in hubs] == [2, 2]
+    one, other = (torch.load(path, weights_only=True) for path in last)
+    assert one["message_hub"]["runtime_info"]["iter"] == 2
+    assert other["message_hub"]["runtime_info"]["iter"] == 2
+    torch.testing.assert_close(other["state_dict"], one["state_dict"], rtol=0, atol=0)
+    states = [saved["optimizer"].pop("state") for saved in (one, other)]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+    assert other["optimizer"] == one["optimizer"]  # groups with their rates
+    assert other["param_schedulers"] == one["param_schedulers"]
 
 
 def test_a_missing_folder_is_named(train, tmp_path):

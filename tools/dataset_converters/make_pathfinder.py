@@ -141,9 +141,8 @@ def distractors(rng: np.random.Generator, field: Fields) -> tuple[np.ndarray, np
             # Somewhere where a dash in this direction has room.
             starts = rng.uniform(PADDING, SIDE - PADDING, (len(rows), PLACES, 2))
             candidates = dash(starts, angle[:, None])
-            whole = own.free(candidates, every)
-            last = candidates[every, whole.argmax(1)]
-            whole = whole.any(1)
+            fits = own.free(candidates, every)
+            whole, last = fits.any(1), candidates[every, fits.argmax(1)]
             found[rows, number, 0] = last
             for k in range(1, DISTRACTOR):
                 new, angle, room = extend(rng, own, every, last, angle)
