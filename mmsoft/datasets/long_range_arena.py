@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
@@ -93,7 +94,8 @@ class ListOps(SequenceDataset):
     """Nested lists of operations on digits; the class is the value.
 
     ``basic_{train,val,test}.tsv``, from ``tools/dataset_converters/make_listops.py`` or as
-    distributed: columns ``Source``, ``Target``. Round parentheses do not count.
+    distributed: columns ``Source``, ``Target``. Round parentheses do not count. An expression of
+    more than ``max_length`` tokens, which would lose its end and so its value, is an error.
     """
 
     METAINFO: ClassVar[dict] = dict(classes=tuple(map(str, range(10))))
@@ -121,6 +123,12 @@ class ListOps(SequenceDataset):
                     raise ValueError(
                         f"{path}, line {number}: not an expression of {' '.join(LISTOPS_TOKENS)}, "
                         "a tab and a digit"
+                    )
+                if len(tokens) > self.max_length:
+                    raise ValueError(
+                        f"{path}, line {number}: {len(tokens)} tokens, more than max_length "
+                        f"{self.max_length}; use the config of such lengths (softpp_listops.py: "
+                        "2000), or name a folder of shorter expressions as data_root"
                     )
                 samples.append(dict(tokens=tokens, gt_label=int(target)))
         return samples
@@ -207,7 +215,7 @@ class GreyCIFAR10(SequenceDataset):
     """CIFAR-10 in grey, pixel by pixel, row by row.
 
     The binary version as distributed, ``data_batch_{1..5}.bin`` and ``test_batch.bin``. The last
-    of the batches is for validation.
+    tenth of the five batches is for validation.
     """
 
     METAINFO: ClassVar[dict] = dict(classes=CIFAR10)
@@ -215,8 +223,9 @@ class GreyCIFAR10(SequenceDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Read the batches of the split."""
-        numbers = dict(train=(1, 2, 3, 4), val=(5,), test=())[self.split]
-        names = [f"data_batch_{number}.bin" for number in numbers] or ["test_batch.bin"]
+        names = [f"data_batch_{number}.bin" for number in range(1, 6)]
+        if self.split == "test":
+            names = ["test_batch.bin"]
         samples = []
         for name in names:
             path = self.path(name)
@@ -233,7 +242,8 @@ class GreyCIFAR10(SequenceDataset):
                 dict(tokens=image, gt_label=int(label))
                 for image, label in zip(pixels, records[:, 0])
             ]
-        return samples
+        cut = len(samples) * 9 // 10
+        return dict(train=samples[:cut], val=samples[cut:], test=samples)[self.split]
 
 
 @DATASETS.register_module()
@@ -241,17 +251,22 @@ class Pathfinder32(SequenceDataset):
     """Two discs in a picture of dashes, pixel by pixel; the class is whether a path joins them.
 
     ``pathfinder32_{train,val,test}.npz`` from ``tools/dataset_converters/make_pathfinder.py``:
-    ``images``, uint8 ``[n, 32, 32]``, and ``labels``, ``[n]``.
+    ``images``, uint8 ``[n, 32, 32]``, and ``labels``, ``[n]``. Or the folder
+    ``curv_contour_length_14`` as distributed, with ``imgs`` and ``metadata``: 80, 10 and 10 % of
+    its pictures in the order of their numbers; those that are empty files are left out.
     """
 
     METAINFO: ClassVar[dict] = dict(classes=("apart", "joined"))
     files = (
         "pathfinder32_train.npz, pathfinder32_val.npz and pathfinder32_test.npz; "
-        "python tools/dataset_converters/make_pathfinder.py writes them"
+        "python tools/dataset_converters/make_pathfinder.py writes them; or metadata/*.npy and "
+        "imgs/ of curv_contour_length_14 as distributed"
     )
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Read the split's file; the pictures stay in one array."""
+        """Read the split's file, whose pictures stay in one array, or find single pictures."""
+        if (Path(self.data_root) / "metadata").is_dir():
+            return self._distributed()
         path = self.path(f"pathfinder32_{self.split}.npz")
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -268,8 +283,32 @@ class Pathfinder32(SequenceDataset):
         self.images = images.reshape(len(images), -1)
         return [dict(number=i, gt_label=int(label)) for i, label in enumerate(labels)]
 
+    def _distributed(self) -> list[dict[str, Any]]:
+        samples = []
+        # Text, whatever the suffix says.
+        files = (Path(self.data_root) / "metadata").glob("*.npy")
+        for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                fields = line.decode(errors="replace").split()
+                if len(fields) < 4 or fields[3] not in ("0", "1"):
+                    raise ValueError(
+                        f"{path}, line {number}: not a folder, a file, a number and a label (0 or "
+                        "1) with blanks between them"
+                    )
+                picture = self.path(f"{fields[0]}/{fields[1]}")
+                if picture.stat().st_size:
+                    samples.append(dict(file=str(picture), gt_label=int(fields[3])))
+        first, end = dict(train=(0, 8), val=(8, 9), test=(9, 10))[self.split]
+        return samples[len(samples) * first // 10 : len(samples) * end // 10]
+
     def tokens(self, sample: dict[str, Any]) -> np.ndarray:
         """The pixels of the picture."""
+        if "file" in sample:
+            data = np.fromfile(sample["file"], np.uint8)
+            image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+            if image is None or image.shape != (32, 32):
+                raise ValueError(f"{sample['file']} is not a picture of 32x32 pixels")
+            return image.flatten().astype(np.int16) + 1
         return self.images[sample["number"]].astype(np.int16) + 1
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -31,7 +32,10 @@ def test_listops(tmp_path):
     # digits are 1 to 10, MIN, MAX, MED, SM 11 to 14, the closing bracket 15
     assert data[3]["tokens"].tolist() == [12, 4, 14, 2, 10, 15, 15]
     assert data[8]["tokens"].tolist() == [13, 4, 5, 11, 8, 15, 15]
-    assert ListOps(tmp_path / "d", "test", max_length=2)[0]["tokens"].tolist() == [12, 1]
+    assert len(ListOps(tmp_path / "d", "test", max_length=7)) == 9
+    message = r"basic_test\.tsv, line 2: 7 tokens, more than max_length 6; use the config of such"
+    with pytest.raises(ValueError, match=message):
+        ListOps(tmp_path / "d", "test", max_length=6)
     assert len(ListOps(tmp_path / "d", "test", indices=4)) == 4
 
 
@@ -56,7 +60,10 @@ def test_aan(tmp_path):
 
 def test_cifar(tmp_path):
     train = GreyCIFAR10(write_cifar(tmp_path / "d"), "train")
-    assert [len(train), len(GreyCIFAR10(tmp_path / "d", "val"))] == [24, 6]
+    val = GreyCIFAR10(tmp_path / "d", "val")
+    assert [len(train), len(val)] == [27, 3]  # as published 45 000 and 5 000
+    last = np.fromfile(tmp_path / "d/data_batch_5.bin", np.uint8)[::3073][3:]
+    assert [val[i]["gt_label"] for i in range(3)] == last.tolist()
     record = np.fromfile(tmp_path / "d/data_batch_2.bin", np.uint8)[3073:6146]
     red, green, blue = record[1:].reshape(3, 1024).astype(float)
     sample = train[7]
@@ -71,6 +78,41 @@ def test_pathfinder(tmp_path):
     with np.load(tmp_path / "d/pathfinder32_val.npz") as file:
         assert (data[4]["tokens"] - 1).tolist() == file["images"][4].flatten().tolist()
         assert [data[i]["gt_label"] for i in range(6)] == file["labels"].tolist()
+
+
+def write_distributed(root, pictures=15):
+    """Text in files of metadata, 10 lines each, pictures, and an empty one."""
+    (root / "metadata").mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (pictures, 32, 32), np.uint8)
+    for number, image in enumerate(images):
+        batch = f"{9 + number // 10}"
+        (root / "imgs" / batch).mkdir(parents=True, exist_ok=True)
+        file = root / f"imgs/{batch}/sample_{number}.png"
+        cv2.imwrite(str(file), image)
+        with (root / f"metadata/{batch}.npy").open("a") as metadata:
+            metadata.write(f"imgs/{batch} {file.name} {number} {number % 2} 1.0 14 4 2 0.5 1 1\n")
+    (root / "imgs/9/sample_3.png").write_bytes(b"")
+    return np.delete(images, 3, 0), [n % 2 for n in range(pictures) if n != 3]
+
+
+def test_pathfinder_as_distributed(tmp_path):
+    root = tmp_path / "curv_contour_length_14"
+    images, labels = write_distributed(root)
+    splits = [Pathfinder32(root, split) for split in ("train", "val", "test")]
+    assert [len(split) for split in splits] == [11, 1, 2]
+    found = [split[i] for split in splits for i in range(len(split))]
+    assert [sample["gt_label"] for sample in found] == labels
+    for sample, image in zip(found, images):
+        assert (sample["tokens"] - 1).tolist() == image.flatten().tolist()
+    (root / "imgs/9/sample_1.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"sample_1\.png is not a picture of 32x32 pixels"):
+        splits[0][1]
+    (root / "imgs/9/sample_1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"sample_1\.png is missing: Pathfinder32 expects"):
+        Pathfinder32(root, "val")
+    np.save(root / "metadata/9.npy", np.array([Evil()], object))
+    with pytest.raises(ValueError, match=r"9\.npy, line 1: not a folder, a file, a number and a l"):
+        Pathfinder32(root, "val")
 
 
 @pytest.mark.parametrize("name", SETS)
