@@ -244,7 +244,9 @@ class PeerSequenceAttention(nn.Module):
     """A peer's layer from its own package, with its defaults, and our number of landmarks.
 
     Linformer's and Performer's have no mask: tokens that are padding enter as 0, which changes
-    nothing in Linformer, whose projections have no bias; Performer's normalization counts them.
+    nothing in Linformer, whose projections have no bias; Performer's normalization counts them, and
+    Nystromformer's landmarks are parts of all tokens, padding included. These two therefore get
+    sequences filled up to ``tokens``, as published, whatever the batch's longest one is.
     """
 
     def __init__(
@@ -265,10 +267,14 @@ class PeerSequenceAttention(nn.Module):
         elif value_kernel:
             raise ValueError(f"value_kernel must be 0: {name} has no convolution of values")
         self.name = name
+        self.fill_to = 0 if name == "linformer" else tokens
         self.layer = build_peer(name, embed_dims, num_heads, tokens, **options)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend: ``[B, N, C] -> [B, N, C]``."""
-        x = _zero_padding(x, mask)
-        return self.drop(self.layer(x, mask=mask))  # Linformer's ignores the mask
+        x, length = _zero_padding(x, mask), x.shape[1]
+        if (missing := self.fill_to - length) > 0:
+            mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+            x, mask = F.pad(x, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+        return self.drop(self.layer(x, mask=mask)[:, :length])  # Linformer's ignores the mask

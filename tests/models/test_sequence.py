@@ -48,10 +48,10 @@ def grads(model, x):
     return out.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, "linformer", "performer"])
 def test_padding_changes_nothing(name):
     """In float64, features and gradients are those of the sequences one by one, unpadded."""
-    model = backbone(**OURS[name]).double()
+    model = backbone(**OURS.get(name, dict(attention=name))).double()
     x = sequences()
     out, found = grads(model, x)
     alone = [grads(model, row[None, row > 0]) for row in x]
@@ -60,11 +60,25 @@ def test_padding_changes_nothing(name):
         torch.testing.assert_close(parameter, sum(parts), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["soft", "content", *PEERS])
+def test_how_wide_a_batch_is_changes_nothing_in_nystromformer():
+    """Its iteration begins with the largest sums of the batch: one by one would differ."""
+    model = backbone(attention="nystromformer").double()
+    x = sequences()
+    torch.testing.assert_close(grads(model, F.pad(x, (0, 7))), grads(model, x))
+
+
+LAYERS = OURS | dict(
+    wide=dict(value_kernel=33),  # of the published comparisons, wider than a patch
+    direct=dict(solver="direct"),
+    **{"SOFT, direct, wide": dict(kind=SequenceSOFT, solver="direct", value_kernel=33)},
+    **{name: dict(attention=name) for name in PEERS},
+)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_what_padding_holds_changes_no_bit(name):
     """Of a layer: tokens that are padding hold anything finite."""
-    options = OURS["content"] if name == "content" else dict(attention=name)
-    layer = backbone(**options).blocks[0].attn
+    layer = backbone(**LAYERS[name]).blocks[0].attn
     mask = sequences() > 0
     x = torch.randn(3, 40, 16)
     outs = []
