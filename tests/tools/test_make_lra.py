@@ -178,11 +178,18 @@ def test_dashes_keep_their_distances(drawn):
     for dashes in (both, short[there]):  # a margin from the border of 1
         assert dashes.min() >= 2
         assert dashes.max() <= 30
-    # Two margins and a thickness of half a pixel are 2.5; places are known to half a pixel.
+    # 1.5 or more; places are known to half a pixel.
     between = both[:, 0].reshape(len(both), -1, 1, 2) - both[:, 1].reshape(len(both), 1, -1, 2)
-    assert np.linalg.norm(between, axis=-1).min() > 2
+    assert np.linalg.norm(between, axis=-1).min() > 1
     between = both.reshape(len(both), 1, -1, 2) - short[:, 0].reshape(len(both), -1, 1, 2)
-    assert np.linalg.norm(between[there[:, 0]], axis=-1).min() > 2
+    assert np.linalg.norm(between[there[:, 0]], axis=-1).min() > 1
+
+
+def test_as_many_distractors_find_room_as_published(drawn):
+    """By the published rules 4.57 of 5, of 167 pictures drawn without this program."""
+    there = drawn[2]
+    assert len(there) > 50
+    assert there.sum(1).mean() == pytest.approx(4.57, abs=0.35)
 
 
 def test_turns_are_continuous(pathfinder, drawn):

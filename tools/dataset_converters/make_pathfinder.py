@@ -6,9 +6,9 @@ Each picture has two contours of 14 dashes and 5 distractors of 4. Two discs are
 contour (joined), or at the beginning of one and the end of the other (apart); one half is joined.
 Dashes are 2 pixels long, with a margin of 1 around them and inside of the border. From one to the
 next it goes straight on for a margin, turns, and on for another one; a turn by x has a probability
-that goes like cos(x)^2, and none leads to what is taken. Contours begin 7 pixels from each other,
-in the middle, and have three quarters of the distractors' brightness. A distractor without room is
-left out. 160000 pictures are for training, 20000 for validation, 20000 for the test.
+that goes like cos(x)^2, and none leads to where a dash is near. Contours begin 7 pixels from each
+other, in the middle, and have three quarters of the distractors' brightness. A distractor without
+room is left out. 160000 pictures are for training, 20000 for validation, 20000 for the test.
 
     OUT/pathfinder32_{train,val,test}.npz      images, uint8 [n, 32, 32], and labels, uint8 [n]
 
@@ -36,8 +36,9 @@ TRIALS, PLACES = 5, 200  # of a distractor; at random, for its first dash
 BATCH = 2048  # pictures at once
 TURNS = np.radians(np.arange(-81, 82, 18))  # a pixel apart at the distance of a dash and its margin
 CHANCE = np.cos(TURNS) ** 2
-# Around a dash nothing may come nearer than both margins and its thickness of half a pixel.
-REACH = 5  # of the fine grid
+# Around a dash nothing may come nearer than 1.5 pixels: the published masks, of both margins and
+# the thickness, are whole pixels that may be half covered, and leave as much in the median.
+REACH = 3  # of the fine grid
 STAMP = np.argwhere(np.hypot(*np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1]) <= REACH) - REACH
 ROOM = REACH + 1  # around the fine grid, for stamps
 WIDTH = FINE * SIDE + 2 * ROOM
