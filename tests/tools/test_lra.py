@@ -185,6 +185,19 @@ def test_a_schedule_shorter_than_its_warm_up_is_refused_before_any_work(tool, tm
     assert not any(tmp_path.iterdir())
 
 
+def test_a_row_says_which_data_it_used(tool, tmp_path, monkeypatch):
+    """Parameters of generated ones; nothing of those as distributed."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    monkeypatch.setattr(tool, "measure_row", lambda *_, extra, **__: found.append(extra([])))
+    for content in (None, {"seed": 7}):
+        if content:
+            write_listops(tmp_path / "data/listops")
+            (tmp_path / "data/listops/parameters.json").write_text(json.dumps(content))
+        tool.run(ROOT / "configs/lra/softpp_listops.py", "softmax", 0, Path("w"), None, Path("o"))
+    assert [row["data"] for row in found] == [None, {"seed": 7}]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("attention", ["soft++", "content", "none"])
 def test_a_run_writes_its_row(tool, tmp_path, attention):
