@@ -92,7 +92,7 @@ def test_one_that_refuses_is_passed_over_and_raises_if_asked_for(fake, refused):
     fake.refused[refused] = "heads must be few"
     assert same(both_passes(), expected)
     assert refused not in fake.ran
-    assert len(set(fake.ran)) == 2  # of forward, backward and Newton-Raphson
+    assert len(set(fake.ran)) == 3  # of both products and Newton-Raphson, forward and backward
     with use_backend("fake"), pytest.raises(RuntimeError, match=f"{refused} .* heads must be few"):
         both_passes()
     with use_backend("fake", "newton_raphson_pinv"):
@@ -172,7 +172,7 @@ def test_a_compiled_program_chooses_anew_at_each_call(fake, solver):
         with use_backend(name, *OPERATORS):
             for ours, truth in zip(both_passes(compiled), expected, strict=True):
                 torch.testing.assert_close(ours, truth)
-        assert len(set(fake.ran)) == (3 if name == "fake" else 0)
+        assert len(set(fake.ran)) == (4 if name == "fake" else 0)
     fake.refused["gaussian_kernel_product"] = "not today"
     with use_backend("fake"), pytest.raises(RuntimeError, match="not today"):
         both_passes(compiled)
@@ -212,6 +212,14 @@ def test_transforms_run_plain_torch_or_raise(fake):
         "gaussian_kernel_product": lambda: jvp(softmax_free_attention, tensors, tensors)[1],
         "tikhonov_solve": lambda: vmap(attend("direct"))(*tensors),
         "newton_raphson_pinv": lambda: vmap(attend())(*tensors),
+        **{
+            f"{name}_backward": lambda solver=solver: grad(
+                lambda landmarks: softmax_free_attention(
+                    *tensors[:2], landmarks, solver=solver
+                ).sum()
+            )(tensors[2])
+            for solver, name in (("newton", "newton_raphson_pinv"), ("direct", "tikhonov_solve"))
+        },
         "landmark_patches": lambda: jvp(patches, (q,), (q,))[1],
         "gaussian_kernel_product_backward": lambda: grad(
             lambda q: softmax_free_attention(q, *tensors[1:]).sum()

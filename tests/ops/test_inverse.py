@@ -151,3 +151,20 @@ def test_custom_operators_pass_opcheck():
     opcheck(torch.ops.mmsoft.newton_raphson_pinv.default, (a, None, None, 20))
     b = torch.randn(2, 2, 6, 3, requires_grad=True)
     opcheck(torch.ops.mmsoft.tikhonov_solve.default, (a, torch.full((2, 2, 1, 1), 0.05), b))
+    grad = torch.randn(2, 2, 6, 6, requires_grad=True)
+    opcheck(torch.ops.mmsoft.newton_raphson_pinv_backward.default, (a.mT, grad))
+    y = torch.randn(2, 2, 6, 3).transpose(0, 1).requires_grad_()
+    opcheck(torch.ops.mmsoft.tikhonov_solve_backward.default, (a, b, y))
+
+
+def test_backward_passes_are_operators_with_derivatives_of_their_own():
+    """Of any arguments, symmetric or not."""
+    a, grad = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64).requires_grad_()
+    x, y = torch.randn(2, 1, 2, 4, 3, dtype=torch.float64).requires_grad_()
+    newton = torch.ops.mmsoft.newton_raphson_pinv_backward
+    solve = torch.ops.mmsoft.tikhonov_solve_backward
+    torch.testing.assert_close(newton(a, grad), -a.mT @ grad @ a.mT)
+    torch.testing.assert_close(solve(a, x, y), -(y @ x.mT @ a.mT + a @ y @ x.mT))
+    assert torch.autograd.gradcheck(newton, (a, grad))
+    assert torch.autograd.gradgradcheck(newton, (a, grad))
+    assert torch.autograd.gradcheck(solve, (a, x, y))

@@ -4,9 +4,12 @@ On a CPU the interpreter runs them. It computes tf32x3 as float32, and products 
 the kernels have none, they convert what they load.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from metrics import error
+from operators import Calls
 
 from mmsoft.ops import (
     choose_landmarks,
@@ -18,8 +21,10 @@ from mmsoft.ops import (
     tikhonov_pinv_product,
     use_backend,
 )
+from mmsoft.ops.backends import OPERATIONS
 from mmsoft.ops.gaussian.operators import product_in_units
 from mmsoft.ops.inverse import guarded_newton_pinv
+from mmsoft.ops.inverse.operators import tikhonov_solve
 from mmsoft.ops.reference import gaussian_kernel as naive
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -348,6 +353,47 @@ def test_solve_and_its_gradients(m, spread, device):
     for ours, plain, exact, factor in zip(*both(run), truths, (2, 3, 3)):
         assert ours.stride() == plain.stride()
         within(ours, plain, exact, factor)
+
+
+@pytest.mark.parametrize(
+    ("m", "spread"),
+    [(1, 1.0), (7, 1.0), (49, 0.05), (64, 1.0), (100, 0.05),
+     *(pytest.param(m, spread, marks=pytest.mark.long)
+       for m, spread in ((49, 1.0), (64, 0.05), (100, 1.0), (128, 1.0), (128, 0.05)))],
+)  # fmt: skip
+def test_backward_passes_by_themselves(m, spread, device):
+    """Of samples and heads that lie the other way round in memory; one row for all of them."""
+    heads, samples = (2, 3) if m < 49 else (1, 1)
+    a = overlapping(m, spread, device, (heads, samples)).transpose(0, 1)
+    exact = a.double()
+    inverse = reference.newton_filter(exact, reference.step_size_softplusplus(exact)[0], 20).float()
+    full, row, y = (
+        normal(samples, heads, n, m, seed=n, device=device) for n in (m, 1, 33 if m > 64 else 5)
+    )
+    y = y.mT
+    operators = torch.ops.mmsoft
+    for name, *arguments in (
+        ("newton_raphson_pinv_backward", inverse.mT, full.mT),
+        ("newton_raphson_pinv_backward", inverse, row.expand(-1, -1, m, -1)),
+        ("tikhonov_solve_backward", a, inverse @ y, y),
+    ):
+        arguments = [t.detach() for t in arguments]
+        ours, plain = both(partial(getattr(operators, name), *arguments))
+        truth = OPERATIONS[name].implementations[-1].run(*(t.double() for t in arguments))
+        assert ours.stride() == plain.stride()
+        for one, other, true in zip(ours.flatten(0, 1), plain.flatten(0, 1), truth.flatten(0, 1)):
+            within(one, other, true, 2)
+
+
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_backward_passes_launch_kernels_alone(solver, device, monkeypatch):
+    """But for the products of matrices before the solve, which are no operation of ours."""
+    a = overlapping(9, 1.0, device).requires_grad_()
+    b = torch.ones(1, 1, 9, 4, device=device, requires_grad=True)
+    out = guarded_newton_pinv(a) if solver == "newton" else tikhonov_solve(a, b[..., :1, :1], b)
+    with Calls() as calls:
+        out.sum().backward()
+    assert not calls.names & {"bmm", "matmul", "mm", "baddbmm"}
 
 
 @pytest.mark.parametrize(("m", "samples", "steps"), [(9, 3, 2), (40, 3, 2), (65, 1, 1)])

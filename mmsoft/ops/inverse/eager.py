@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..island import no_autocast
+from ..island import matmul, no_autocast
 
 HALVINGS = 10
 GUARD = 1.01
@@ -57,6 +57,11 @@ def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) ->
     return next(islice(newton_iterates(a, alpha, cubic), steps, None))
 
 
+def newton_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """``-X^T G X^T``, the gradient of ``A`` where ``X`` is the inverse; differentiable."""
+    return -matmul(matmul(x.mT, grad), x.mT)
+
+
 def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     """``(A^2 + mu^2 I)^-1 b`` by a Cholesky factorization; NaN where it fails, as on NaN."""
     with no_autocast(a):
@@ -68,3 +73,11 @@ def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(factor, b, upper=False)
         solution = torch.linalg.solve_triangular(factor.mT, half, upper=True)
         return solution.masked_fill(failed, torch.nan).contiguous()
+
+
+def solve_backward(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``-(Y X^T A^T + A Y X^T)``, the gradient of ``A``; differentiable.
+
+    ``x`` and ``y`` solve for ``b`` and for the gradient of ``x``.
+    """
+    return -(matmul(y, matmul(a, x).mT) + matmul(matmul(a, y), x.mT))

@@ -27,10 +27,10 @@ def _refusal(a: Tensor, *others: Any) -> str | None:
     return refusal(*tensors)
 
 
-def _refusal_solve(a: Tensor, mu: Tensor, b: Tensor) -> str | None:
-    if b.shape[-1] > _CHANNELS:
+def _refusal_solve(a: Tensor, *others: Tensor) -> str | None:
+    if others[-1].shape[-1] > _CHANNELS:
         return f"there are more than {_CHANNELS} channels"
-    return _refusal(a, mu, b)
+    return _refusal(a, *others)
 
 
 NEWTON = Operation(
@@ -38,10 +38,20 @@ NEWTON = Operation(
     Implementation(TRITON, lazily(_TRITON, "newton"), _refusal, on_request=True),
     Implementation(EAGER, eager.newton),
 )
+NEWTON_BACKWARD = Operation(
+    "newton_raphson_pinv_backward",
+    Implementation(TRITON, lazily(_TRITON, "newton_backward"), _refusal, on_request=True),
+    Implementation(EAGER, eager.newton_backward),
+)
 SOLVE = Operation(
     "tikhonov_solve",
     Implementation(TRITON, lazily(_TRITON, "solve"), _refusal_solve, on_request=True),
     Implementation(EAGER, eager.solve),
+)
+SOLVE_BACKWARD = Operation(
+    "tikhonov_solve_backward",
+    Implementation(TRITON, lazily(_TRITON, "solve_backward"), _refusal_solve, on_request=True),
+    Implementation(EAGER, eager.solve_backward),
 )
 
 
@@ -59,13 +69,13 @@ def _newton_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output)
 
 
-def _newton_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _newton_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (x,) = ctx.saved_tensors
-    return -matmul(matmul(x.mT, grad), x.mT), None, None, None
+    return newton_backward(x, grad), None, None, None
 
 
-_newton.register_autograd(_newton_backward, setup_context=_newton_context)
-_Newton = for_func(eager.newton, _newton_context, _newton_backward)
+_newton.register_autograd(_newton_gradients, setup_context=_newton_context)
+_Newton = for_func(eager.newton, _newton_context, _newton_gradients)
 
 
 def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) -> Tensor:
@@ -83,6 +93,36 @@ def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) ->
         return torch.linalg.inv(eye + x @ (a - a.detach())) @ x
 
 
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+@custom_op("mmsoft::newton_raphson_pinv_backward")
+def _newton_backward(x: Tensor, grad: Tensor) -> Tensor:
+    return NEWTON_BACKWARD(x, grad)
+
+
+@_newton_backward.register_fake
+def _(x: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _newton_second(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, g = ctx.saved_tensors
+    dx = matmul(matmul(g, x.mT), grad.mT) + matmul(matmul(grad.mT, x.mT), g)
+    return -dx, newton_backward(x.mT, grad)
+
+
+_newton_backward.register_autograd(_newton_second, setup_context=_save_inputs)
+
+
+def newton_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """``-X^T G X^T``."""
+    if NEWTON_BACKWARD.gives_way(transformed()):
+        return eager.newton_backward(x, grad)
+    return torch.ops.mmsoft.newton_raphson_pinv_backward(x, grad)
+
+
 @custom_op("mmsoft::tikhonov_solve")
 def _solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     return SOLVE(a, mu, b)
@@ -98,14 +138,14 @@ def _solve_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(a, mu, output)
 
 
-def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+def _solve_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     a, mu, x = ctx.saved_tensors
     y = tikhonov_solve(a, mu, grad)
-    return -(matmul(y, matmul(a, x).mT) + matmul(matmul(a, y), x.mT)), None, y
+    return solve_backward(a, x, y), None, y
 
 
-_solve.register_autograd(_solve_backward, setup_context=_solve_context)
-_Solve = for_func(eager.solve, _solve_context, _solve_backward)
+_solve.register_autograd(_solve_gradients, setup_context=_solve_context)
+_Solve = for_func(eager.solve, _solve_context, _solve_gradients)
 
 
 def tikhonov_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
@@ -118,3 +158,30 @@ def tikhonov_solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     with no_autocast(a):
         # Not linalg.solve, whose second derivative in forward mode is wrong (torch 2.13).
         return torch.linalg.inv(a @ a + mu.square() * eye) @ b
+
+
+@custom_op("mmsoft::tikhonov_solve_backward")
+def _solve_backward(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return SOLVE_BACKWARD(a, x, y)
+
+
+@_solve_backward.register_fake
+def _(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+def _solve_second(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, x, y = ctx.saved_tensors
+    both = matmul(grad.mT, a) + matmul(a.mT, grad.mT)
+    da = matmul(matmul(grad.mT, y), x.mT) + matmul(matmul(grad, x), y.mT)
+    return -da, -matmul(both, y), -matmul(both.mT, x)
+
+
+_solve_backward.register_autograd(_solve_second, setup_context=_save_inputs)
+
+
+def solve_backward(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``-(Y X^T A^T + A Y X^T)``."""
+    if SOLVE_BACKWARD.gives_way(transformed()):
+        return eager.solve_backward(a, x, y)
+    return torch.ops.mmsoft.tikhonov_solve_backward(a, x, y)

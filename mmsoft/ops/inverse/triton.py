@@ -1,6 +1,7 @@
 """Both inverses in Triton, one program for each matrix: a launch in place of one for each step.
 
-Up to 64 landmarks all iterates of Newton-Raphson stay in registers; up to 128 they go tile by tile
+A backward pass takes a program for every few rows of a matrix, which need nothing of each other. Up
+to 64 landmarks all iterates of Newton-Raphson stay in registers; up to 128 they go tile by tile
 through memory of the program's own, which the caches hold: more in registers would spill. The
 regularized solve eliminates in registers up to 128. Products are of three TF32 parts, as in
 ``gaussian/triton.py``.
@@ -15,6 +16,7 @@ from . import eager
 
 HALVINGS = tl.constexpr(eager.HALVINGS)
 GUARD = tl.constexpr(eager.GUARD)
+ROWS = 16  # of a gradient for each program: with more, registers spill
 
 
 @triton.jit
@@ -23,10 +25,10 @@ def _dot(a, b):
 
 
 @triton.jit
-def _tile(pointer, i, j, m, stride_n, stride_d, N: tl.constexpr, M: tl.constexpr):
-    """The tile ``[N, M]`` at ``(i, j)`` of a matrix, 0 beyond ``m``."""
+def _tile(pointer, i, j, m, width, stride_n, stride_d, N: tl.constexpr, M: tl.constexpr):
+    """The tile ``[N, M]`` at ``(i, j)`` of a matrix ``[m, width]``, 0 beyond it."""
     row, column = i + tl.arange(0, N), j + tl.arange(0, M)
-    inside = ((row < m)[:, None]) & ((column < m)[None, :])
+    inside = ((row < m)[:, None]) & ((column < width)[None, :])
     offsets = row[:, None] * stride_n + column[None, :] * stride_d
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
@@ -41,7 +43,7 @@ def _guarded(a, m, heads, a_h, a_n, a_d, T: tl.constexpr):
     """``alpha`` and ``cubic`` of the sample at ``a``: both maxima run over its heads."""
     most = tl.zeros([T], tl.float32)
     for head in range(0, heads):
-        tile = _tile(a + head * a_h, 0, 0, m, a_n, a_d, T, T)
+        tile = _tile(a + head * a_h, 0, 0, m, m, a_n, a_d, T, T)
         most = _larger(most, tl.sum(tile, 1))
     largest = tl.reduce(most, 0, _larger)
     start = 2.0 / (largest * largest)
@@ -49,7 +51,7 @@ def _guarded(a, m, heads, a_h, a_n, a_d, T: tl.constexpr):
     candidates = (start * tl.exp2(-number.to(tl.float32)))[None, :]
     above = tl.zeros([16], tl.int32)
     for head in range(0, heads):
-        tile = _tile(a + head * a_h, 0, 0, m, a_n, a_d, T, T)
+        tile = _tile(a + head * a_h, 0, 0, m, m, a_n, a_d, T, T)
         diagonal = tl.sum(tile * tile, 1)[:, None]
         columns = tl.sum(tile * tl.sum(tile, 0)[None, :], 1)[:, None]
         norm = tl.abs(1.0 - candidates * diagonal) + candidates * (columns - diagonal)
@@ -62,6 +64,20 @@ def _guarded(a, m, heads, a_h, a_n, a_d, T: tl.constexpr):
 
 
 @triton.jit
+def _start(
+    a, alpha, cubic, m, b, h, heads, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
+    GUARDED: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """``alpha`` and ``cubic`` of one matrix, found if it is ``GUARDED``, else read."""
+    if GUARDED:
+        first, third = _guarded(a, m, heads, a_h, a_n, a_d, T)
+    else:
+        first = tl.load(alpha + b * alpha_b + h * alpha_h)
+        third = tl.load(cubic + b * cubic_b + h * cubic_h)
+    return first, third
+
+
+@triton.jit
 def newton_kernel(
     a, alpha, cubic, out, m, heads, steps,
     a_b, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
@@ -71,12 +87,11 @@ def newton_kernel(
     matrix = tl.program_id(0)
     b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
     a += b * a_b
-    if GUARDED:
-        first, third = _guarded(a, m, heads, a_h, a_n, a_d, T)
-    else:
-        first = tl.load(alpha + b * alpha_b + h * alpha_h)
-        third = tl.load(cubic + b * cubic_b + h * cubic_h)
-    tile = _tile(a + h * a_h, 0, 0, m, a_n, a_d, T, T)
+    first, third = _start(
+        a, alpha, cubic, m, b, h, heads, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
+        GUARDED, T,
+    )  # fmt: skip
+    tile = _tile(a + h * a_h, 0, 0, m, m, a_n, a_d, T, T)
     x = tile
     for step in range(0, steps + 1):  # the start is a step from A with other factors
         # The order that takes fewer registers.
@@ -92,7 +107,7 @@ def _product_tile(x, y, i, j, T: tl.constexpr, P: tl.constexpr):
     """The tile at ``(i, j)`` of the product of two matrices ``[P, P]``."""
     total = tl.zeros([T, T], tl.float32)
     for k in range(0, P, T):
-        total += _dot(_tile(x, i, k, P, P, 1, T, T), _tile(y, k, j, P, P, 1, T, T))
+        total += _dot(_tile(x, i, k, P, P, P, 1, T, T), _tile(y, k, j, P, P, P, 1, T, T))
     return total
 
 
@@ -112,18 +127,17 @@ def newton_tiles_kernel(
     matrix = tl.program_id(0)
     b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
     a += b * a_b
-    if GUARDED:
-        first, third = _guarded(a, m, heads, a_h, a_n, a_d, P)
-    else:
-        first = tl.load(alpha + b * alpha_b + h * alpha_h)
-        third = tl.load(cubic + b * cubic_b + h * cubic_h)
+    first, third = _start(
+        a, alpha, cubic, m, b, h, heads, a_h, a_n, a_d, alpha_b, alpha_h, cubic_b, cubic_h,
+        GUARDED, P,
+    )  # fmt: skip
     a += h * a_h
     size: tl.constexpr = P * P
     full = scratch + matrix.to(tl.int64) * 4 * size
     between, start = full + size, full + 2 * size
     for i in range(0, P, T):
         for j in range(0, P, T):
-            tile = _tile(a, i, j, m, a_n, a_d, T, T)
+            tile = _tile(a, i, j, m, m, a_n, a_d, T, T)
             _put(full, i, j, tile, T, P)
             _put(start, i, j, tile, T, P)
     tl.debug_barrier()
@@ -137,7 +151,7 @@ def newton_tiles_kernel(
         for i in range(0, P, T):
             for j in range(0, P, T):
                 product = _product_tile(old, between, i, j, T, P)
-                x = linear * _tile(old, i, j, P, P, 1, T, T) - cube * product
+                x = linear * _tile(old, i, j, P, P, P, 1, T, T) - cube * product
                 _put(new, i, j, x, T, P)
         tl.debug_barrier()
     result = start + ((steps + 1) % 2) * size
@@ -146,7 +160,7 @@ def newton_tiles_kernel(
         for j in range(0, P, T):
             row, column = (i + tl.arange(0, T))[:, None], (j + tl.arange(0, T))[None, :]
             inside = (row < m) & (column < m)
-            tl.store(out + row * m + column, _tile(result, i, j, P, P, 1, T, T), mask=inside)
+            tl.store(out + row * m + column, _tile(result, i, j, P, P, P, 1, T, T), mask=inside)
 
 
 @triton.jit
@@ -164,13 +178,12 @@ def solve_kernel(
     row, column, channel = tl.arange(0, T), tl.arange(0, T), tl.arange(0, W)
     normal = tl.zeros([T, T], tl.float32)
     for k in range(0, T, K):
-        normal += _dot(_tile(a, 0, k, m, a_n, a_d, T, K), _tile(a, k, 0, m, a_n, a_d, K, T))
+        normal += _dot(_tile(a, 0, k, m, m, a_n, a_d, T, K), _tile(a, k, 0, m, m, a_n, a_d, K, T))
     damping = tl.load(mu + b * mu_b + h * mu_h)
     diagonal = row[:, None] == column[None, :]
     normal += tl.where(diagonal, tl.where(row < m, damping * damping, 1.0)[:, None], 0.0)
-    inside = ((row < m)[:, None]) & ((channel < width)[None, :])
     right += b * right_b + h * right_h
-    x = tl.load(right + row[:, None] * right_n + channel[None, :] * right_d, mask=inside, other=0.0)
+    x = _tile(right, 0, 0, m, width, right_n, right_d, T, W)
     for j in range(0, m):
         at_row = (row == j)[:, None]
         line = tl.sum(tl.where(at_row, normal, 0.0), 0)
@@ -187,8 +200,56 @@ def solve_kernel(
         x = tl.where(
             at_row, known[None, :], x - tl.where(row < j, above, 0.0)[:, None] * known[None, :]
         )
+    inside = ((row < m)[:, None]) & ((channel < width)[None, :])
     out += matrix.to(tl.int64) * m * width
     tl.store(out + row[:, None] * width + channel[None, :], x, mask=inside)
+
+
+@triton.jit
+def newton_backward_kernel(
+    x, grad, out, m, heads, x_b, x_h, x_n, x_d, grad_b, grad_h, grad_n, grad_d,
+    R: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """``-X^T G X^T``, ``R`` rows of one matrix for each program."""
+    matrix, i = tl.program_id(0), tl.program_id(1) * R
+    b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
+    x += b * x_b + h * x_h
+    grad += b * grad_b + h * grad_h
+    rows = tl.zeros([R, T], tl.float32)
+    for k in range(0, m, K):
+        theirs = _tile(grad, k, 0, m, m, grad_n, grad_d, K, T)
+        rows += _dot(_tile(x, i, k, m, m, x_d, x_n, R, K), theirs)
+    out += matrix.to(tl.int64) * m * m
+    row = (i + tl.arange(0, R))[:, None]
+    for j in range(0, m, K):
+        column = (j + tl.arange(0, K))[None, :]
+        product = _dot(rows, _tile(x, 0, j, m, m, x_d, x_n, T, K))
+        tl.store(out + row * m + column, -product, mask=(row < m) & (column < m))
+
+
+@triton.jit
+def solve_backward_kernel(
+    a, x, y, out, m, width, heads,
+    a_b, a_h, a_n, a_d, x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d,
+    R: tl.constexpr, K: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """``-(Y X^T A^T + A Y X^T)``, ``R`` rows of one matrix for each program."""
+    matrix, i = tl.program_id(0), tl.program_id(1) * R
+    b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
+    a += b * a_b + h * a_h
+    x += b * x_b + h * x_h
+    y += b * y_b + h * y_h
+    ours = _tile(y, i, 0, m, width, y_n, y_d, R, W)
+    rows, total = tl.zeros([R, W], tl.float32), tl.zeros([R, T], tl.float32)
+    for k in range(0, m, K):
+        theirs = _tile(y, k, 0, m, width, y_n, y_d, K, W)
+        rows += _dot(_tile(a, i, k, m, m, a_n, a_d, R, K), theirs)
+        product = _dot(ours, _tile(x, 0, k, width, m, x_d, x_n, W, K))
+        total += _dot(product, _tile(a, k, 0, m, m, a_d, a_n, K, T))
+    total += _dot(rows, _tile(x, 0, 0, width, m, x_d, x_n, W, T))
+    out += matrix.to(tl.int64) * m * m
+    row, column = (i + tl.arange(0, R))[:, None], tl.arange(0, T)[None, :]
+    tl.store(out + row * m + column, -total, mask=(row < m) & (column < m))
 
 
 def _block(size: int) -> int:
@@ -226,5 +287,27 @@ def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     solve_kernel[(batch * heads,)](
         a, mu, b, out, m, width, heads, *a.stride(), *mu.stride()[:2], *b.stride(),
         T=_block(m), W=_block(width), K=16, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def newton_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """See :func:`mmsoft.ops.inverse.eager.newton_backward`."""
+    batch, heads, m, _ = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    newton_backward_kernel[(batch * heads, triton.cdiv(m, ROWS))](
+        x, grad, out, m, heads, *x.stride(), *grad.stride(),
+        R=ROWS, K=min(32, _block(m)), T=_block(m), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def solve_backward(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """See :func:`mmsoft.ops.inverse.eager.solve_backward`."""
+    batch, heads, m, width = x.shape
+    out = torch.empty_like(a, memory_format=torch.contiguous_format)
+    solve_backward_kernel[(batch * heads, triton.cdiv(m, ROWS))](
+        a, x, y, out, m, width, heads, *a.stride(), *x.stride(), *y.stride(),
+        R=ROWS, K=16, T=_block(m), W=_block(width), num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
