@@ -1,11 +1,12 @@
 """The Triton kernels against their float64 definitions, forward and every gradient.
 
-On a CPU the interpreter runs them. It computes tf32x3 as float32, and products of bfloat16 wrongly:
-the kernels have none, they convert what they load.
+On a CPU the interpreter runs them. It computes tf32x3 as float32, but for the tests that say so,
+and products of bfloat16 wrongly: the kernels have none, they convert what they load.
 """
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from metrics import error
@@ -459,6 +460,62 @@ def test_inverses_say_why_they_refuse(device):
         tikhonov_pinv_product(eye[..., :9, :9], eye[..., :9, :80])
     with pytest.raises(RuntimeError, match="triton: there are more than 128 landmarks"):
         tikhonov_pinv_product(eye, eye[..., :8])
+
+
+def of_tf32_parts(parts):
+    """The interpreter's product as a tensor core's, whose operands have 10 bits after the point.
+
+    As tf32x3 is compiled (``cvt.rna.tf32``): what is left of the rounded operands is a second part,
+    of which the tensor core drops the rest. With one ``part``, tf32.
+    """
+    from triton.runtime.interpreter import TensorHandle
+
+    def dropped(x):
+        return (x.view(np.int32) & np.int32(-1 << 13)).view(np.float32)
+
+    def create_dot(self, a, b, total, input_precision, most):
+        assert str(input_precision).endswith("TF32x3")
+        a, b = (np.ascontiguousarray(t.data) for t in (a, b))
+        high = [dropped((x.view(np.int32) + np.int32(1 << 12)).view(np.float32)) for x in (a, b)]
+        product = np.matmul(*high)
+        if parts == 3:
+            low = [dropped(x - rounded) for x, rounded in zip((a, b), high)]
+            product += np.matmul(low[0], high[1]) + np.matmul(high[0], low[1])
+        return TensorHandle(product + total.data, total.dtype.scalar)
+
+    return create_dot
+
+
+# Two sizes of blocks, and the inverses that lose the most.
+PRECISE = [
+    (test_product_and_gradients, (63, 7, 32, 32)),
+    (test_product_and_gradients, (40, 40, 64, 64)),
+    (test_newton_and_its_gradient, (7, True, 0.5)),
+    (test_newton_and_its_gradient, (49, False, 0.5)),
+    (test_newton_and_its_gradient, (49, True, 0.05)),
+    (test_solve_and_its_gradients, (7, 0.5)),
+    (test_solve_and_its_gradients, (49, 0.05)),
+    (test_backward_passes_by_themselves, (49, 0.05)),
+    pytest.param(test_newton_and_its_gradient, (128, True, 0.5), marks=pytest.mark.long),
+    pytest.param(test_newton_and_its_gradient, (128, False, 0.05), marks=pytest.mark.long),
+    pytest.param(test_solve_and_its_gradients, (128, 0.5), marks=pytest.mark.long),
+]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("comparison", "arguments"),
+    PRECISE,
+    ids=lambda value: getattr(value, "__name__", "") or "-".join(map(str, value)),
+)
+def test_three_parts_of_tf32_are_enough_and_one_is_not(comparison, arguments, device, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", of_tf32_parts(3))
+    comparison(*arguments, device)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", of_tf32_parts(1))
+    with pytest.raises(AssertionError):
+        comparison(*arguments, device)
 
 
 # candidates, budget, tolerance: one block of candidates and several, none beyond the budget
