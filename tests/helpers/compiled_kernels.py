@@ -47,7 +47,7 @@ def record(case):
 
 
 def compiled(kernel, args, options, arch):
-    """Registers, spilled bytes and shared memory of one launch, specialized as Triton does."""
+    """Registers, spilled bytes, shared memory and more of one launch, as Triton specializes it."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -82,68 +82,77 @@ def compiled(kernel, args, options, arch):
             [*command, "-o", str(ptx.with_suffix(".cubin"))], capture_output=True, text=True
         ).stderr
     return dict(
+        triton=triton.__version__,
         kernel=kernel.__name__,
         arch=arch,
         registers=int(re.search(r"Used (\d+) registers", output)[1]),
         spilled=int(re.search(r"(\d+) bytes spill stores", output)[1]),
         shared=built.metadata.shared,
         warps=built.metadata.num_warps,
+        products="mma" in built.asm["ptx"],
+        rounded="cvt.rna.tf32" in built.asm["ptx"],  # as tf32x3 alone does
     )
 
 
-def _products(long, short, dtype=torch.float32, d=32, backward=False, needs=(True, True, True)):
-    """Arguments of both products: as the attention layers lay them, heads inside."""
+def _products(n, m, dtype=torch.float32, d=32, backward=False, needs=(True, True, True)):
+    """Arguments of both products: as the attention layers lay them, heads inside.
+
+    Of queries or values of a ``dtype``, which are the more; landmarks and their values are float32.
+    """
+
+    def tokens(count):
+        kind = dtype if count == max(n, m) else torch.float32
+        return torch.empty(2, count, 10, d, dtype=kind, device="meta").transpose(1, 2)
 
     def arguments():
-        x, y = (torch.empty(2, n, 10, d, dtype=dtype, device="meta") for n in (long, short))
-        w = torch.empty(2, short, 10, d, device="meta")
-        x, y, w = (t.transpose(1, 2) for t in (x, y, w))
+        x, y, w = tokens(n), tokens(m), tokens(m)
         unit = torch.empty(2, 1, 1, 1, device="meta")
         if not backward:
-            return x, y, w, unit, short > long
-        grad = torch.empty(2, long, 10, d, device="meta").transpose(1, 2)
-        return grad, x, y, w, unit, short > long, needs
+            return x, y, w, unit, m > n
+        return tokens(n).float(), x, y, w, unit, m > n, needs
 
     return arguments
 
 
 # module, function, arguments: spread is K w, gather K^T v.
 CASES = {}
-for _dtype, _label in ((torch.float32, ""), (torch.bfloat16, "-bfloat16")):
-    for _m in (16, 49):
-        CASES[f"spread-{_m}{_label}"] = "gaussian", "product", _products(4000, _m, _dtype)
-        CASES[f"gather-{_m}{_label}"] = "gaussian", "product", _products(_m, 4000, _dtype)
-    for _m in (16, 49):
-        _back = dict(backward=True)
-        CASES[f"spread-backward-{_m}{_label}"] = (
-            "gaussian", "product_backward", _products(4000, _m, _dtype, **_back))  # fmt: skip
-        CASES[f"gather-backward-{_m}{_label}"] = (
-            "gaussian", "product_backward", _products(_m, 4000, _dtype, **_back))  # fmt: skip
+for _dtype in (torch.float32, torch.bfloat16, torch.float16):
+    _label = "" if _dtype == torch.float32 else f"-{_dtype}".replace("torch.", "")
+    for _m in (16, 49, 64, 128):
+        for _name, *_sizes in (("spread", 4000, _m), ("gather", _m, 4000)):
+            _forward, _backward = (_products(*_sizes, _dtype, backward=b) for b in (False, True))
+            CASES[f"{_name}-{_m}{_label}"] = "gaussian", "product", _forward
+            CASES[f"{_name}-backward-{_m}{_label}"] = "gaussian", "product_backward", _backward
 CASES["spread-wide"] = "gaussian", "product", _products(4000, 49, d=64)
-CASES["spread-backward-wide"] = (
-    "gaussian", "product_backward", _products(4000, 49, d=64, backward=True))  # fmt: skip
-CASES["gather-backward-wide"] = (
-    "gaussian", "product_backward", _products(49, 4000, d=64, backward=True))  # fmt: skip
+for _name, *_sizes in (("spread", 4000, 49), ("gather", 49, 4000)):
+    _backward = _products(*_sizes, d=64, backward=True)
+    CASES[f"{_name}-backward-wide"] = "gaussian", "product_backward", _backward
 
 
-def _inverses(name, m):
+def _inverses(name, m, d=32):
     """Arguments of the inverses of ``m`` landmarks."""
 
     def arguments():
         a = torch.empty(2, 10, m, m, device="meta")
         scalar = torch.empty(2, 1, 1, 1, device="meta")
-        right = torch.empty(2, 10, m, 32, device="meta")
+        right = torch.empty(2, 10, m, d, device="meta")
         return dict(
-            guarded=(a, None, None, 20), newton=(a, scalar, scalar, 20), solve=(a, scalar, right)
+            guarded=(a, None, None, 20),
+            newton=(a, scalar, scalar, 20),
+            newton_backward=(a, a),
+            solve=(a, scalar, right),
+            solve_backward=(a, right, right),
         )[name]
 
     return arguments
 
 
-for _name in ("guarded", "newton", "solve"):
-    for _m in (25, 49, 128):
+for _name in ("guarded", "newton", "newton_backward", "solve", "solve_backward"):
+    for _m in (25, 49, 64, 128):
         _function = "newton" if _name == "guarded" else _name
         CASES[f"{_name}-{_m}"] = "inverse", _function, _inverses(_name, _m)
+for _name in ("solve", "solve_backward"):
+    CASES[f"{_name}-128-wide"] = "inverse", _name, _inverses(_name, 128, 64)
 
 
 def _choice(budget, dtype=torch.float32, d=32, masked=False):
