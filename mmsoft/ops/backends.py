@@ -47,6 +47,7 @@ class Operation:
         self.name = name
         self.implementations = list(implementations)
         self.asked: str | None = None
+        self.strict = True  # nothing else than what is asked for may run
         OPERATIONS[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -55,18 +56,19 @@ class Operation:
         Raises:
             RuntimeError: every implementation refuses, or the one that was asked for.
         """
+        asked = [way for way in self.implementations if way.name == self.asked]
+        usual = [way for way in self.implementations if not way.on_request and way not in asked]
         reasons = []
-        for implementation in self.implementations:
-            if self.asked == implementation.name or not (self.asked or implementation.on_request):
-                reason = implementation.refusal(*args)
-                if reason is None:
-                    return implementation.run(*args)
-                reasons.append(f"{implementation.name}: {reason}")
+        for implementation in asked if self.asked and self.strict else asked + usual:
+            reason = implementation.refusal(*args)
+            if reason is None:
+                return implementation.run(*args)
+            reasons.append(f"{implementation.name}: {reason}")
         raise RuntimeError(f"{self.name} cannot run as {'; '.join(reasons)}")
 
     def objection(self) -> str | None:
         """Why plain torch outside the operation may not take its place; ``None`` if it may."""
-        if self.asked in (None, EAGER):
+        if self.asked in (None, EAGER) or not self.strict:
             return None
         return f"{self.name} was asked to run as {self.asked}"
 
@@ -83,7 +85,7 @@ class Operation:
 
 
 @contextmanager
-def use_backend(name: str, *operations: str) -> Iterator[None]:
+def use_backend(name: str, *operations: str, strict: bool = True) -> Iterator[None]:
     """Run operations as ``name`` computes them: where it refuses them, they raise.
 
     Without it, each operation chooses by itself. The inner of two contexts counts. They hold for
@@ -94,9 +96,11 @@ def use_backend(name: str, *operations: str) -> Iterator[None]:
         name: of an implementation, such as ``'eager'``, plain torch.
         operations: the operations meant, such as ``'tikhonov_solve'``; by default all that have an
             implementation of this name.
+        strict: if not, operations choose as without this context where ``name`` refuses them.
 
     Raises:
-        RuntimeError: by an operation, with the reason for which ``name`` refuses its arguments.
+        RuntimeError: by an operation, with the reason for which ``name`` refuses its arguments, if
+            ``strict``.
         ValueError: there is no such implementation or operation; the message lists what there is.
     """
     for operation in operations:
@@ -109,11 +113,11 @@ def use_backend(name: str, *operations: str) -> Iterator[None]:
     chosen = [OPERATIONS[operation] for operation, names in known.items() if name in names]
     if len(chosen) < max(1, len(operations)):
         raise ValueError(f"backend must be one of {known}, got {name!r}")
-    before = [operation.asked for operation in chosen]
+    before = [(operation.asked, operation.strict) for operation in chosen]
     try:
         for each in chosen:
-            each.asked = name
+            each.asked, each.strict = name, strict
         yield
     finally:
-        for each, asked in zip(chosen, before):
-            each.asked = asked
+        for each, state in zip(chosen, before):
+            each.asked, each.strict = state

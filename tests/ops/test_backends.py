@@ -99,6 +99,34 @@ def test_one_that_refuses_is_passed_over_and_raises_if_asked_for(fake, refused):
         assert same(both_passes(), expected)
 
 
+@pytest.mark.parametrize("shy", [False, True])
+def test_one_that_is_preferred_runs_where_it_does_not_refuse(fake, monkeypatch, shy):
+    """In both passes, and until the context ends; plain torch elsewhere."""
+    expected = both_passes()
+    for name in OPERATORS if shy else ():
+        ways = OPERATIONS[name].implementations
+        monkeypatch.setattr(
+            OPERATIONS[name], "implementations", [replace(ways[0], on_request=True), ways[1]]
+        )
+    fake.refused["newton_raphson_pinv"] = "matrices must be few"
+    with use_backend(EAGER):
+        with use_backend("fake", strict=False):
+            fake.ran.clear()
+            assert same(both_passes(), expected)
+            products = {"gaussian_kernel_product", "gaussian_kernel_product_backward"}
+            assert set(fake.ran) == products
+            with use_backend("fake", "newton_raphson_pinv"), pytest.raises(RuntimeError):
+                both_passes()
+            fake.ran.clear()
+            assert same(both_passes(), expected)
+            assert set(fake.ran) == products
+        fake.ran.clear()
+        both_passes()
+        assert not fake.ran
+    with use_backend("fake"), pytest.raises(RuntimeError, match="matrices must be few"):
+        both_passes()
+
+
 def test_nobody_left_names_every_reason(fake, monkeypatch):
     operation = OPERATIONS["tikhonov_solve"]
     never = Implementation(EAGER, operation.implementations[-1].run, lambda *args: "too late")
@@ -233,6 +261,8 @@ def test_transforms_run_plain_torch_or_raise(fake):
         assert expected.any()
         with use_backend("fake", name), pytest.raises(RuntimeError, match=f"{name} was asked"):
             call()
+        with use_backend("fake", name, strict=False):
+            assert torch.equal(call(), expected)
     assert not fake.ran
 
 
