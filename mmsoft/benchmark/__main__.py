@@ -35,12 +35,14 @@ from mmsoft.benchmark.cases import (
     OPERATORS,
     RUNTIMES,
     SEQUENCES,
+    TRITON,
     UNBOUNDED,
     WHOLE,
     Case,
     runtime_label,
 )
 
+COMPILED = {"also": (False, True), "only": (True,)}  # with --compile
 Size = tuple[int, int]
 Group = tuple[str, list[Case]]  # section of the JSON, and what is timed in turns
 SCALING_MODELS = ("softpp-tiny", "softpp-small")
@@ -57,7 +59,7 @@ PRESET_SECTIONS = {
     "cpu": ("scaling", "whole"),
     "cuda": ("scaling", "operator", "sequence", "whole"),
 }
-USUAL = [n for n in BACKBONES if n not in LANDMARKS and not n.endswith(UNBOUNDED)]
+USUAL = [n for n in BACKBONES if n not in LANDMARKS and not n.endswith((UNBOUNDED, TRITON))]
 NEWER = ("van-b1", "davit-tiny")
 TRAINED = [
     name
@@ -124,7 +126,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--sizes", nargs="+", type=parse_size, metavar="SIZE", help="of the images (default: 512)"
     )
-    p.add_argument("--batch", type=positive, help="images at a time (default: 1)")
+    batch = "images at a time, one number or one for each of --sizes (default: 1)"
+    p.add_argument("--batch", nargs="+", type=positive, help=batch)
     p.add_argument(
         "--modes", nargs="+", choices=MODES, help="train is forward and backward (default: forward)"
     )
@@ -135,7 +138,8 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="tf32: TF32 products on a GPU; bfloat16: autocast (default: float32)",
     )
-    p.add_argument("--compile", action="store_true", help="also under torch.compile")
+    compiled = "under torch.compile, after everything that is not (or nothing else, with 'only')"
+    p.add_argument("--compile", nargs="?", choices=COMPILED, const="also", help=compiled)
     p.add_argument(
         "--scaling",
         nargs="*",
@@ -202,9 +206,12 @@ def backbone_rows(args: argparse.Namespace) -> list[Row]:
     """What to measure of the backbones: the preset's, with the arguments in place of its own."""
     rows = PRESETS.get(args.preset, [])
     if not rows and (args.models or all(getattr(args, name) is None for name in DEFAULTS)):
-        sizes, modes = args.sizes or [(512, 512)], args.modes or ["forward"]
-        grid = itertools.product(sizes, modes, args.dtypes or ["float32"])
-        rows = [(size, args.batch or 1, mode, {dtype: USUAL}) for size, mode, dtype in grid]
+        sizes, batches = args.sizes or [(512, 512)], args.batch or [1]
+        if len(batches) == 1:
+            batches = batches * len(sizes)
+        modes, dtypes = args.modes or ["forward"], args.dtypes or ["float32"]
+        grid = itertools.product(zip(sizes, batches), modes, dtypes)
+        rows = [(size, batch, mode, {dtype: USUAL}) for (size, batch), mode, dtype in grid]
     elif args.dtypes:
         found = [
             (size, batch, mode, {dtype: next(iter(names.values()))})
@@ -234,8 +241,8 @@ def plan(args: argparse.Namespace) -> list[Group]:
     plain = dict(device=device, dtype=dtypes[0])
 
     groups: list[Group] = []
-    for (size, batch, mode, by_dtype), compiled in itertools.product(
-        backbone_rows(args), (False, True)[: 1 + args.compile]
+    for compiled, (size, batch, mode, by_dtype) in itertools.product(
+        COMPILED.get(args.compile, (False,)), backbone_rows(args)
     ):
         cases = [
             Case("backbone", n, size, batch, mode, device=device, dtype=dtype, compiled=compiled)
@@ -300,7 +307,14 @@ def log(line: str) -> None:
 
 def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> None:
     """Measure the groups; `data` and its file are current after each."""
-    from mmsoft.benchmark.measure import PeakMeter, ceilings, measure_times, quiet
+    from mmsoft.benchmark.measure import (
+        PeakMeter,
+        ceilings,
+        measure_on_gpu,
+        measure_times,
+        model_key,
+        quiet,
+    )
     from mmsoft.benchmark.plots import plot
     from mmsoft.benchmark.report import print_group, write_json
 
@@ -324,11 +338,14 @@ def run(args: argparse.Namespace, data: dict[str, Any], groups: list[Group]) -> 
             torch.cuda.empty_cache()
         entries = []
         for case in times:
-            # The memory format and the dtype change neither parameters nor multiply-adds.
-            name = case.name.removesuffix(CHANNELS_LAST)
+            # The memory format, kernels and the dtype change neither parameters nor multiply-adds.
+            name = case.name.removesuffix(CHANNELS_LAST).removesuffix(TRITON)
             known = described.setdefault((case.section, name, case.size), {})
             describing = section == "results" and not known
-            found = {} if section == "onnx" else meter.measure(case, describing)
+            if device == "cuda":
+                found = measure_on_gpu(case, models[model_key(case)], describing)
+            else:
+                found = {} if section == "onnx" else meter.measure(case, describing)
             if "peak_mib" in found:
                 log(f"{case.name}: peak {found['peak_mib']:.0f} MiB")
             if "error" in found:
@@ -357,6 +374,9 @@ def measure(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--models has no {', '.join(unknown)}; choose from {' '.join(BACKBONES)}")
     if args.preset and (args.sizes or args.batch or args.modes):
         p.error("--preset sets --sizes, --batch and --modes: leave these out, or the preset")
+    sizes = len(args.sizes or [()])
+    if args.batch and len(args.batch) not in (1, sizes):
+        p.error(f"--batch takes one number, or one for each of the {sizes} of --sizes")
     groups = plan(args)
     if not groups:
         p.error(f"nothing to measure: {' '.join(args.models)} has no mode but forward here")

@@ -6,7 +6,7 @@ Peers come from their own libraries' configs, with random weights.
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from mmsoft.benchmark import released  # noqa: F401  (registers its backbone)
 from mmsoft.models import SequenceSOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.peers import build_peer
+from mmsoft.ops import use_backend
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("forward", "train")
@@ -74,6 +75,7 @@ class Backbone:
     changes: dict[str, Any] = field(default_factory=dict)
     top1: float | None = None  # as published, see `published`
     channels_last: bool = False
+    backend: str = ""  # what operations run as or raise, for `use_backend`; else they choose
 
 
 CHANNELS_LAST = "-channels-last"  # ends the names of peers in that memory format
@@ -152,6 +154,11 @@ UNBOUNDED = "-max-keys-none"
 BACKBONES["softpp-tiny" + UNBOUNDED] = replace(
     BACKBONES["softpp-tiny"], label="SOFT++ Tiny, max_keys=None", changes=dict(max_keys=None)
 )
+TRITON = "-triton"  # ends the names of ours with kernels, on a GPU
+for _name in ("softpp-tiny", "softpp-small"):
+    BACKBONES[_name + TRITON] = replace(
+        BACKBONES[_name], label=f"{BACKBONES[_name].label}, Triton", backend="triton"
+    )
 # What lies between the released algorithm and ours; and by content, all that the tolerance leaves.
 LANDMARKS: dict[str, tuple[str, dict[str, Any]]] = {
     f"softpp-tiny-{solver}-{budget or 'all'}": (
@@ -497,10 +504,15 @@ def make_step(model: Any, case: Case) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     model.train(case.mode == "train")
 
+    backend = BACKBONES[case.name].backend if case.section == "backbone" else ""
+
+    @contextmanager
+    def setting() -> Iterator[None]:  # of backward passes too
+        with precision(case.dtype), use_backend(backend) if backend else nullcontext():
+            yield
+
     def autocast() -> Any:
-        if case.dtype != "bfloat16":
-            return precision(case.dtype)
-        return torch.autocast(case.device, dtype=DTYPES[case.dtype])
+        return torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bfloat16")
 
     if case.section == "whole":
         shape: tuple[int, ...] = (3, *case.size)
@@ -511,7 +523,7 @@ def make_step(model: Any, case: Case) -> Callable[[], Any]:
             _usual_candidates(model, data)
 
         def predict() -> Any:
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), setting(), autocast():
                 return model.test_step(data)
 
         return predict
@@ -529,15 +541,16 @@ def make_step(model: Any, case: Case) -> Callable[[], Any]:
         x = x.to(memory_format=torch.channels_last)
 
     def forward() -> Any:
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), setting(), autocast():
             return model(x)
 
     def train() -> None:
-        with autocast():
-            outs = model(x)
-        outs = outs if isinstance(outs, (tuple, list)) else [outs]
-        outs = [out for out in outs if out.requires_grad]  # ResNet's config freezes stage 1
-        torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+        with setting():
+            with autocast():
+                outs = model(x)
+            outs = outs if isinstance(outs, (tuple, list)) else [outs]
+            outs = [out for out in outs if out.requires_grad]  # ResNet's config freezes stage 1
+            torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
         model.zero_grad(set_to_none=True)
 
     return train if case.mode == "train" else forward

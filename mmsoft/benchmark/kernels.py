@@ -4,7 +4,9 @@
     python -m mmsoft.benchmark.kernels --device cpu --tokens 256 --landmarks 9 --ways eager
 
 Prints a table and writes `kernels.json`, kept current after every case, which `python -m
-mmsoft.benchmark --write-docs` takes. The error is against the
+mmsoft.benchmark --write-docs` takes. Every case is measured one way before any is measured the
+next, because compiling takes long and a kernel that fails may end the process. Times are of the
+device, with those until a call returns on the host beside them. The error is against the
 definition in float64: no time counts where it is larger than plain torch's allows. The roofline of
 a product is the larger of two times, of reading and writing every argument and result once, and of
 its products of three TF32 parts, at the measured speeds of a copy and of a TF32 matrix product. The
@@ -14,7 +16,9 @@ On a CPU there is no Triton, and the command only shows that it runs.
 
 import argparse
 import datetime
+import gc
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -34,9 +38,10 @@ from mmsoft.benchmark.measure import (
     device_name,
     reason,
     seconds_of,
+    synchronize,
     versions,
 )
-from mmsoft.benchmark.report import kernel_table, write_json
+from mmsoft.benchmark.report import PRODUCTS, kernel_table, write_json
 from mmsoft.ops import (
     choose_landmarks,
     gaussian_kernel_product,
@@ -49,7 +54,8 @@ from mmsoft.ops.inverse import guarded_newton_pinv
 BATCH, HEADS, DIMS = 2, 2, 32
 MATRICES = 20  # heads of a batch of two in stage 3
 CANDIDATES = (256, 1050)  # of landmarks: stage 1 of 512x512 and of 800x1344
-WAYS = ("triton", "eager", "compiled")
+WAYS = ("eager", "triton", "compiled")
+CALLS, SECONDS = 50, 0.01  # a sample is so many calls, or fewer that take so long
 TOLERANCE = {"forward": 2, "backward": 3}  # times the error of plain torch
 FLOOR = 1e-6
 
@@ -68,7 +74,7 @@ def plan(tokens: list[int], landmarks: list[int]) -> list[KernelCase]:
     """All cases, in order."""
     products = [
         KernelCase(operation, n, m, mode)
-        for operation in ("spread", "gather")
+        for operation in PRODUCTS
         for m in landmarks
         for n in tokens
         for mode in TOLERANCE
@@ -120,7 +126,7 @@ def functions(case: KernelCase) -> tuple[Callable[..., Any], Callable[..., Any]]
     if case.operation == "choice":
         budget = case.landmarks
         return partial(choose_landmarks, budget=budget), partial(_exact_choice, budget=budget)
-    if case.operation in ("spread", "gather"):
+    if case.operation in PRODUCTS:
         return gaussian_kernel_product, _definition
     return (
         (guarded_newton_pinv, _exact_newton)
@@ -160,7 +166,7 @@ def steps_of(case: KernelCase, way: str, tensors: list[Tensor]) -> tuple[Callabl
     function = ours
     if way == "compiled":
         compile_or_fail()
-        product = case.operation in ("spread", "gather")
+        product = case.operation in PRODUCTS
         function = torch.compile(definition if product else ours, dynamic=False)
     context = nullcontext if way == "compiled" else partial(use_backend, way)
     if case.mode == "forward":
@@ -173,7 +179,7 @@ def steps_of(case: KernelCase, way: str, tensors: list[Tensor]) -> tuple[Callabl
 
 def roofline_ms(case: KernelCase, limits: dict[str, float]) -> float | None:
     """The least time of a product; ``None`` for the others, whose steps wait for each other."""
-    if case.operation not in ("spread", "gather"):
+    if case.operation not in PRODUCTS:
         return None
     n, m, heads = case.tokens, case.landmarks, BATCH * HEADS
     # Forward: x, y, w, result. Backward: grad, x, y, w, and three gradients.
@@ -186,10 +192,62 @@ def roofline_ms(case: KernelCase, limits: dict[str, float]) -> float | None:
     return 1e3 * max(copy, compute)
 
 
-def measured(
-    case: KernelCase, ways: list[str], device: str, repeats: int
-) -> Iterator[dict[str, Any]]:
-    """Time and error of each way; those that cannot run give their reason."""
+def recorded(step: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph | None:
+    """So many calls in a CUDA graph, on the current stream; ``None`` if they cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(calls):
+                step()
+    except RuntimeError:
+        return None
+    return graph
+
+
+def stream(device: str) -> Any:
+    """What is recorded, backward passes too, must have run forward on the same stream."""
+    return nullcontext() if device == "cpu" else torch.cuda.stream(torch.cuda.Stream())
+
+
+def device_seconds(step: Callable[[], Any], calls: int) -> float:
+    """Seconds that the GPU takes for one of so many calls in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def host_seconds(step: Callable[[], Any], device: str) -> float:
+    """Seconds until a call returns, with nothing before it in the device's queue."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def times_of(step: Callable[[], Any], device: str, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a call, and how they were found."""
+    calls = max(1, min(CALLS, int(SECONDS / max(seconds_of(step, 1, device), 1e-6))))
+    if device == "cpu":
+        by, seconds = "clock", [seconds_of(step, calls, device) for _ in range(repeats)]
+    else:
+        graph = recorded(step, calls)
+        by, replay, count = ("graph", graph.replay, 1) if graph else ("events", step, calls)
+        device_seconds(replay, count)  # the first replay loads the graph
+        seconds = [device_seconds(replay, count) for _ in range(repeats)]
+        if graph:
+            seconds = [each / calls for each in seconds]
+    host = [host_seconds(step, device) for _ in range(repeats)]
+    q10, median, q90 = (1e3 * np.quantile(seconds, (0.1, 0.5, 0.9))).tolist()
+    found = dict(median_ms=median, q10_ms=q10, q90_ms=q90, timed_by=by)
+    return found | dict(host_ms=1e3 * float(np.median(host)))
+
+
+def measured(case: KernelCase, way: str, device: str, repeats: int) -> dict[str, Any]:
+    """Time and error of one way; if it cannot run, its reason."""
     tensors = arguments(case, device)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     truth: Any = functions(case)[1](*exact)
@@ -198,25 +256,20 @@ def measured(
     truth = truth if isinstance(truth, tuple) else (truth,)
     if case.operation == "choice":
         truth = (volume(*tensors, *truth),)
-    for way in ways:
-        found: dict[str, Any] = dict(asdict(case), way=way)
-        try:
-            step, context = steps_of(case, way, tensors)
-            with context():
-                result = step()
-                result = result if isinstance(result, tuple) else (result,)
-                if case.operation == "choice":
-                    result = (volume(*tensors, *result),)
-                errors = [(a.double() - b).norm() / b.norm() for a, b in zip(result, truth)]
-                found["error"] = float(torch.stack(errors).max().detach())
-                once = seconds_of(step, 1, device)
-                calls = max(1, min(50, int(0.01 / max(once, 1e-6))))
-                times = [1e3 * seconds_of(step, calls, device) for _ in range(repeats)]
-            q10, median, q90 = np.quantile(times, (0.1, 0.5, 0.9)).tolist()
-            found |= dict(median_ms=median, q10_ms=q10, q90_ms=q90)
-        except Exception as error:  # of a compiler too: the other ways still count
-            found["reason"] = reason(error)
-        yield found
+    found: dict[str, Any] = dict(asdict(case), way=way)
+    try:
+        step, context = steps_of(case, way, tensors)
+        with context():
+            result = step()
+            result = result if isinstance(result, tuple) else (result,)
+            if case.operation == "choice":
+                result = (volume(*tensors, *result),)
+            errors = [(a.double() - b).norm() / b.norm() for a, b in zip(result, truth)]
+            found["error"] = float(torch.stack(errors).max().detach())
+            found |= times_of(step, device, repeats)
+    except Exception as error:  # of a compiler too: the others still count
+        found["reason"] = reason(error)
+    return found
 
 
 def judge(entries: list[dict[str, Any]], limit: float | None) -> None:
@@ -229,8 +282,16 @@ def judge(entries: list[dict[str, Any]], limit: float | None) -> None:
             entry["roofline"] = limit / entry["median_ms"]
 
 
-def main() -> None:
-    """Run the command line; the exit status tells whether every kernel that ran was right."""
+def ordered(cases: list[KernelCase], ways: list[str]) -> Iterator[tuple[KernelCase, str]]:
+    """What to measure, in order: of what is compiled, the largest first."""
+    for way in ways:
+        largest = sorted(cases, key=lambda case: -case.tokens)
+        for case in largest if way == "compiled" else cases:
+            yield case, way
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m mmsoft.benchmark.kernels",
         description=__doc__,
@@ -242,6 +303,12 @@ def main() -> None:
     p.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     p.add_argument("--repeats", type=positive, default=11)
     p.add_argument("--out", type=Path, default=Path("work_dirs/gpu"))
+    return p
+
+
+def main() -> None:
+    """Run the command line; the exit status tells whether every kernel that ran was right."""
+    p = parser()
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch sees no CUDA device; use --device cpu")
@@ -255,11 +322,15 @@ def main() -> None:
         repeats=args.repeats,
         kernels=[],
     )
-    for case in plan(args.tokens, args.landmarks):
-        entries = list(measured(case, args.ways, args.device, args.repeats))
-        judge(entries, roofline_ms(case, limits))
-        data["kernels"] += entries
-        write_json(data, args.out / "kernels.json")
+    cases = plan(args.tokens, args.landmarks)
+    entries: dict[KernelCase, list[dict[str, Any]]] = {case: [] for case in cases}
+    gc.freeze()  # torch collects garbage for every graph that it records
+    with stream(args.device):
+        for case, way in ordered(cases, args.ways):
+            entries[case].append(measured(case, way, args.device, args.repeats))
+            judge(entries[case], roofline_ms(case, limits))
+            data["kernels"] = [entry for found in entries.values() for entry in found]
+            write_json(data, args.out / "kernels.json")
     print(kernel_table(data["kernels"]))
     sys.exit(int(any(not entry.get("right", True) for entry in data["kernels"])))
 

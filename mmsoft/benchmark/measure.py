@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import math
 import multiprocessing
-import os
 import platform
 import random
 import re
@@ -17,7 +16,7 @@ import resource
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -99,7 +98,7 @@ def measure_times(
             seconds = seconds_of(step, 1, case.device)
             if seconds < 1 or case.compiled:  # the first call compiles
                 seconds = seconds_of(step, 1, case.device)
-        except (ImportError, RuntimeError, ValueError) as error:
+        except Exception as error:  # of a compiler too: the other cases still count
             skipped[case] = reason(error)
             log(f"{case.name}: left out ({skipped[case]})")
             continue
@@ -207,30 +206,48 @@ def describe(case: Case) -> dict[str, float]:
     return found
 
 
-def _child(case: Case, describing: bool, threads: int, connection: Connection) -> None:
-    """Run in a fresh process: send the peak, then what ``describe`` finds."""
-    quiet()
-    torch.set_num_threads(threads)
+def _peak_mib(case: Case) -> float:
+    model = make_model(case)
+    small = make_step(model, case.small())
+    small()
+    small()
+    del small
+    step = make_step(model, case)
+    if case.compiled:
+        step()
+    return _peak_resident_mib(step)
+
+
+def _figures(
+    case: Case, describing: bool, peak_mib: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """The peak, then what ``describe`` finds; an ``error`` is the last."""
     try:
-        model = make_model(case)
-        small = make_step(model, case.small())
-        small()
-        small()
-        del small
-        step = make_step(model, case)
-        if case.compiled:
-            step()
-        peak = _peak_cuda_mib(step) if case.device == "cuda" else _peak_resident_mib(step)
-        connection.send(dict(peak_mib=peak))
-        del model, step
+        yield dict(peak_mib=peak_mib())
     except Exception as error:
-        connection.send(dict(error=f"memory not measured: {reason(error)}"))
+        yield dict(error=f"memory not measured: {reason(error)}")
         return
     if describing:
         try:
-            connection.send(describe(case))
+            yield describe(case)
         except Exception as error:
-            connection.send(dict(error=f"operations not counted: {reason(error)}"))
+            yield dict(error=f"operations not counted: {reason(error)}")
+
+
+def _child(case: Case, describing: bool, threads: int, connection: Connection) -> None:
+    """Run in a fresh process: send the figures."""
+    quiet()
+    torch.set_num_threads(threads)
+    for found in _figures(case, describing, partial(_peak_mib, case)):
+        connection.send(found)
+
+
+def measure_on_gpu(case: Case, model: nn.Module, describing: bool) -> dict[str, Any]:
+    """As :meth:`PeakMeter.measure`, in this process: torch counts what it allocates on a GPU."""
+    found: dict[str, Any] = {}
+    for figures in _figures(case, describing, lambda: _peak_cuda_mib(make_step(model, case))):
+        found |= figures
+    return found
 
 
 class PeakMeter:
@@ -241,8 +258,6 @@ class PeakMeter:
 
     def __init__(self, threads: int):
         self.threads = threads
-        # The server must ask for a GPU without CUDA, which a child could not start again.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self.context = multiprocessing.get_context("forkserver")
         names = [name for name in PRELOAD if importlib.util.find_spec(name.partition(".")[0])]
         self.context.set_forkserver_preload(names)

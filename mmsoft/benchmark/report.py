@@ -15,23 +15,26 @@ from mmsoft.fileio import write_whole
 Entry = dict[str, Any]
 SECTIONS = ("results", "scaling", "whole", "operator", "sequence", "onnx")
 NEEDED = ("device", "threads", "versions", "date", "command", *SECTIONS[:4])
+KERNELS = ("device", "versions", "date", "ceilings", "repeats", "kernels")
 KIND = ("device", "dtype", "compiled", "mode", "batch")
+PRODUCTS = ("spread", "gather")  # operations of the kernels' file that have a roofline
 FIELDS = dict(
     results=(*KIND, "backbone", "size", "images_per_second"),
     operator=(*KIND, "name", "label", "tokens", "peak_mib"),
     sequence=(*KIND, "name", "label", "tokens", "peak_mib"),
     onnx=(*KIND, "backbone", "size", "runtime", "min_ms"),
+    kernels=("operation", "mode", "tokens", "landmarks", "way"),
 )
 
 
 def write_json(data: dict[str, Any], path: Path) -> None:
-    """Write ``benchmark.json``."""
+    """Write ``benchmark.json``, or ``kernels.json``."""
     with write_whole(path) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a ``benchmark.json``.
+    """Read a ``benchmark.json``, or a ``kernels.json`` of :mod:`mmsoft.benchmark.kernels`.
 
     Raises:
         OSError: it cannot be read.
@@ -39,15 +42,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text())
-        if missing := [key for key in NEEDED if key not in data]:
+        needed = KERNELS if "kernels" in data else NEEDED
+        if missing := [key for key in needed if key not in data]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        for section in ("sequence", "onnx"):  # which older files have not
+        for section in ("sequence", "onnx") if needed is NEEDED else ():  # older files have not
             data.setdefault(section, [])
         for section, fields in FIELDS.items():
-            for entry in data[section]:
+            for entry in data.get(section, []):
                 if missing := [key for key in fields if key not in entry]:
                     raise ValueError(f"an entry under '{section}' lacks {', '.join(missing)}")
-        for entry in [entry for section in SECTIONS for entry in data[section]]:
+        for entry in [entry for section in SECTIONS for entry in data.get(section, [])]:
             entry.setdefault("min_ms", entry["median_ms"])  # which older files have not
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the benchmark's JSON: {error}") from None
@@ -185,14 +189,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def kernel_table(entries: list[dict[str, Any]], style: str = "simple") -> str:
     """Entries of :mod:`mmsoft.benchmark.kernels` in words and numbers."""
-    names = ("operation", "mode", "tokens", "landmarks", "way", "median_ms", "error", "roofline")
+    names = ["operation", "mode", "tokens", "landmarks", "way", "median_ms", "timed_by", "host_ms"]
+    names += ["error", "roofline"]
     rows = []
     for entry in entries:
         row: list[Any] = [entry.get(name) for name in names]
         if not entry.get("right", True):
             row[names.index("way")] += " (WRONG)"
         rows.append([*row, entry.get("reason", "")])
-    return tabulate(rows, [*names, ""], style, floatfmt=".3g", missingval="-")
+    head = [name.removesuffix("_ms").replace("_", " ") for name in names]
+    return tabulate(rows, [*head, ""], style, floatfmt=".3g", missingval="-")
 
 
 def _tabulate(rows: Sequence[Sequence[str]], style: str) -> str:
