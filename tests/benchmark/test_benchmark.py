@@ -21,6 +21,7 @@ from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.ops import reference
+from mmsoft.ops.backends import OPERATIONS
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("mmdet")
@@ -206,7 +207,12 @@ def test_arguments_replace_what_a_preset_has():
     ]
     groups = planned("--sizes", "64", "96", "--modes", "train", "--compile")
     assert [(g[0].size[0], g[0].compiled) for _, g in groups] == [
-        (size, compiled) for size in (64, 96) for compiled in (False, True)
+        (size, compiled) for compiled in (False, True) for size in (64, 96)
+    ]
+    groups = planned("--sizes", "64", "96", "--batch", "3", "2", "--compile", "only")
+    assert [(g[0].size[0], g[0].batch, g[0].compiled) for _, g in groups] == [
+        (64, 3, True),
+        (96, 2, True),
     ]
     assert "released-tiny" not in [case.name for case in groups[0][1]]
     groups = planned("--preset", "cuda")
@@ -281,6 +287,7 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
         (("--sizes", "big"), ("'big'", "224", "800x1344")),
         (("--sizes", "8"), ("'8'", "at least 32")),
         (("--repeats", "0"), ("--repeats", "positive")),
+        (("--sizes", "64", "96", "--batch", "1", "2", "3"), ("--batch", "each of the 2")),
         (("--preset", "cpu", "--sizes", "64"), ("--preset", "--sizes", "leave")),
         (("--models", "released-tiny", "--modes", "train"), ("released-tiny", "forward")),
         (("--write-docs", "none.json"), ("none.json",)),
@@ -431,6 +438,73 @@ def test_slow_calls_and_large_images_run_less_often(
     assert len(made) == calls
 
 
+def test_a_case_that_cannot_be_compiled_does_not_stop_the_others(monkeypatch):
+    class TritonError(Exception):  # neither a RuntimeError nor a ValueError
+        pass
+
+    def make_step(model, case):
+        if case.name == "softpp-tiny-triton":
+            raise TritonError("out of resources")
+
+    monkeypatch.setattr(measure, "make_model", lambda case: None)
+    monkeypatch.setattr(measure, "make_step", make_step)
+    monkeypatch.setattr(measure, "seconds_of", lambda *_: 0.5)
+    names = ("softpp-tiny-triton", "softpp-tiny")
+    tiny = [cases.Case("backbone", name, (64, 64)) for name in names]
+    times, skipped = measure.measure_times(tiny, {}, 1, 1, print)
+    assert list(times) == tiny[1:]
+    assert skipped == {tiny[0]: "TritonError: out of resources"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("name", ["softpp-tiny", "softpp-tiny-triton"])
+def test_a_backward_pass_has_the_setting_of_the_forward_pass(name, dtype):
+    """The precision of float32, and what operations run as."""
+    product, found = OPERATIONS["gaussian_kernel_product"], []
+
+    def look():
+        found.append((torch.backends.cudnn.allow_tf32, product.asked, product.strict))
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            look()
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            look()
+            return grad
+
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            return [Look.apply(super().forward(x))]
+
+    case = cases.Case("backbone", name, (4, 4), mode="train", dtype=dtype)
+    cases.make_step(Model(4, 4), case)()
+    wanted = (dtype == "tf32", "triton" if name.endswith("triton") else None, True)
+    assert found == [wanted, wanted]
+    assert product.asked is None
+
+
+def test_backbones_with_kernels_say_why_they_cannot_run_here():
+    case = cases.Case("backbone", "softpp-tiny-triton", (64, 64))
+    times, skipped = measure.measure_times([case], {}, 1, 1, print)
+    assert not times
+    assert "cannot run as triton: " in skipped[case]
+
+
+def test_memory_on_a_gpu_is_measured_in_the_same_process(monkeypatch):
+    monkeypatch.setattr(measure, "_peak_cuda_mib", lambda step: len(step()))
+    case = cases.Case("operator", "softpp", (8, 8), batch=3)
+    model = cases.make_model(case)
+    monkeypatch.setattr(measure, "make_model", lambda case: 1 / 0)
+    assert measure.measure_on_gpu(case, model, False) == dict(peak_mib=3)
+    found = measure.measure_on_gpu(case, model, True)
+    assert found["peak_mib"] == 3
+    assert found["error"] == "operations not counted: ZeroDivisionError: division by zero"
+
+
 def test_peers_attention_runs_fused():
     """torch's layers do when nobody asks for the weights; the result is the same."""
     layer = torch.nn.MultiheadAttention(8, 2, batch_first=True).train()
@@ -535,6 +609,34 @@ def test_targets(data):
     assert row == ["2.19", "2.19", "≥ 2.3", "**no**"]
     row = rows["800x1344: SOFT++ Small's speed over PVTv2-B2's"]
     assert row == ["-", "-", "≥ 3.2", "not measured"]
+
+
+def test_targets_of_a_gpu(data, tmp_path):
+    """In each dtype, with kernels and without; the faster memory format of a peer."""
+    kind = dict(device="cuda", batch=2)
+    data["results"] = [
+        measured("softpp-tiny", 10.0, 1.0, **kind),
+        measured("pvtv2-b1", 9.0, 1.0, **kind),
+        measured("softpp-tiny-triton", 5.0, 1.0, **kind),
+        measured("softpp-tiny", 10.0, 1.0, mode="train", dtype="bfloat16", **kind),
+        measured("pvtv2-b1", 40.0, 1.0, mode="train", dtype="bfloat16", **kind),
+        measured("pvtv2-b1-channels-last", 30.0, 1.0, mode="train", dtype="bfloat16", **kind),
+        measured("pvtv2-b1", 1.0, 1.0, (512, 512), **kind),  # no target is about this size
+    ]
+    data.update(scaling=[], whole=[])
+    forward = "800x1344, batch 2, forward, cuda, float32: SOFT++ "
+    train = "800x1344, batch 2, train, cuda, bfloat16: SOFT++ "
+    found = {target.claim: (target.measured, target.met) for target in page.targets(data)}
+    assert len(found) == 2 * 6
+    assert {claim: value for claim, value in found.items() if value[0]} == {
+        f"{forward}Tiny's speed over PVTv2-B1's": (0.9, False),
+        f"{forward}Tiny, Triton's speed over PVTv2-B1's": (1.8, True),
+        f"{train}Tiny's speed over PVTv2-B1's": (3.0, True),
+    }
+    assert found[f"{train}Small, Triton's speed over Swin-T's"] == (None, None)
+    page.write_docs([data], tmp_path)
+    text = " ".join((tmp_path / "benchmarks.md").read_text().split())
+    assert f"{forward}Tiny, Triton's speed over PVTv2-B1's | 1.80 | 1.80 | ≥ 1 | yes |" in text
 
 
 def test_bounds_of_the_targets(data):

@@ -1,18 +1,27 @@
 """`make gpu` on a CPU, with small sizes: no step fails for a typing error on the day."""
 
+import contextlib
+import functools
+import inspect
+import itertools
 import json
+import runpy
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from loading import load_tool
+from mmengine.config import Config
 
 from mmsoft.benchmark import __main__ as benchmark
 from mmsoft.benchmark import kernels, page, report
 from mmsoft.ops import reference
 
-EVERY = ["tests", "kernels", "large", "data", "detector", "segmentor", "amp", "backbones"]
+EVERY = ["golden", "tests", "kernels", "backbones", "data", "detector", "segmentor", "amp"]
+EVERY += ["compiled"]
 
 
 SLOW = """
@@ -48,9 +57,20 @@ def test_dry_run(steps, root, tmp_path):
     } | {("choice", "forward")}
     assert all(entry["right"] and entry["median_ms"] > 0 for entry in eager)
     assert all("on cpu" in e["reason"] for e in kernels if e["way"] == "triton")
+    files = [tmp_path / "kernels.json"]
     if "backbones" in steps:
-        measured = json.loads((tmp_path / "large/benchmark.json").read_text())["results"]
-        assert {entry["dtype"] for entry in measured} == {"float32", "tf32"}
+        files += [tmp_path / name / "benchmark.json" for name in ("backbones", "compiled")]
+        found = [report.read_json(path) for path in files[1:]]
+        kinds = [(e["dtype"], e["mode"], e["batch"], e["compiled"]) for e in found[0]["results"]]
+        dtypes = ("float32", "tf32", "bfloat16")
+        grid = itertools.product((1, 2), ("forward", "train"), dtypes)
+        assert kinds == [(dtype, mode, batch, False) for batch, mode, dtype in grid]
+        names = {case["name"]: case["reason"] for case in found[0]["skipped"]}
+        assert "the tensors are on cpu" in names.pop("softpp-tiny-triton")
+        assert not names
+        assert [(e["dtype"], e["compiled"]) for e in found[1]["results"]] == [("bfloat16", True)]
+    page.write_docs([report.read_json(path) for path in files], tmp_path)
+    assert "## Kernels, " in (tmp_path / "benchmarks.md").read_text()
 
 
 def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
@@ -58,22 +78,161 @@ def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
     gpu = load_tool("dev/gpu.py")
     steps = {step.name: step for step in gpu.steps(tmp_path, dry=False)}
     assert list(steps) == EVERY
-    assert sum(step.limit for step in steps.values()) <= gpu.SECONDS
-    for name in ("large", "backbones"):
+    assert sum(step.limit for step in steps.values()) <= gpu.SECONDS - gpu.START
+    for name, compiled in (("backbones", False), ("compiled", True)):
         _, _, module, *arguments = steps[name].command
         assert module == "mmsoft.benchmark"
         args = benchmark.parser().parse_args(arguments)
-        assert set(args.models) <= set(benchmark.BACKBONES)
+        groups = benchmark.plan(args)
+        assert {section for section, _ in groups} == {"results"}  # the preset's others take long
+        found = [case for _, group in groups for case in group]
+        assert {case.name for case in found} <= set(benchmark.BACKBONES)
+        assert {(case.device, case.compiled) for case in found} == {("cuda", compiled)}
+        kinds = [(g[0].size, g[0].batch, g[0].mode, g[0].dtype) for _, g in groups]
+        if compiled:
+            grid = itertools.product([((800, 1344), 2)], ("forward", "train"), ["bfloat16"])
+        else:
+            sizes = [((800, 1344), 2), ((512, 512), 16), ((224, 224), 128)]
+            dtypes = ["float32", "tf32", "bfloat16"]
+            grid = itertools.product(sizes, ("forward", "train"), dtypes)
+            for mode, left_out in (("forward", set()), ("train", {"released-tiny"})):
+                names = [{c.name for c in g} for _, g in groups if g[0].mode == mode]
+                assert all(each == set(gpu.MODELS) - left_out for each in names)
+        assert kinds == [(*size, mode, dtype) for size, mode, dtype in grid]
     arguments = steps["kernels"].command[3:]
+    args = kernels.parser().parse_args(arguments)
+    planned = list(kernels.ordered(kernels.plan(args.tokens, args.landmarks), args.ways))
+    assert {(case.tokens, case.landmarks) for case, _ in planned if case.operation == "gather"} == {
+        (tokens, landmarks) for tokens in (3136, 16384, 67200) for landmarks in (49, 64, 128)
+    }
+    ways = [way for _, way in planned]
+    assert list(dict.fromkeys(ways)) == ["eager", "triton", "compiled"]
+    assert ways == sorted(ways, key=["eager", "triton", "compiled"].index)  # one after another
+    assert planned[-len(planned) // 3][0].tokens == 67200
     monkeypatch.setattr("sys.argv", ["kernels", *arguments])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or it would run
     with pytest.raises(SystemExit):
         kernels.main()
     assert "torch sees no CUDA device" in capsys.readouterr().err
-    for name in ("tests", "amp"):
+    for name in ("golden", "tests", "amp"):
         paths = [word for word in steps[name].command if word.startswith("tests/")]
         assert paths
         assert all((gpu.ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.parametrize("name", ["detector", "segmentor"])
+def test_the_trainings_of_the_day(name, tmp_path, monkeypatch):
+    """MIM and the libraries' programs take the options, and the config has what is set in it."""
+    train = pytest.importorskip("mim.commands.train").cli
+    step = {step.name: step for step in load_tool("dev/gpu.py").steps(tmp_path, dry=False)}[name]
+    assert step.command[1:4] == ["-m", "mim", "train"]
+    given = train.make_context("train", step.command[4:]).params
+    assert given["gpus"] == 1
+    package = pytest.importorskip(given["package"])
+    program = Path(package.__file__).parent / ".mim/tools/train.py"
+    module = runpy.run_path(str(program))
+    monkeypatch.setattr("sys.argv", ["train.py", given["config"], *given["other_args"]])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    args = module["parse_args"]()
+    assert args.amp
+    config = Config.fromfile(args.config)
+    for key in args.cfg_options:
+        *parents, last = key.split(".")
+        parent = functools.reduce(lambda found, word: found[word], parents, config)
+        assert last in (*parent, "persistent_workers", "indices")  # which configs need not have
+    config.merge_from_dict(args.cfg_options)
+
+
+class FakeCuda:
+    """What times_of asks of torch.cuda, with the arguments that it takes; a call takes 2 ms."""
+
+    def __init__(self, records):
+        self.records, self.now, self.recording = records, 0.0, None
+        real = torch.cuda.graph
+
+        fake = self
+
+        class CUDAGraph:
+            calls = 0
+
+            def replay(self):
+                fake.now += 2.0 * self.calls
+
+        @contextlib.contextmanager
+        def graph(*args, **kwargs):
+            fake.recording = inspect.signature(real).bind(*args, **kwargs).arguments["cuda_graph"]
+            try:
+                yield
+                if not fake.records:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+            finally:
+                fake.recording = None
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        for made in (CUDAGraph, graph, Event):
+            assert hasattr(torch.cuda, made.__name__)
+            setattr(self, made.__name__, made)
+
+    def step(self):
+        if self.recording is None:
+            self.now += 2.0
+        else:
+            self.recording.calls += 1
+
+    def synchronize(self):
+        pass
+
+    def current_stream(self):
+        return None
+
+
+@pytest.mark.parametrize("by", ["graph", "events"])
+def test_kernels_are_timed_on_a_gpu_by_its_own_clock(by, monkeypatch):
+    """Of a graph of many calls, or of calls in a row; and the host apart."""
+    fake = FakeCuda(records=by == "graph")
+    monkeypatch.setattr(torch, "cuda", fake)
+    found = kernels.times_of(fake.step, "cuda", 3)
+    assert found["timed_by"] == by
+    assert found["median_ms"] == pytest.approx(2.0)
+    assert 0 < found["host_ms"] < 1
+
+
+def test_kernels_are_timed_on_a_cpu_by_the_clock():
+    found = kernels.times_of(lambda: time.sleep(0.004), "cpu", 3)
+    assert found["timed_by"] == "clock"
+    assert found["median_ms"] >= 4
+    assert found["host_ms"] >= 4
+
+
+def test_make_takes_the_first_python_whose_torch_sees_a_gpu(root, tmp_path):
+    for name, status in (("python3.11", 1), ("python3", 0), ("python", 0)):
+        path = tmp_path / name
+        path.write_text(f'#!/bin/bash\n[ "$1" = -c ] && exit {status}\necho {name} "$@"\n')
+        path.chmod(0o755)
+    environment = dict(PATH=f"{tmp_path}:/usr/bin:/bin")
+
+    def make(*arguments):
+        command = ["make", "-f", root / "Makefile", "gpu", *arguments]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        return done.stdout + done.stderr
+
+    assert make("WHEELS=w").strip() == "python3 tools/dev/gpu.py --wheels w"
+    assert "no Python found whose torch sees a GPU" in make("PYTHON=python3.11")
+    assert make("PYTHON=python").strip() == "python tools/dev/gpu.py"
 
 
 def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypatch):
@@ -162,7 +321,7 @@ def test_the_docs_take_the_kernels_in(tmp_path):
         dict(operation="gather", landmarks=49, mode="forward", way="triton", median_ms=1.0)
         | dict(roofline=0.65),
     ]
-    times = [entry | dict(tokens=0, error=1e-7, right=True) for entry in times]
+    times = [entry | dict(tokens=9, error=1e-7, right=True) for entry in times]
     wrong = times[-1] | dict(roofline=0.1, right=False)
     data = dict(
         device="a GPU",
@@ -176,9 +335,7 @@ def test_the_docs_take_the_kernels_in(tmp_path):
     page.write_docs([data], tmp_path)
     text = " ".join((tmp_path / "benchmarks.md").read_text().split())
     assert "## Kernels, a GPU 2026-11-28; torch 2.13.0. Commit c0ffee." in text
-    assert "| least share of the roofline | 0.650 | - | ≥ 0.6 | yes |" in text.replace(
-        "streamed products: ", ""
-    )
+    assert "products of 9 tokens: least share of the roofline | 0.650 | - | ≥ 0.6 | yes |" in text
     assert "64 landmarks, forward (ms) | 0.100 | - | ≤ 0.14 | yes |" in text
     assert "64 landmarks, backward (ms) | 0.0200 | - | ≤ 0.01 | **no** |" in text
     assert text.count("triton (WRONG)") == 1
@@ -191,4 +348,4 @@ def test_what_it_asks_for(run_tool, tmp_path):
         assert "torch sees no CUDA device; --dry-run" in error
     status, _, error = run_tool("dev/gpu.py", "--out", tmp_path, "--steps", "cernels")
     assert status == 2
-    assert "--steps has no cernels; choose from tests kernels" in error
+    assert "--steps has no cernels; choose from golden tests kernels" in error
