@@ -39,6 +39,7 @@ LONG_SECONDS = 20.0  # to warm up for so long changes nothing: the first call is
 SAMPLE_SECONDS = 0.05  # a sample is at least that long: faster steps are repeated within it
 # Imported once, by the server that the measuring processes are forked from.
 PRELOAD = ("torch", "mmsoft.models", "mmdet.models", "mmseg.models", "mmpretrain.models")
+EMULATED = 0.01  # TFLOP/s: a CPU without products in a dtype, such as bfloat16
 Log = Callable[[str], None]
 
 
@@ -323,15 +324,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _product_tflops(side: int, device: str, dtype: str) -> float:
+    a = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
+    with precision(dtype):
+        seconds = min(seconds_of(partial(torch.matmul, a, a), 1, device) for _ in range(6))
+    return 2 * side**3 / seconds / 1e12
+
+
 def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
     """Limits of the device: TFLOP/s of a square matrix product, GB/s of a copy."""
     side, elements = (8192, 1 << 28) if device == "cuda" else (2048, 1 << 26)
     found = {}
     for dtype in dtypes:
-        a = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
-        with precision(dtype):
-            seconds = min(seconds_of(partial(torch.matmul, a, a), 1, device) for _ in range(6))
-        found[f"{dtype}_tflops"] = 2 * side**3 / seconds / 1e12
+        found[f"{dtype}_tflops"] = tflops = _product_tflops(side // 8, device, dtype)
+        if tflops > EMULATED:  # else the large one would take minutes, and tell no more
+            found[f"{dtype}_tflops"] = _product_tflops(side, device, dtype)
     source = torch.zeros(elements, device=device)
     target = torch.zeros_like(source)
     seconds = min(seconds_of(lambda: target.copy_(source), 1, device) for _ in range(6))

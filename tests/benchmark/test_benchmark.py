@@ -361,6 +361,24 @@ def test_ratios_are_against_ours_of_the_same_size_and_kind(data):
     assert rows[4][-2:] == ["29.0", "8.00"]
 
 
+def test_a_dtype_without_products_takes_no_minutes(monkeypatch):
+    """bfloat16 on a CPU without it: two seconds for a side of 512."""
+    sides = []
+
+    def seconds_of(step, calls, device):
+        if isinstance(step, partial):
+            side, dtype = step.args[0].shape[0], step.args[0].dtype
+            sides.append((side, dtype))
+            return 2 * side**3 / (1e9 if dtype == torch.bfloat16 else 1e11)
+        return 0.1
+
+    monkeypatch.setattr(measure, "seconds_of", seconds_of)
+    found = measure.ceilings("cpu", ["float32", "bfloat16"])
+    assert found["float32_tflops"] == pytest.approx(0.1)
+    assert found["bfloat16_tflops"] == pytest.approx(0.001)
+    assert set(sides) == {(256, torch.float32), (2048, torch.float32), (256, torch.bfloat16)}
+
+
 def test_shares_of_the_ceilings():
     ceilings = dict(float32_tflops=2.0, copy_gb_s=4.0)
     entry = measured("softpp-tiny", 500.0, 1.0, batch=2, gmacs=100.0, traffic_gib=1.0)

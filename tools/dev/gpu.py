@@ -61,7 +61,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     """All steps, the most important first."""
     python, device = sys.executable, "cpu" if dry else "cuda"
     golden = ["tests/models/test_golden.py"]
-    tests = ["tests/models", "tests/ops", f"--ignore={golden[0]}"]
+    tests = ["tests/models", "tests/ops", "tests/faults/test_fuzz.py", f"--ignore={golden[0]}"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", "2" if dry else "6"]
     kernels: list[str] = []
