@@ -9,7 +9,7 @@ from operators import before_torch, needs_torch_2_6
 from released import ARCH
 from torch import nn
 
-from mmsoft.analysis import capture
+from mmsoft.analysis import BlockState, attention_usage, capture
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxFreeAttention
 from mmsoft.ops import reference
@@ -207,6 +207,29 @@ def test_rows_of_the_attention_are_what_the_layer_multiplies_by():
             2, (state.v.shape[1], -1)
         )
         torch.testing.assert_close((rows @ state.v).transpose(1, 2), out)
+
+
+def test_attention_starts_alive():
+    """On tokens that differ: with the weights of released queries all rows are one."""
+    tasks = load_tool("analysis_tools/attention_tasks.py")
+    torch.manual_seed(0)
+    model = tasks.Recall(tasks.build_attention("content", 8, stride=2), 8)
+    states, attn = [], model.block.attn
+
+    def record(_, arguments):
+        x, hw_shape = arguments
+        q, v = attn.queries_and_values(x)
+        heads = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in (q, v))
+        states.append(BlockState(attn, hw_shape, *heads, *attn.sample_landmarks(q, hw_shape)))
+
+    attn.register_forward_pre_hook(record)
+    inputs, *_ = tasks.recall(16, torch.Generator().manual_seed(0), queries=8, side=8)
+    with torch.no_grad():
+        model(*inputs)
+    usage = attention_usage(states[0])
+    assert (usage.nearest > 0.5).all()
+    assert (usage.rank > 1.2).all()
+    assert (usage.varying > 0.05).all()
 
 
 def test_associative_recall():
