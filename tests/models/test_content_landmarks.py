@@ -209,11 +209,8 @@ def test_rows_of_the_attention_are_what_the_layer_multiplies_by():
         torch.testing.assert_close((rows @ state.v).transpose(1, 2), out)
 
 
-def test_attention_starts_alive():
-    """On tokens that differ: with the weights of released queries all rows are one."""
-    tasks = load_tool("analysis_tools/attention_tasks.py")
-    torch.manual_seed(0)
-    model = tasks.Recall(tasks.build_attention("content", 8, stride=2), 8)
+def usage_of(model, inputs):
+    """Of the only layer of a model."""
     states, attn = [], model.block.attn
 
     def record(_, arguments):
@@ -222,11 +219,20 @@ def test_attention_starts_alive():
         heads = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in (q, v))
         states.append(BlockState(attn, hw_shape, *heads, *attn.sample_landmarks(q, hw_shape)))
 
-    attn.register_forward_pre_hook(record)
-    inputs, *_ = tasks.recall(16, torch.Generator().manual_seed(0), queries=8, side=8)
+    handle = attn.register_forward_pre_hook(record)
     with torch.no_grad():
         model(*inputs)
-    usage = attention_usage(states[0])
+    handle.remove()
+    return attention_usage(states[0])
+
+
+def test_attention_starts_alive():
+    """On tokens that differ: with the weights of released queries all rows are one."""
+    tasks = load_tool("analysis_tools/attention_tasks.py")
+    torch.manual_seed(0)
+    model = tasks.Recall(tasks.build_attention("content", 8, stride=2), 8)
+    inputs, *_ = tasks.recall(16, torch.Generator().manual_seed(0), queries=8, side=8)
+    usage = usage_of(model, inputs)
     assert (usage.nearest > 0.5).all()
     assert (usage.rank > 1.2).all()
     assert (usage.varying > 0.05).all()
@@ -241,3 +247,7 @@ def test_associative_recall():
     tasks.train(model, draw, steps=400, seed=0, lr=2e-3)
     # Chance is 0.125; how far it comes depends on the seed and the steps.
     assert tasks.accuracy(model, draw) >= 0.9
+    usage = usage_of(model, draw(16, torch.Generator().manual_seed(-1))[0])
+    assert (usage.nearest > 0.5).all()
+    assert (usage.rank > 1.5).all()
+    assert (usage.varying > 0.25).all()
