@@ -347,11 +347,11 @@ def test_every_shortcut_is_here(root):
     asks = r"\b(?:cpu_shortcut|traced|may_decide)\("
     asking = [re.findall(asks, text) for text in texts]
     # The warning of many landmarks, the gradients of those that are idle, of the choice inside its
-    # operator, which tests/ops/test_choice.py compares, the two forms and when it stops, and of
-    # sequences whether there is padding and whether tokens are known; of images whether they are
-    # padded and whether that may be cut off (tests/models/test_image_padding.py), and how stage 4's
-    # result lies where it has a mask (tests/export).
-    others = 9
+    # operator, which tests/ops/test_choice.py compares, the two forms, when it stops and what it
+    # stores, and of sequences whether there is padding and whether tokens are known; of images
+    # whether they are padded and whether that may be cut off (tests/models/test_image_padding.py),
+    # and how stage 4's result lies where it has a mask (tests/export).
+    others = 10
     twice = 1  # tokens by part, with and without what they read from landmarks
     assert sum(map(len, asking)) == len(SHORTCUTS) - twice + others
     # by another condition

@@ -144,6 +144,8 @@ def run(step: Step, out: Path, left: float) -> dict[str, Any]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # What a shell starts in the background ignores it, and so would all steps.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         grace = min(GRACE, limit / 2)
         try:
