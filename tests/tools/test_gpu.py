@@ -237,12 +237,13 @@ def test_make_takes_the_first_python_whose_torch_sees_a_gpu(root, tmp_path):
 
 
 def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypatch):
-    """One that is stopped can still say what it has found, where all runs in the background too."""
+    """One that is stopped, at its limit, can still say what it has found, in the background too."""
     gpu = load_tool("dev/gpu.py")
     programs = dict(
         fails=("raise SystemExit('broken')", 60),
-        slow=(SLOW, 6),
-        deaf=(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLOW}", 6),
+        slow=(SLOW, 3),
+        deaf=(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLOW}", 3),
+        whole=("import time; time.sleep(2.5); print('done')", 4),
         works=("print('done')", 60),
     )
     monkeypatch.setattr(
@@ -255,6 +256,7 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
     )
     monkeypatch.setattr("sys.argv", ["gpu.py", "--dry-run", "--out", str(tmp_path)])
     monkeypatch.setattr(gpu, "DRY", 1)
+    monkeypatch.setattr(gpu, "GRACE", 3.0)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in `&`
     try:
         with pytest.raises(SystemExit) as caught:
@@ -267,8 +269,16 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
         ("fails", "failed", ["broken"]),
         ("slow", "stopped at its limit", ["what it has found"]),
         ("deaf", "stopped at its limit", ["begun"]),
+        ("whole", "complete", ["done"]),
         ("works", "complete", ["done"]),
     ]
+
+
+def test_the_data_of_the_day_are_made_in_time(tmp_path):
+    gpu = load_tool("dev/gpu.py")
+    (step,) = (step for step in gpu.steps(tmp_path, dry=False) if step.name == "data")
+    assert gpu.run(step, tmp_path, step.limit)["status"] == "complete"
+    assert len(list((tmp_path / "data/shapes/coco/train2017").iterdir())) == 80
 
 
 @pytest.mark.parametrize(

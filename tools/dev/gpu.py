@@ -37,7 +37,7 @@ NEEDED = (
     *("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "mim"),
     *("hypothesis", "pytest", "tabulate"),
 )
-GRACE = 10.0  # seconds in which a step that is stopped can say what it has found
+GRACE = 5.0  # seconds beyond its limit in which a stopped step can say what it has found
 MODES = ("forward", "train")
 # With kernels last: one that fails may take the others of its process with it.
 MODELS = (
@@ -49,7 +49,7 @@ MODELS = (
 
 @dataclass
 class Step:
-    """A command, the seconds that it may take, and where it runs."""
+    """A command, the seconds until it is stopped, and where it runs."""
 
     name: str
     command: list[str]
@@ -72,7 +72,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     # To compile a model takes up to a minute, and a group is written when all of it is measured.
     compiled = ["--models", "softpp-tiny", "pvtv2-b1", "--sizes", "800x1344", "--batch", "2"]
     compiled += ["--modes", *MODES, "--dtypes", "bfloat16", "--compile", "only", "--repeats", "5"]
-    data = ["--train", "200", "--val", "40"]
+    data = ["--train", "80", "--val", "8"]
     training = ["--gpus", "1", "--amp"]
     small: list[str] = []
     if dry:
@@ -107,9 +107,9 @@ def steps(out: Path, dry: bool) -> list[Step]:
     return [
         Step("golden", [*pytest, *golden], 30),
         Step("tests", [*pytest, *tests], 100),
-        Step("kernels", [*time_kernels, *kernels], 80),
-        Step("backbones", [*benchmark, str(out / "backbones"), *backbones], 155),
-        Step("data", make, 10, out),
+        Step("kernels", [*time_kernels, *kernels], 75),
+        Step("backbones", [*benchmark, str(out / "backbones"), *backbones], 140),
+        Step("data", make, 30, out),
         Step("detector", detector, 35, out),
         Step("segmentor", segmentor, 35, out),
         Step("amp", [*pytest, *amp], 40),
@@ -131,7 +131,7 @@ def install(wheels: Path) -> None:
 
 def run(step: Step, out: Path, left: float) -> dict[str, Any]:
     """Run a step into its log, within its limit and what is left of all."""
-    limit = max(min(step.limit, left), 1)
+    limit = max(min(step.limit, left - GRACE), 1)
     print(f"\n== {step.name} (at most {limit:.0f} s)\n   $ {shlex.join(step.command)}", flush=True)
     start, log = time.monotonic(), out / f"{step.name}.log"
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
@@ -147,14 +147,13 @@ def run(step: Step, out: Path, left: float) -> dict[str, Any]:
             # What a shell starts in the background ignores it, and so would all steps.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        grace = min(GRACE, limit / 2)
         try:
-            status = "complete" if process.wait(limit - grace) == 0 else "failed"
+            status = "complete" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "stopped at its limit"
             os.killpg(process.pid, signal.SIGINT)  # pytest prints failures at its end
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(grace)
+                process.wait(GRACE)
         finally:
             with contextlib.suppress(ProcessLookupError):  # workers too
                 os.killpg(process.pid, signal.SIGKILL)
@@ -179,12 +178,12 @@ def main() -> None:
     start = time.monotonic()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    every = steps(out, args.dry_run)
+    if args.wheels:
+        install(args.wheels)
+    every = steps(out, args.dry_run)  # which ask what is installed
     names = [step.name for step in every]
     if unknown := set(args.steps or []) - set(names):
         p.error(f"--steps has no {', '.join(sorted(unknown))}; choose from {' '.join(names)}")
-    if args.wheels:
-        install(args.wheels)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         p.error(f"{', '.join(missing)} not installed; see docs/cuda.md, or give --wheels")
     import torch
@@ -209,7 +208,7 @@ def main() -> None:
         else:
             left = SECONDS - (time.monotonic() - start)
             if step is every[-1]:
-                step.limit = max(step.limit, int(left))
+                step.limit = max(step.limit, int(left - GRACE))
         if args.steps is None or step.name in args.steps:
             data["steps"].append(run(step, out, left))
             with write_whole(out / "gpu.json") as partial:
