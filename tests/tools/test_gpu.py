@@ -10,18 +10,31 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from loading import load_tool
 from mmengine.config import Config
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mmsoft.benchmark import __main__ as benchmark
 from mmsoft.benchmark import kernels, page, report
 from mmsoft.ops import reference
 
-EVERY = ["golden", "tests", "kernels", "backbones", "data", "detector", "segmentor", "amp"]
+EVERY = [
+    "preflight",
+    "golden",
+    "tests",
+    "kernels",
+    "backbones",
+    "data",
+    "detector",
+    "segmentor",
+    "amp",
+]
 EVERY += ["compiled"]
 
 
@@ -32,6 +45,22 @@ try:
     time.sleep(60)
 except KeyboardInterrupt:
     print('what it has found')
+"""
+
+
+# Distributions that it is told are not found.
+WITHOUT = """
+import runpy, sys
+from importlib.machinery import PathFinder
+from importlib.metadata import packages_distributions
+refused = set(sys.argv.pop(1).split(","))
+names = {name for name, where in packages_distributions().items() if refused.issuperset(where)}
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args):
+        return None if name.partition(".")[0] in names else super().find_spec(name, *args)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
@@ -72,6 +101,35 @@ def test_dry_run(steps, root, tmp_path):
         assert [(e["dtype"], e["compiled"]) for e in found[1]["results"]] == [("bfloat16", True)]
     page.write_docs([report.read_json(path) for path in files], tmp_path)
     assert "## Kernels, " in (tmp_path / "benchmarks.md").read_text()
+
+
+def listed(root):
+    """The distributions of a bare machine's torch, of the list of wheels, and those beside them."""
+    lines = (root / "requirements/gpu/packages.txt").read_text().splitlines()
+    every = {*"mmcv mmsoft pip torch torchvision".split(), "opencv-python"}  # the same cv2
+    every |= {line.partition("==")[0] for line in lines if not line.startswith("#")}
+    left = ["torch", "torchvision"]
+    while left:
+        for requirement in map(Requirement, metadata.requires(left.pop()) or []):
+            if requirement.marker is None or requirement.marker.evaluate(dict(extra="")):
+                left += {requirement.name} - every
+                every.add(requirement.name)
+    return set(map(canonicalize_name, every))
+
+
+def test_the_listed_wheels_are_enough(root, run_outside):
+    """What is missing, one of them here, is said by the first step, which tries the others too."""
+    there = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    refused = {name for name in there if canonicalize_name(name) not in listed(root)}
+    program = root / "tools/dev/preflight.py"
+    arguments = "-c", WITHOUT, ",".join(refused | {"pytest-xdist"}), program, "--device", "cpu"
+    done = run_outside(*arguments, PYTHONPATH=str(root))
+    failures = [line for line in done.stdout.splitlines() if ": works (" not in line]
+    assert done.returncode == 1
+    assert failures == [
+        "import xdist: ModuleNotFoundError: No module named 'xdist'",
+        "1 of 12 do not work",
+    ]
 
 
 def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
@@ -363,4 +421,4 @@ def test_what_it_asks_for(run_tool, tmp_path):
         assert "torch sees no CUDA device; --dry-run" in error
     status, _, error = run_tool("dev/gpu.py", "--out", tmp_path, "--steps", "cernels")
     assert status == 2
-    assert "--steps has no cernels; choose from golden tests kernels" in error
+    assert "--steps has no cernels; choose from preflight golden tests" in error

@@ -33,10 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SECONDS, START = 540, 20  # of all, and of them before the first step
 DRY = 10  # times as long may a step of the dry run take
-NEEDED = (
-    *("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "mim"),
-    *("hypothesis", "pytest", "tabulate"),
-)
 GRACE = 5.0  # seconds beyond its limit in which a stopped step can say what it has found
 MODES = ("forward", "train")
 # With kernels last: one that fails may take the others of its process with it.
@@ -104,11 +100,13 @@ def steps(out: Path, dry: bool) -> list[Step]:
     amp = ["-m", "long", "-k", "amp", "tests/faults/test_low_precision.py"]
     benchmark = [python, "-m", "mmsoft.benchmark", "--device", device, "--out"]
     time_kernels = [python, "-m", "mmsoft.benchmark.kernels", "--device", device, "--out", str(out)]
+    preflight = [python, str(ROOT / "tools/dev/preflight.py"), "--device", device]
     return [
+        Step("preflight", preflight, 25),
         Step("golden", [*pytest, *golden], 30),
-        Step("tests", [*pytest, *tests], 100),
-        Step("kernels", [*time_kernels, *kernels], 75),
-        Step("backbones", [*benchmark, str(out / "backbones"), *backbones], 140),
+        Step("tests", [*pytest, *tests], 95),
+        Step("kernels", [*time_kernels, *kernels], 70),
+        Step("backbones", [*benchmark, str(out / "backbones"), *backbones], 125),
         Step("data", make, 30, out),
         Step("detector", detector, 35, out),
         Step("segmentor", segmentor, 35, out),
@@ -122,9 +120,8 @@ def install(wheels: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     # An operating system may have marked its Python as its own.
     environment = dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")
-    if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        found = map(str, sorted(wheels.glob("*.whl")))
-        subprocess.run([*pip, *found], check=True, env=environment)
+    found = map(str, sorted(wheels.glob("*.whl")))
+    subprocess.run([*pip, *found], check=True, env=environment)
     command = [*pip, "--no-build-isolation", "-e", str(ROOT)]
     subprocess.run(command, check=True, env=environment)
 
@@ -184,12 +181,13 @@ def main() -> None:
     names = [step.name for step in every]
     if unknown := set(args.steps or []) - set(names):
         p.error(f"--steps has no {', '.join(sorted(unknown))}; choose from {' '.join(names)}")
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        p.error(f"{', '.join(missing)} not installed; see docs/cuda.md, or give --wheels")
-    import torch
+    try:
+        import torch
 
-    from mmsoft.benchmark.measure import device_name, versions
-    from mmsoft.fileio import write_whole
+        from mmsoft.benchmark.measure import device_name, versions
+        from mmsoft.fileio import write_whole
+    except ImportError as error:
+        p.error(f"{error}; see docs/cuda.md, or give --wheels")
 
     if not args.dry_run and not torch.cuda.is_available():
         p.error("torch sees no CUDA device; --dry-run runs the steps on a CPU, with small sizes")

@@ -1,0 +1,98 @@
+"""What the steps of `make gpu` stand on, each tried by itself: one line says how it went.
+
+    python tools/dev/preflight.py --device cuda
+
+An operator of mmcv, a backbone and a Triton kernel on the device, this package as MMEngine finds
+it, and the imports of the libraries. The exit status is 0 if all of it works.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module, metadata
+
+MODULES = ("pytest", "xdist", "hypothesis", "matplotlib.pyplot", "mim.cli", "mmpretrain.models")
+MODULES += ("mmdet.apis", "mmseg.apis", "mmsoft.benchmark.kernels")
+
+
+def operator(device: str) -> None:
+    """RoIAlign of mmcv."""
+    import torch
+    from mmcv.ops import RoIAlign
+
+    boxes = torch.tensor([[0.0, 1, 1, 9, 9]], device=device)
+    if not RoIAlign(7)(torch.ones(1, 2, 16, 16, device=device), boxes).sum().isfinite():
+        raise ValueError("RoIAlign of ones is not finite")
+
+
+def backbone(device: str) -> None:
+    """Forward and backward."""
+    import torch
+
+    from mmsoft.models import SOFTPlusPlus
+
+    model = SOFTPlusPlus("tiny").to(device)
+    loss = sum(out.sum() for out in model(torch.randn(1, 3, 64, 64, device=device)))
+    loss.backward()
+    if not torch.isfinite(loss):
+        raise ValueError("features are not finite")
+
+
+def kernel(device: str) -> None:
+    """A product of the Gaussian kernel by Triton, beside plain torch's."""
+    import torch
+
+    from mmsoft.ops import gaussian_kernel_product, use_backend
+
+    x, y, w = (torch.randn(1, 1, n, 32, device=device) for n in (99, 49, 49))
+    results = []
+    for backend in ("eager", "triton"):
+        with use_backend(backend):
+            results.append(gaussian_kernel_product(x, y, w))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def package() -> None:
+    """Installed, with the folder in which MMEngine finds configs."""
+    from mmengine.hub import get_config
+
+    metadata.version("mmsoft")
+    get_config("mmsoft::retinanet/retinanet_softpp-t_fpn_1x_coco.py")
+
+
+def main() -> None:
+    """Run the command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    device = p.parse_args().device
+    checks: dict[str, Callable[[], object]] = {
+        "mmcv's RoIAlign": partial(operator, device),
+        "a backbone": partial(backbone, device),
+        "a Triton kernel": partial(kernel, device),  # what it breaks is broken from here on
+        "mmsoft, installed": package,
+        **{f"import {name}": partial(import_module, name) for name in MODULES},
+    }
+    if device == "cpu":
+        del checks["a Triton kernel"]
+    failed = 0
+    for name, check in checks.items():
+        start = time.monotonic()
+        try:
+            check()
+        except Exception as error:
+            failed += 1
+            text = " ".join(str(error).split())[:300]
+            print(f"{name}: {type(error).__name__}: {text}", flush=True)
+        else:
+            print(f"{name}: works ({time.monotonic() - start:.1f} s)", flush=True)
+    if failed:
+        print(f"{failed} of {len(checks)} do not work")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
