@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def test_dry_run(steps, root, tmp_path):
 def listed(root):
     """The distributions of a bare machine's torch, of the list of wheels, and those beside them."""
     lines = (root / "requirements/gpu/packages.txt").read_text().splitlines()
-    every = {*"mmcv mmsoft pip torch torchvision".split(), "opencv-python"}  # the same cv2
+    every = {"mmcv", "mmsoft", "pip", "torch", "torchvision"}
+    every.add("opencv-python")  # the same cv2
     every |= {line.partition("==")[0] for line in lines if not line.startswith("#")}
     left = ["torch", "torchvision"]
     while left:
@@ -129,6 +131,36 @@ def test_the_listed_wheels_are_enough(root, run_outside):
     assert failures == [
         "import xdist: ModuleNotFoundError: No module named 'xdist'",
         "1 of 12 do not work",
+    ]
+
+
+def test_what_is_missing_is_installed_and_an_error_is_one_line(tmp_path, monkeypatch, capsys):
+    """Of three wheels one is there in another version, and one is for another Python."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name, version, tag in (
+        *(("mmsoft_first", "1.0", "py3-none-any"), ("mmsoft_other", "1.0", "cp27-none-any")),
+        ("torch", "9.9", "py3-none-any"),
+    ):
+        folder = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(wheels / f"{name}-{version}-{tag}.whl", "w") as archive:
+            archive.writestr(f"{name}.py", "")
+            archive.writestr(
+                f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            )
+            archive.writestr(
+                f"{folder}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n"
+            )
+            archive.writestr(f"{folder}/RECORD", "")
+    gpu = load_tool("dev/gpu.py")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "nothing")
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "there"))
+    gpu.install(wheels)
+    assert [path.name for path in (tmp_path / "there").glob("*.py")] == ["mmsoft_first.py"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ERROR: ")[0] for line in lines] == [
+        *["pip install mmsoft_other"] * 2,
+        f"pip install {gpu.ROOT}",
     ]
 
 

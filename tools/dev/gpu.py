@@ -22,10 +22,12 @@ import json
 import os
 import shlex
 import signal
+import site
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +117,32 @@ def steps(out: Path, dry: bool) -> list[Step]:
     ]
 
 
-def install(wheels: Path) -> None:
-    """Install what is missing from a folder of wheels, and this checkout."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+def pip_install(*arguments: str) -> bool:
+    """Whether pip, which asks no index, could; its error is one line."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     # An operating system may have marked its Python as its own.
     environment = dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")
-    found = map(str, sorted(wheels.glob("*.whl")))
-    subprocess.run([*pip, *found], check=True, env=environment)
-    command = [*pip, "--no-build-isolation", "-e", str(ROOT)]
-    subprocess.run(command, check=True, env=environment)
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        print(f"pip install {arguments[-1]}: {lines[-1] if lines else 'failed'}", flush=True)
+    return done.returncode == 0
+
+
+def install(wheels: Path) -> None:
+    """Install those of a folder of wheels whose distributions are missing, and this checkout."""
+    names = sorted({path.name.partition("-")[0] for path in wheels.glob("*.whl")})
+    missing = [name for name in names if not any(metadata.distributions(name=name))]
+    every = ["--find-links", str(wheels.resolve())]
+    if missing and not pip_install(*every, *missing):  # all or none: then one after the other
+        for name in missing:
+            pip_install(*every, name)
+    pip_install("--no-build-isolation", "-e", str(ROOT))
+    if site.ENABLE_USER_SITE:  # where pip installs what it may not install for all, new perhaps
+        site.addsitedir(site.getusersitepackages())
+    importlib.invalidate_caches()
 
 
 def run(step: Step, out: Path, left: float) -> dict[str, Any]:
