@@ -115,8 +115,14 @@ def measure_times(
         order = list(steps.items())
         random.Random(turn).shuffle(order)  # else each always follows the same neighbour
         for case, step in order:
-            if len(samples[case]) < wanted[case]:
+            if len(samples[case]) >= wanted[case]:
+                continue
+            try:
                 samples[case].append(1e3 * seconds_of(step, calls[case], case.device))
+            except Exception as error:
+                skipped[case] = reason(error)
+                log(f"{case.name}: left out ({skipped[case]})")
+                del steps[case], samples[case]
         log(f"round {turn + 1} of {max(wanted.values())}: {time.perf_counter() - start:.1f} s")
     times = {}
     for case, values in samples.items():
@@ -315,7 +321,7 @@ def commit() -> str | None:
 def versions() -> dict[str, str]:
     """Versions of the packages involved."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    names = "mmsoft mmengine mmcv mmdet mmsegmentation mmpretrain"
+    names = "mmsoft mmengine mmcv mmdet mmsegmentation mmpretrain triton"
     for name in [*names.split(), "linformer", "performer-pytorch", "nystrom-attention"]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

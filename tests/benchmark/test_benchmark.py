@@ -474,6 +474,33 @@ def test_a_case_that_cannot_be_compiled_does_not_stop_the_others(monkeypatch):
     assert skipped == {tiny[0]: "TritonError: out of resources"}
 
 
+def test_a_case_that_fails_later_does_not_stop_the_others(monkeypatch):
+    """A kernel's error is that of a later call, when the GPU is waited for."""
+    calls = {"softpp-tiny-triton": 0, "softpp-tiny": 0}
+
+    def seconds(name, *_):
+        calls[name] += 1
+        if name == "softpp-tiny-triton" and calls[name] > 3:
+            raise RuntimeError("an illegal memory access was encountered")
+        return 0.1
+
+    monkeypatch.setattr(measure, "make_model", lambda case: None)
+    monkeypatch.setattr(measure, "make_step", lambda model, case: case.name)
+    monkeypatch.setattr(measure, "seconds_of", seconds)
+    both = [cases.Case("backbone", name, (64, 64)) for name in calls]
+    times, skipped = measure.measure_times(both, {}, 3, 1, print)
+    assert {case: found["repeats"] for case, found in times.items()} == {both[1]: 3}
+    assert skipped == {both[0]: "RuntimeError: an illegal memory access was encountered"}
+
+
+def test_versions_tell_that_of_triton(monkeypatch):
+    real = measure.importlib.metadata.version
+    monkeypatch.setattr(
+        measure.importlib.metadata, "version", lambda n: "3.6.0" if n == "triton" else real(n)
+    )
+    assert measure.versions()["triton"] == "3.6.0"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("name", ["softpp-tiny", "softpp-tiny-triton"])
 def test_a_backward_pass_has_the_setting_of_the_forward_pass(name, dtype):
