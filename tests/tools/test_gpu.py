@@ -415,8 +415,39 @@ def test_what_is_wrong_is_called_so():
     assert report.kernel_table(entries).count("(WRONG)") == 2
 
 
+def test_what_did_not_run_is_a_failure_where_there_are_kernels():
+    ran, not_run = dict(way="triton", right=True), dict(way="triton", reason="no Triton")
+    assert not kernels.failed([ran, dict(way="eager", right=True)], "cuda")
+    assert kernels.failed([ran, not_run], "cuda")
+    assert kernels.failed([dict(way="eager", right=False)], "cuda")
+    assert not kernels.failed([ran, dict(way="compiled", reason="no compiler")], "cuda")
+    assert not kernels.failed([not_run], "cpu")
+
+
+def test_the_truth_is_computed_once_and_its_failure_has_a_reason(monkeypatch):
+    case, computed = kernels.KernelCase("spread", 7, 3, "forward"), []
+    definition = kernels._definition
+
+    def noted(*tensors):
+        computed.append(len(tensors))
+        return definition(*tensors)
+
+    monkeypatch.setattr(kernels, "_definition", noted)
+    kernels.truths.cache_clear()
+    for way in ("eager", "triton"):
+        found = kernels.measured(case, way, "cpu", 1)
+        assert ("error" in found) == (way == "eager")
+    assert computed == [3]
+
+    def fails(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "arguments", fails)
+    assert "illegal memory access" in kernels.measured(case, "eager", "cpu", 1)["reason"]
+
+
 def test_the_docs_take_the_kernels_in(tmp_path):
-    """What is wrong, or of another way, meets no target."""
+    """What is wrong, did not run, or is of another way, meets no target."""
     times = [
         dict(operation="newton", landmarks=64, mode="forward", way="triton", median_ms=0.1),
         dict(operation="newton", landmarks=64, mode="forward", way="eager", median_ms=0.01),
@@ -427,7 +458,11 @@ def test_the_docs_take_the_kernels_in(tmp_path):
         | dict(roofline=0.65),
     ]
     times = [entry | dict(tokens=9, error=1e-7, right=True) for entry in times]
-    wrong = times[-1] | dict(roofline=0.1, right=False)
+    wrong = times[-1] | dict(tokens=10, roofline=0.1, right=False)
+    others = [times[-1] | dict(tokens=10, mode="backward"), wrong]
+    missing = {key: wrong[key] for key in ("operation", "landmarks", "mode")}
+    others += [times[-1] | dict(tokens=11, mode="backward")]
+    others += [missing | dict(tokens=11, way=way) for way in ("eager", "triton")]
     data = dict(
         device="a GPU",
         versions=dict(torch="2.13.0"),
@@ -435,14 +470,20 @@ def test_the_docs_take_the_kernels_in(tmp_path):
         commit="c0ffee",
         repeats=11,
         ceilings=dict(copy_gb_s=2000.0, tf32_tflops=300.0),
-        kernels=[*times, wrong],
+        kernels=[*times, *others],
     )
     page.write_docs([data], tmp_path)
     text = " ".join((tmp_path / "benchmarks.md").read_text().split())
     assert "## Kernels, a GPU 2026-11-28; torch 2.13.0. Commit c0ffee." in text
-    assert "products of 9 tokens: least share of the roofline | 0.650 | - | ≥ 0.6 | yes |" in text
-    assert "64 landmarks, forward (ms) | 0.100 | - | ≤ 0.14 | yes |" in text
-    assert "64 landmarks, backward (ms) | 0.0200 | - | ≤ 0.01 | **no** |" in text
+    share = "tokens, all right: least share of the roofline |"
+    assert f"products of 9 {share} 0.650 | - | ≥ 0.6 | yes |" in text
+    for tokens in (10, 11):
+        assert f"products of {tokens} {share} - | - | ≥ 0.6 | not measured |" in text
+    whose = "(ms); wanted is what LaplacianFormer's authors publish of theirs, on an A100, of "
+    whose += "unknown batch |"
+    newton = f"Newton of {kernels.MATRICES} matrices of 64 landmarks,"
+    assert f"{newton} forward {whose} 0.100 | - | ≤ 0.14 | yes |" in text
+    assert f"{newton} backward {whose} 0.0200 | - | ≤ 0.01 | **no** |" in text
     assert text.count("triton (WRONG)") == 1
 
 
