@@ -40,7 +40,7 @@ test-long: setup triton  ## Run the tests marked `long`, which take minutes
 gpu:  ## On a GPU, in nine minutes: tests, kernels, backbones, training
 	@for python in $(if $(filter file,$(origin PYTHON)),$(VENV)/python python3 python3.11 python,$(PYTHON)); do \
 		if $$python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
-			exec $$python tools/dev/gpu.py $(if $(WHEELS),--wheels $(WHEELS)); fi; done; \
+			exec $$python tools/dev/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT)); fi; done; \
 		echo "gpu: no Python found whose torch sees a GPU; give one: make gpu PYTHON=/path/to/python" >&2; exit 1
 
 figures: setup  ## Make the pictures of docs/look_inside.md and docs/method.md anew (20 minutes)

@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from importlib import metadata
@@ -25,18 +26,8 @@ from mmsoft.benchmark import __main__ as benchmark
 from mmsoft.benchmark import kernels, page, report
 from mmsoft.ops import reference
 
-EVERY = [
-    "preflight",
-    "golden",
-    "tests",
-    "kernels",
-    "backbones",
-    "data",
-    "detector",
-    "segmentor",
-    "amp",
-]
-EVERY += ["compiled"]
+EVERY = ["preflight", "golden", "tests", "kernel-tests", "kernels", "backbones", "triton", "data"]
+EVERY += ["detector", "segmentor", "amp", "compiled"]
 
 
 SLOW = """
@@ -89,14 +80,25 @@ def test_dry_run(steps, root, tmp_path):
     assert all(entry["right"] and entry["median_ms"] > 0 for entry in eager)
     assert all("on cpu" in e["reason"] for e in kernels if e["way"] == "triton")
     files = [tmp_path / "kernels.json"]
+    said = dict(zip(steps, (step["left_out"] for step in found["steps"])))
+    assert sum("way triton: " in line for line in said["kernels"]) == len(eager)
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert names >= {"gpu.json", "kernels.json", "data.log"}
+    assert not any("shapes" in name for name in names if name.startswith("data"))
     if "backbones" in steps:
-        files += [tmp_path / name / "benchmark.json" for name in ("backbones", "compiled")]
+        assert "PASSED" in (tmp_path / "kernel-tests.log").read_text()
+        assert not said["backbones"]
+        assert all("softpp-tiny-triton" in line for line in said["triton"])
+        assert names >= {f"{name}/benchmark.json" for name in ("backbones", "triton")}
+        runs = ("backbones", "compiled", "triton")
+        files += [tmp_path / name / "benchmark.json" for name in runs]
         found = [report.read_json(path) for path in files[1:]]
         kinds = [(e["dtype"], e["mode"], e["batch"], e["compiled"]) for e in found[0]["results"]]
         dtypes = ("float32", "tf32", "bfloat16")
         grid = itertools.product((1, 2), ("forward", "train"), dtypes)
         assert kinds == [(dtype, mode, batch, False) for batch, mode, dtype in grid]
-        names = {case["name"]: case["reason"] for case in found[0]["skipped"]}
+        names = {case["name"]: case["reason"] for case in found[2]["skipped"]}
         assert "the tensors are on cpu" in names.pop("softpp-tiny-triton")
         assert not names
         assert [(e["dtype"], e["compiled"]) for e in found[1]["results"]] == [("bfloat16", True)]
@@ -170,7 +172,7 @@ def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
     steps = {step.name: step for step in gpu.steps(tmp_path, dry=False)}
     assert list(steps) == EVERY
     assert sum(step.limit for step in steps.values()) <= gpu.SECONDS - gpu.START
-    for name, compiled in (("backbones", False), ("compiled", True)):
+    for name, compiled in (("backbones", False), ("triton", False), ("compiled", True)):
         _, _, module, *arguments = steps[name].command
         assert module == "mmsoft.benchmark"
         args = benchmark.parser().parse_args(arguments)
@@ -180,15 +182,16 @@ def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
         assert {case.name for case in found} <= set(benchmark.BACKBONES)
         assert {(case.device, case.compiled) for case in found} == {("cuda", compiled)}
         kinds = [(g[0].size, g[0].batch, g[0].mode, g[0].dtype) for _, g in groups]
-        if compiled:
-            grid = itertools.product([((800, 1344), 2)], ("forward", "train"), ["bfloat16"])
-        else:
-            sizes = [((800, 1344), 2), ((512, 512), 16), ((224, 224), 128)]
-            dtypes = ["float32", "tf32", "bfloat16"]
-            grid = itertools.product(sizes, ("forward", "train"), dtypes)
-            for mode, left_out in (("forward", set()), ("train", {"released-tiny"})):
-                names = [{c.name for c in g} for _, g in groups if g[0].mode == mode]
-                assert all(each == set(gpu.MODELS) - left_out for each in names)
+        modes, dtypes, models = ("forward", "train"), ["float32", "tf32", "bfloat16"], gpu.MODELS
+        sizes = [((800, 1344), 2), ((512, 512), 16), ((224, 224), 128)]
+        if name == "compiled":
+            dtypes, models, sizes = ["bfloat16"], ["softpp-tiny", "pvtv2-b1"], sizes[:1]
+        elif name == "triton":  # with the others, whose groups these replace on the page
+            dtypes, models, sizes = ["bfloat16", "float32"], [*models, *gpu.WITH_KERNELS], sizes[:1]
+        for mode, without in (("forward", set()), ("train", {"released-tiny"})):
+            names = [{c.name for c in g} for _, g in groups if g[0].mode == mode]
+            assert all(each == set(models) - without for each in names)
+        grid = itertools.product(sizes, modes, dtypes)
         assert kinds == [(*size, mode, dtype) for size, mode, dtype in grid]
     arguments = steps["kernels"].command[3:]
     args = kernels.parser().parse_args(arguments)
@@ -205,7 +208,9 @@ def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         kernels.main()
     assert "torch sees no CUDA device" in capsys.readouterr().err
-    for name in ("golden", "tests", "amp"):
+    assert not set(gpu.OF_KERNELS) & set(steps["tests"].command)
+    assert {f"--ignore={path}" for path in gpu.OF_KERNELS} <= set(steps["tests"].command)
+    for name in ("golden", "tests", "kernel-tests", "amp"):
         paths = [word for word in steps[name].command if word.startswith("tests/")]
         assert paths
         assert all((gpu.ROOT / path).exists() for path in paths)
@@ -321,6 +326,8 @@ def test_make_takes_the_first_python_whose_torch_sees_a_gpu(root, tmp_path):
         )
         return done.stdout + done.stderr
 
+    out = make("OUT=o", "WHEELS=w").strip()
+    assert out == "python3 tools/dev/gpu.py --wheels w --out o"
     assert make("WHEELS=w").strip() == "python3 tools/dev/gpu.py --wheels w"
     assert "no Python found whose torch sees a GPU" in make("PYTHON=python3.11")
     assert make("PYTHON=python").strip() == "python tools/dev/gpu.py"
@@ -369,6 +376,33 @@ def test_the_data_of_the_day_are_made_in_time(tmp_path):
     (step,) = (step for step in gpu.steps(tmp_path, dry=False) if step.name == "data")
     assert gpu.run(step, tmp_path, step.limit)["status"] == "complete"
     assert len(list((tmp_path / "data/shapes/coco/train2017").iterdir())) == 80
+
+
+def test_what_is_left_out_makes_a_step_incomplete_on_a_gpu(tmp_path, monkeypatch):
+    """And what an earlier run found is not this one's."""
+    gpu = load_tool("dev/gpu.py")
+    kernels = dict(kernels=[dict(way="triton", reason="no Triton"), dict(way="eager", right=True)])
+    (tmp_path / "late.json").write_text(json.dumps(kernels))
+    code = f"open('kernels.json', 'w').write({json.dumps(kernels)!r})"
+    monkeypatch.setattr(
+        gpu,
+        "steps",
+        lambda out, dry: [
+            gpu.Step("kernels", [sys.executable, "-c", code], 9, out, out / "kernels.json"),
+            gpu.Step("late", [sys.executable, "-c", ""], 9, out, out / "late.json"),
+        ],
+    )
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(SystemExit) as caught:
+        gpu.main()
+    assert caught.value.code == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert [(step["status"], step["left_out"]) for step in found] == [
+        ("complete but for what it left out", ["way triton: no Triton"]),
+        ("complete", []),
+    ]
 
 
 @pytest.mark.parametrize(

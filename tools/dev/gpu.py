@@ -2,13 +2,15 @@
 
     make gpu                                      # on a machine with a GPU
     make gpu WHEELS=FOLDER                        # on a bare one, with torch and a folder of wheels
+    make gpu OUT=FOLDER                           # results there
     python tools/dev/gpu.py --dry-run             # the same steps on a CPU, with small sizes
 
 Each step runs by itself, up to a limit of its own: one that fails or is stopped there does not stop
 the next, and what it had measured is kept; the last has all the time that is left. Everything goes
-to work_dirs/gpu: `gpu.json`, which says of each step how it ended, a log for each, `kernels.json`,
-and `benchmark.json` in folders of the two steps of backbones, which `python -m mmsoft.benchmark
---write-docs` takes. The exit status is 0 if every step was complete.
+to work_dirs/gpu: `gpu.json`, which says of each step how it ended and what it left out, a log for
+each, `kernels.json`, and `benchmark.json` in folders of the three steps of backbones, which `python
+-m mmsoft.benchmark --write-docs` takes; at the end `results.tar.gz` has all of these. The exit
+status is 0 if every step was complete.
 
 A bare machine has Python, torch and its companions. In the folder of wheels there must be those of
 requirements/gpu/packages.txt, and mmcv with CUDA operators.
@@ -25,6 +27,7 @@ import signal
 import site
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -37,12 +40,13 @@ SECONDS, START = 540, 20  # of all, and of them before the first step
 DRY = 10  # times as long may a step of the dry run take
 GRACE = 5.0  # seconds beyond its limit in which a stopped step can say what it has found
 MODES = ("forward", "train")
-# With kernels last: one that fails may take the others of its process with it.
 MODELS = (
     *("softpp-tiny", "softpp-small", "pvtv2-b1", "pvtv2-b2", "swin-tiny"),
     *("convnext-tiny", "convnext-tiny-channels-last", "released-tiny"),
-    *("softpp-tiny-triton", "softpp-small-triton"),
 )
+# A kernel that fails may take all that runs after it in its process with it.
+WITH_KERNELS = ("softpp-tiny-triton", "softpp-small-triton")
+OF_KERNELS = ["tests/ops/test_kernels.py", "tests/models/test_gpu.py"]
 
 
 @dataclass
@@ -53,20 +57,24 @@ class Step:
     command: list[str]
     limit: int
     folder: Path = ROOT
+    results: Path | None = None  # JSON, which says what was left out
 
 
 def steps(out: Path, dry: bool) -> list[Step]:
     """All steps, the most important first."""
     python, device = sys.executable, "cpu" if dry else "cuda"
     golden = ["tests/models/test_golden.py"]
-    tests = ["tests/models", "tests/ops", "tests/faults/test_fuzz.py", f"--ignore={golden[0]}"]
-    if importlib.util.find_spec("xdist"):
-        tests += ["-n", "2" if dry else "6"]
-    kernels: list[str] = []
+    tests = ["tests/models", "tests/ops", "tests/faults/test_fuzz.py"]
+    tests += [f"--ignore={path}" for path in (*golden, *OF_KERNELS)]
+    kernel_tests = [*OF_KERNELS]
+    kernels = ["--repeats", "5"]
     # The size that the targets are about first; the least that a quantile can be taken of.
     backbones = ["--models", *MODELS, "--sizes", "800x1344", "512", "224", "--batch", "2", "16"]
     backbones += ["128", "--modes", *MODES, "--dtypes", "float32", "tf32", "bfloat16"]
     backbones += ["--repeats", "3", "--slow-repeats", "5"]
+    # All of them again: those that are compared are measured in turns.
+    triton = ["--models", *MODELS, *WITH_KERNELS, "--sizes", "800x1344", "--batch", "2"]
+    triton += ["--modes", *MODES, "--dtypes", "bfloat16", "float32", "--slow-repeats", "5"]
     # To compile a model takes up to a minute, and a group is written when all of it is measured.
     compiled = ["--models", "softpp-tiny", "pvtv2-b1", "--sizes", "800x1344", "--batch", "2"]
     compiled += ["--modes", *MODES, "--dtypes", "bfloat16", "--compile", "only", "--repeats", "5"]
@@ -74,16 +82,22 @@ def steps(out: Path, dry: bool) -> list[Step]:
     training = ["--gpus", "1", "--amp"]
     small: list[str] = []
     if dry:
-        tests = ["tests/ops/test_kernels.py", "-k", "refusals_say_why"]
+        tests = ["tests/ops/test_backends.py", "-k", "unknown_names"]
+        kernel_tests = [OF_KERNELS[0], "-k", "refusals_say_why"]
         kernels = ["--tokens", "64", "--landmarks", "5", "--repeats", "2"]
         golden += ["-k", "outputs and soft-wellcond"]
-        backbones = ["--models", "softpp-tiny", "softpp-tiny-triton", "--sizes", "64", "32"]
+        triton = ["--models", "softpp-tiny", "softpp-tiny-triton", "--sizes", "64"]
+        triton += ["--repeats", "1"]
+        backbones = ["--models", "softpp-tiny", "--sizes", "64", "32"]
         backbones += ["--batch", "1", "2", "--modes", *MODES, "--repeats", "1"]
         backbones += ["--dtypes", "float32", "tf32", "bfloat16"]
         compiled = ["--models", "softpp-tiny", "--sizes", "64", "--repeats", "1"]
         compiled += ["--compile", "only", "--dtypes", "bfloat16"]
         data = ["--train", "12", "--val", "4", "--size", "64"]
         training, small = ["--gpus", "0"], ["train_dataloader.dataset.indices=4"]
+    if importlib.util.find_spec("xdist"):
+        for some in (tests, kernel_tests):
+            some += ["-n", "2" if dry else "6"]
     common = ["train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
     common += ["val_dataloader.dataset.indices=2", *small]
 
@@ -100,20 +114,27 @@ def steps(out: Path, dry: bool) -> list[Step]:
     pytest = [python, "-m", "pytest", "-q", f"--device={device}"]
     # MMEngine's AMP is for GPUs: elsewhere these are skipped.
     amp = ["-m", "long", "-k", "amp", "tests/faults/test_low_precision.py"]
-    benchmark = [python, "-m", "mmsoft.benchmark", "--device", device, "--out"]
     time_kernels = [python, "-m", "mmsoft.benchmark.kernels", "--device", device, "--out", str(out)]
     preflight = [python, str(ROOT / "tools/dev/preflight.py"), "--device", device]
+
+    def benchmark(name: str, arguments: list[str], limit: int) -> Step:
+        command = [python, "-m", "mmsoft.benchmark", "--device", device, "--out", str(out / name)]
+        return Step(name, [*command, *arguments], limit, results=out / name / "benchmark.json")
+
     return [
         Step("preflight", preflight, 25),
-        Step("golden", [*pytest, *golden], 30),
-        Step("tests", [*pytest, *tests], 95),
-        Step("kernels", [*time_kernels, *kernels], 70),
-        Step("backbones", [*benchmark, str(out / "backbones"), *backbones], 125),
+        Step("golden", [*pytest, *golden], 25),
+        Step("tests", [*pytest, *tests], 70),
+        # Each test has its line as soon as it ends.
+        Step("kernel-tests", [*pytest[:-2], "-v", pytest[-1], *kernel_tests], 40),
+        Step("kernels", [*time_kernels, *kernels], 70, results=out / "kernels.json"),
+        benchmark("backbones", backbones, 110),
+        benchmark("triton", triton, 45),
         Step("data", make, 30, out),
-        Step("detector", detector, 35, out),
-        Step("segmentor", segmentor, 35, out),
-        Step("amp", [*pytest, *amp], 40),
-        Step("compiled", [*benchmark, str(out / "compiled"), *compiled], 35),
+        Step("detector", detector, 30, out),
+        Step("segmentor", segmentor, 30, out),
+        Step("amp", [*pytest, *amp], 25),
+        benchmark("compiled", compiled, 20),
     ]
 
 
@@ -145,11 +166,38 @@ def install(wheels: Path) -> None:
     importlib.invalidate_caches()
 
 
+def left_out(results: Path | None) -> list[str]:
+    """What a step's results say was not measured, and why."""
+    if results is None or not results.is_file():
+        return []
+    data = json.loads(results.read_text())
+    found = []
+    for entry in [*data.get("kernels", []), *data.get("skipped", [])]:
+        if "reason" in entry:
+            names = [f"{key} {value}" for key, value in entry.items() if key != "reason"]
+            found.append(f"{', '.join(names)}: {entry['reason']}")
+    return found
+
+
+def pack(out: Path) -> None:
+    """Results and logs, without data and weights, in one archive."""
+    from mmsoft.fileio import write_whole
+
+    files = [path for path in sorted(out.rglob("*")) if path.suffix in (".json", ".log")]
+    with write_whole(out / "results.tar.gz") as partial, tarfile.open(partial, "w:gz") as archive:
+        for path in files:
+            name = path.relative_to(out)
+            if name.parts[0] != "data":
+                archive.add(path, name)
+
+
 def run(step: Step, out: Path, left: float) -> dict[str, Any]:
     """Run a step into its log, within its limit and what is left of all."""
     limit = max(min(step.limit, left - GRACE), 1)
     print(f"\n== {step.name} (at most {limit:.0f} s)\n   $ {shlex.join(step.command)}", flush=True)
     start, log = time.monotonic(), out / f"{step.name}.log"
+    if step.results:
+        step.results.unlink(missing_ok=True)  # of another run
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -178,7 +226,8 @@ def run(step: Step, out: Path, left: float) -> dict[str, Any]:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     print("\n".join(f"   {line}" for line in lines[-40:]))
     print(f"   {status} after {seconds:.0f} s; all of it in {log}", flush=True)
-    return dict(name=step.name, status=status, seconds=round(seconds, 1), last=lines[-1:])
+    found = dict(name=step.name, status=status, seconds=round(seconds, 1), last=lines[-1:])
+    return found | dict(left_out=left_out(step.results))
 
 
 def main() -> None:
@@ -227,9 +276,14 @@ def main() -> None:
             if step is every[-1]:
                 step.limit = max(step.limit, int(left - GRACE))
         if args.steps is None or step.name in args.steps:
-            data["steps"].append(run(step, out, left))
+            found = run(step, out, left)
+            # On a CPU there are no kernels.
+            if found["left_out"] and found["status"] == "complete" and not args.dry_run:
+                found["status"] = "complete but for what it left out"
+            data["steps"].append(found)
             with write_whole(out / "gpu.json") as partial:
                 partial.write_text(json.dumps(data, indent=1) + "\n")
+    pack(out)
     incomplete = [step["name"] for step in data["steps"] if step["status"] != "complete"]
     print(
         f"\nresults in {out}" + (f"; not complete: {', '.join(incomplete)}" if incomplete else "")
