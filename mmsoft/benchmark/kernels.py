@@ -41,7 +41,7 @@ from mmsoft.benchmark.measure import (
     synchronize,
     versions,
 )
-from mmsoft.benchmark.report import PRODUCTS, kernel_table, write_json
+from mmsoft.benchmark.report import MATRICES, PRODUCTS, kernel_table, write_json
 from mmsoft.ops import (
     choose_landmarks,
     gaussian_kernel_product,
@@ -52,7 +52,6 @@ from mmsoft.ops import (
 from mmsoft.ops.inverse import guarded_newton_pinv
 
 BATCH, HEADS, DIMS = 2, 2, 32
-MATRICES = 20  # heads of a batch of two in stage 3
 CANDIDATES = (256, 1050)  # of landmarks: stage 1 of 512x512 and of 800x1344
 WAYS = ("eager", "triton", "compiled")
 CALLS, SECONDS = 50, 0.01  # a sample is so many calls, or fewer that take so long

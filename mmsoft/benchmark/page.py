@@ -15,9 +15,9 @@ from mmsoft.benchmark.cases import (
     TRITON,
     UNBOUNDED,
 )
-from mmsoft.benchmark.kernels import MATRICES
 from mmsoft.benchmark.plots import plot
 from mmsoft.benchmark.report import (
+    MATRICES,
     PRODUCTS,
     Entry,
     against_peers,

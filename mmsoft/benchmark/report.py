@@ -18,6 +18,7 @@ NEEDED = ("device", "threads", "versions", "date", "command", *SECTIONS[:4])
 KERNELS = ("device", "versions", "date", "ceilings", "repeats", "kernels")
 KIND = ("device", "dtype", "compiled", "mode", "batch")
 PRODUCTS = ("spread", "gather")  # operations of the kernels' file that have a roofline
+MATRICES = 20  # that its inverses take: heads of a batch of two in stage 3
 FIELDS = dict(
     results=(*KIND, "backbone", "size", "images_per_second"),
     operator=(*KIND, "name", "label", "tokens", "peak_mib"),
