@@ -17,7 +17,8 @@ setup:  ## Build or refresh .venv (about 10 minutes the first time)
 	@test -n "$(PYTHON)" || { echo "setup: no Python found; install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/dev/setup_env.py
 
-# Their interpreter and compiler need no GPU. Without it their tests are skipped.
+# Their interpreter and compiler need no GPU. Without it their tests are skipped, but where CI and
+# MMSOFT_TRITON=required are set.
 triton: setup
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/triton/packages.txt \
 		|| echo "test: Triton could not be installed; the tests of its kernels will be skipped" >&2

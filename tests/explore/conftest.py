@@ -10,6 +10,7 @@ import pytest
 import torch
 from browser import Browser, find
 from mmengine.config import Config
+from required import missing
 from true_layout import make_demo_data
 
 from mmsoft.analysis import load_model
@@ -136,8 +137,6 @@ def started(listening):
 def browser(tmp_path):
     program = find()
     if program is None:
-        if os.environ.get("CI") and os.environ.get("MMSOFT_BROWSER") == "required":
-            pytest.fail("no Chromium, which the workflow is to install")
-        pytest.skip("no Chromium: apt-get install chromium")
+        missing("MMSOFT_BROWSER", "no Chromium: apt-get install chromium")
     with Browser(program, tmp_path) as browser:
         yield browser

@@ -7,10 +7,11 @@ import pytest
 import torch
 from metrics import error
 from released import SMALL
+from required import need_triton
 from waiting import NoTransfers, no_waiting
 
 from mmsoft.models import SOFT, SOFTPlusPlus
-from mmsoft.ops import launch, use_backend
+from mmsoft.ops import use_backend
 
 MODELS = {
     "content": lambda **options: SOFTPlusPlus(SMALL, **options),
@@ -33,8 +34,8 @@ def gpu(device):
 @pytest.fixture(params=["eager", "triton"])
 def backend(request, gpu):
     """Plain torch, and the kernels."""
-    if request.param == "triton" and (reason := launch.lacking()):
-        pytest.skip(reason)
+    if request.param == "triton":
+        need_triton()
     with use_backend(request.param):
         yield request.param
 

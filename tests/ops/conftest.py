@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from required import need_triton
 
 from mmsoft.ops import launch, use_backend
 
@@ -19,8 +20,7 @@ def poisoned_memory():
 @pytest.fixture
 def kernels(device, monkeypatch):
     """Run everything by Triton: its kernels, or on a CPU their interpreter."""
-    if reason := launch.lacking():
-        pytest.skip(reason)
+    need_triton()
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no kernel runs on a GPU that is pretended")
     if device == "cpu":
