@@ -13,8 +13,10 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module, metadata
 
-MODULES = ("pytest", "xdist", "hypothesis", "matplotlib.pyplot", "mim.cli", "mmpretrain.models")
-MODULES += ("mmdet.apis", "mmseg.apis", "mmsoft.benchmark.kernels")
+MODULES = (
+    *("pytest", "xdist", "hypothesis", "matplotlib.pyplot", "mim.cli"),
+    *("mmpretrain.models", "mmdet.apis", "mmseg.apis", "mmsoft.benchmark.kernels"),
+)
 
 
 def operator(device: str) -> None:
