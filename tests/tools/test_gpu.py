@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def test_dry_run(steps, root, tmp_path):
     assert names >= {"gpu.json", "kernels.json", "data.log"}
     assert not any("shapes" in name for name in names if name.startswith("data"))
     if "backbones" in steps:
-        assert "PASSED" in (tmp_path / "kernel-tests.log").read_text()
+        assert "test_kernels.py::" in (tmp_path / "kernel-tests.log").read_text()
         assert not said["backbones"]
         assert all("softpp-tiny-triton" in line for line in said["triton"])
         assert names >= {f"{name}/benchmark.json" for name in ("backbones", "triton")}
@@ -341,7 +342,7 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
         slow=(SLOW, 3),
         deaf=(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLOW}", 3),
         whole=("import time; time.sleep(2.5); print('done')", 4),
-        works=("print('done')", 60),
+        works=("import os; print(os.environ['PYTHONPATH'])", 60),
     )
     monkeypatch.setattr(
         gpu,
@@ -352,6 +353,7 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
         ],
     )
     monkeypatch.setattr("sys.argv", ["gpu.py", "--dry-run", "--out", str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", "more")
     monkeypatch.setattr(gpu, "DRY", 1)
     monkeypatch.setattr(gpu, "GRACE", 3.0)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in `&`
@@ -367,7 +369,7 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
         ("slow", "stopped at its limit", ["what it has found"]),
         ("deaf", "stopped at its limit", ["begun"]),
         ("whole", "complete", ["done"]),
-        ("works", "complete", ["done"]),
+        ("works", "complete", [f"{gpu.ROOT}{os.pathsep}more"]),
     ]
 
 

@@ -198,7 +198,8 @@ def run(step: Step, out: Path, left: float) -> dict[str, Any]:
     start, log = time.monotonic(), out / f"{step.name}.log"
     if step.results:
         step.results.unlink(missing_ok=True)  # of another run
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = dict(os.environ, PYTHONPATH=path)
     with log.open("w") as file:
         process = subprocess.Popen(
             step.command,
