@@ -138,12 +138,12 @@ def test_the_listed_wheels_are_enough(root, run_outside):
 
 
 def test_what_is_missing_is_installed_and_an_error_is_one_line(tmp_path, monkeypatch, capsys):
-    """Of three wheels one is there in another version, and one is for another Python."""
+    """One wheel is of what is there, one of another Python."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     for name, version, tag in (
         *(("mmsoft_first", "1.0", "py3-none-any"), ("mmsoft_other", "1.0", "cp27-none-any")),
-        ("torch", "9.9", "py3-none-any"),
+        *(("torch", "9.9", "py3-none-any"), ("setuptools", "9.9", "py3-none-any")),
     ):
         folder = f"{name}-{version}.dist-info"
         with zipfile.ZipFile(wheels / f"{name}-{version}-{tag}.whl", "w") as archive:
@@ -159,10 +159,12 @@ def test_what_is_missing_is_installed_and_an_error_is_one_line(tmp_path, monkeyp
     monkeypatch.setattr(gpu, "ROOT", tmp_path / "nothing")
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "there"))
     gpu.install(wheels)
-    assert [path.name for path in (tmp_path / "there").glob("*.py")] == ["mmsoft_first.py"]
+    installed = {path.name for path in (tmp_path / "there").glob("*.py")}
+    assert installed == {"mmsoft_first.py", "setuptools.py"}
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": ERROR: ")[0] for line in lines] == [
-        *["pip install mmsoft_other"] * 2,
+        "pip install setuptools==9.9",  # all at once
+        "pip install mmsoft_other==1.0",
         f"pip install {gpu.ROOT}",
     ]
 
@@ -405,6 +407,20 @@ def test_what_is_left_out_makes_a_step_incomplete_on_a_gpu(tmp_path, monkeypatch
         ("complete but for what it left out", ["way triton: no Triton"]),
         ("complete", []),
     ]
+
+
+def test_a_step_that_no_time_is_left_for_does_not_begin(tmp_path, monkeypatch):
+    gpu = load_tool("dev/gpu.py")
+    monkeypatch.setattr(gpu, "steps", lambda out, dry: [gpu.Step("late", ["no-such-program"], 9)])
+    monkeypatch.setattr(gpu, "SECONDS", gpu.GRACE)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(SystemExit) as caught:
+        gpu.main()
+    assert caught.value.code == 1
+    (found,) = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert found["status"] == "no time was left"
 
 
 @pytest.mark.parametrize(
