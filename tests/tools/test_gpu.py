@@ -359,11 +359,13 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "DRY", 1)
     monkeypatch.setattr(gpu, "GRACE", 3.0)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in `&`
+    variables = dict(os.environ)
     try:
         with pytest.raises(SystemExit) as caught:
             gpu.main()
     finally:
         signal.signal(signal.SIGINT, before)
+    assert dict(os.environ) == variables
     assert caught.value.code == 1
     found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
     assert [(step["name"], step["status"], step["last"]) for step in found] == [

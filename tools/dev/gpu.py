@@ -197,15 +197,15 @@ def pack(out: Path) -> None:
                 archive.add(path, name)
 
 
-def run(step: Step, out: Path, left: float) -> dict[str, Any]:
-    """Run a step into its log, within its limit and what is left of all."""
+def run(step: Step, out: Path, left: float, **variables: str) -> dict[str, Any]:
+    """Run a step into its log, within its limit and what is left of all, with such variables."""
     limit = max(min(step.limit, left - GRACE), 1)
     print(f"\n== {step.name} (at most {limit:.0f} s)\n   $ {shlex.join(step.command)}", flush=True)
     start, log = time.monotonic(), out / f"{step.name}.log"
     if step.results:
         step.results.unlink(missing_ok=True)  # of another run
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = dict(os.environ, PYTHONPATH=path)
+    environment = dict(os.environ, PYTHONPATH=path, **variables)
     with log.open("w") as file:
         process = subprocess.Popen(
             step.command,
@@ -266,8 +266,7 @@ def main() -> None:
 
     if not args.dry_run and not torch.cuda.is_available():
         p.error("torch sees no CUDA device; --dry-run runs the steps on a CPU, with small sizes")
-    if args.dry_run:
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # minutes on a CPU
+    variables = dict(TORCH_COMPILE_DISABLE="1") if args.dry_run else {}  # minutes on a CPU
     data: dict[str, Any] = dict(
         device=device_name("cpu" if args.dry_run else "cuda"),
         dry_run=args.dry_run,
@@ -284,7 +283,7 @@ def main() -> None:
                 step.limit = max(step.limit, int(left - GRACE))
         if args.steps is None or step.name in args.steps:
             if left > GRACE + 1:
-                found = run(step, out, left)
+                found = run(step, out, left, **variables)
             else:
                 found = dict(name=step.name, status="no time was left", left_out=[])
             # On a CPU there are no kernels.
