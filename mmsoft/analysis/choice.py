@@ -17,6 +17,8 @@ def evenly(
     """An even grid in place of :meth:`~mmsoft.models.attention.SoftmaxFreeAttention.choose`.
 
     The same for every head, the whole budget, of the patches of each sample that are not padding.
+    Candidates ``[B, heads, M, d]``, ``mask`` ``[B, M]``; indices and which are there,
+    ``[B, heads, m]``.
     """
     rows, cols = landmark_grid(*hw_shape, layer.landmark_stride)
     if mask is None:

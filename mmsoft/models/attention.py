@@ -33,7 +33,7 @@ MANY_LANDMARKS = 256
 
 
 def _pooled(image: Tensor, rows: int, cols: int) -> Tensor:
-    """``adaptive_avg_pool2d`` to ``[B, C, rows, cols]``."""
+    """``adaptive_avg_pool2d`` of ``[B, C, H, W]`` to ``[B, C, rows, cols]``."""
     if image.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
         return F.adaptive_avg_pool2d(image, (rows, cols))
     # A GPU has no deterministic backward pass of it.
@@ -41,7 +41,7 @@ def _pooled(image: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def averages(image: Tensor, rows: int, cols: int) -> Tensor:
-    """The same as products with the means along each side."""
+    """The same, to ``[B, C, rows, cols]``, as products with the means along each side."""
     numbers = image.to(compute_dtype(image))
     down, across = (
         _means(*sizes, numbers) for sizes in ((image.shape[2], rows), (image.shape[3], cols))
@@ -50,6 +50,7 @@ def averages(image: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def _means(size: int, parts: int, like: Tensor) -> Tensor:
+    """Weights ``[parts, size]``: a row is the mean of a part as adaptive pooling cuts it."""
     part = torch.arange(parts, device=like.device)[:, None]
     place = torch.arange(size, device=like.device)
     of_part = (place >= part * size // parts) & (place * parts < (part + 1) * size)
@@ -280,7 +281,9 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The choice by content, see :func:`~mmsoft.ops.choose_landmarks`, within the budget.
 
-        Candidates are of the patches of the grid ``hw_shape``, row by row.
+        Candidates ``[B, heads, M, d]`` are of the patches of the grid ``hw_shape``, row by row;
+        ``mask`` ``[B, M]`` tells which count. Returns indices and which are there,
+        ``[B, heads, m]``.
         """
         budget = candidates.shape[2] if self.max_landmarks is None else self.max_landmarks
         return choose_landmarks(candidates, budget, mask=mask)

@@ -384,6 +384,17 @@ def test_the_data_of_the_day_are_made_in_time(tmp_path):
     assert len(list((tmp_path / "data/shapes/coco/train2017").iterdir())) == 80
 
 
+def incomplete_run(gpu, out, monkeypatch):
+    """The steps of a run on what seems to be a GPU, not all of them complete."""
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(SystemExit) as caught:
+        gpu.main()
+    assert caught.value.code == 1
+    return json.loads((out / "gpu.json").read_text())["steps"]
+
+
 def test_what_is_left_out_makes_a_step_incomplete_on_a_gpu(tmp_path, monkeypatch):
     """And what an earlier run found is not this one's."""
     gpu = load_tool("dev/gpu.py")
@@ -398,13 +409,7 @@ def test_what_is_left_out_makes_a_step_incomplete_on_a_gpu(tmp_path, monkeypatch
             gpu.Step("late", [sys.executable, "-c", ""], 9, out, out / "late.json"),
         ],
     )
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    with pytest.raises(SystemExit) as caught:
-        gpu.main()
-    assert caught.value.code == 1
-    found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    found = incomplete_run(gpu, tmp_path, monkeypatch)
     assert [(step["status"], step["left_out"]) for step in found] == [
         ("complete but for what it left out", ["way triton: no Triton"]),
         ("complete", []),
@@ -415,13 +420,7 @@ def test_a_step_that_no_time_is_left_for_does_not_begin(tmp_path, monkeypatch):
     gpu = load_tool("dev/gpu.py")
     monkeypatch.setattr(gpu, "steps", lambda out, dry: [gpu.Step("late", ["no-such-program"], 9)])
     monkeypatch.setattr(gpu, "SECONDS", gpu.GRACE)
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    with pytest.raises(SystemExit) as caught:
-        gpu.main()
-    assert caught.value.code == 1
-    (found,) = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    (found,) = incomplete_run(gpu, tmp_path, monkeypatch)
     assert found["status"] == "no time was left"
 
 

@@ -58,7 +58,7 @@ def newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, steps: int) ->
 
 
 def newton_backward(x: Tensor, grad: Tensor) -> Tensor:
-    """``-X^T G X^T``, the gradient of ``A`` where ``X`` is the inverse; differentiable."""
+    """``-X^T G X^T``, the gradient of ``A``, all ``[B, heads, m, m]``; differentiable."""
     return -matmul(matmul(x.mT, grad), x.mT)
 
 
@@ -78,6 +78,7 @@ def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
 def solve_backward(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """``-(Y X^T A^T + A Y X^T)``, the gradient of ``A``; differentiable.
 
-    ``x`` and ``y`` solve for ``b`` and for the gradient of ``x``.
+    ``x`` and ``y``, ``[B, heads, m, d]``, solve for ``b`` and for the gradient of ``x``; ``a`` and
+    the result are ``[B, heads, m, m]``.
     """
     return -(matmul(y, matmul(a, x).mT) + matmul(matmul(a, y), x.mT))
