@@ -18,7 +18,8 @@ from mmengine.runner import load_checkpoint
 
 from mmsoft.builder import build_model
 from mmsoft.models.attention import SoftmaxFreeAttention
-from mmsoft.models.norms import ImageNorm
+from mmsoft.models.layers import ConvNormAct
+from mmsoft.models.norms import ImageNorm, PixelNorm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # By the first word of a config's name.
@@ -308,8 +309,8 @@ def test_from_scratch_command_of_the_readme(folder):
         if words[1] == "train" and "init_cfg" not in c.model.backbone
     )
     backbone = MODELS.build(config.model.backbone).train()
-    norms = [m for m in backbone.modules() if isinstance(m, ImageNorm)]
-    assert len(norms) == 6
+    convs = [m for m in backbone.modules() if isinstance(m, ConvNormAct)]
+    assert [type(m.norm) for m in convs] == [ImageNorm] + [PixelNorm] * 5
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
 
 

@@ -236,7 +236,7 @@ def fuse_attention(model: nn.Module) -> None:
 def make_backbone(name: str, mode: str = "forward") -> Any:
     """Build one of ``BACKBONES``; peers without the BatchNorms that forward passes can do without.
 
-    OpenMMLab has a function for theirs; ours has GroupNorm, or folds its own.
+    OpenMMLab has a function for theirs; ours has none by default, or folds its own.
     """
     backbone = BACKBONES[name]
     model = builder.build_model(load_config(backbone.config, **backbone.changes), "backbone")

@@ -266,7 +266,7 @@ images/s are of medians. Peak memory is that of a fresh process above what it ho
 and its input loaded, on a GPU that of torch's allocations. Weights are random. Peers are at their
 best: the attention of PVT and PVTv2 runs fused (Swin and DaViT have their own, which store the
 matrix of a window), BatchNorms are folded into convolutions in forward passes of backbones alone
-(ours has GroupNorm, which is not; whole models are measured as they are), and on a CPU every peer
+(ours has none by default; whole models are measured as they are), and on a CPU every peer
 is measured in both memory formats; targets and the comparison take the faster. ResNet trains with
 its first stage frozen, as its config says, which makes its step cheaper. A multiply-add counts as
 one; multiply-adds are of one image's forward pass, with the Newton-Raphson iteration where the

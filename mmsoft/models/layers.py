@@ -17,7 +17,7 @@ from mmsoft.ops.linear import fused_dtype, fused_linear
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, traced, transformed
 
 from .attention import SoftmaxFreeAttention
-from .norms import ImageNorm, build_norm
+from .norms import OURS, build_norm
 from .padding import Inside
 from .plain import is_hooked, is_plain
 
@@ -27,11 +27,19 @@ _FOLDABLE_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 class ConvNormAct(nn.Sequential):
     """3x3 convolution (with bias, as released), norm, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict | None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        norm_cfg: dict | None,
+        of_image: bool = False,
+    ):
         super().__init__()
         self.stride = stride  # known whatever takes the convolution's place
+        self.of_image = of_image
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
-        self.norm = build_norm(norm_cfg, out_channels)
+        self.norm = build_norm(norm_cfg, out_channels, of_image)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
@@ -40,7 +48,7 @@ class ConvNormAct(nn.Sequential):
         ``inside`` tells which of the result's pixels are not padding.
         """
         if not self._foldable(x):
-            padding = () if inside is None or not isinstance(self.norm, ImageNorm) else (inside,)
+            padding = () if inside is None or not isinstance(self.norm, OURS) else (inside,)
             in_place = self._owns_result(x)
             x = self._convolve(self.conv, x)
             norm: Any = self.norm
@@ -70,8 +78,8 @@ class ConvNormAct(nn.Sequential):
             and not transformed()
             and is_ordinary(x)
             and is_plain(self.conv, nn.Conv2d.forward)
-            and is_plain(self.norm, ImageNorm.forward)
-            and bool(self.norm.affine)
+            and is_plain(self.norm, *(norm.forward for norm in OURS))
+            and self.norm.weight is not None
             and is_plain(self.act, nn.ReLU.forward)
         )
 
@@ -112,7 +120,7 @@ class PatchEmbed(nn.Sequential):
     @property
     def leaves_padding_out(self) -> bool:
         """Whether it matters what is inside, and nothing else does."""
-        return all(isinstance(x, ConvNormAct) and isinstance(x.norm, ImageNorm) for x in self)
+        return all(isinstance(x, ConvNormAct) and isinstance(x.norm, OURS) for x in self)
 
     def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
         """``[B, C_in, H, W] -> [B, C, ceil(H / s), ceil(W / s)]``, s the product of strides.
@@ -193,7 +201,7 @@ def _is_3x3(conv: nn.Conv2d) -> bool:
 def stem(in_channels: int, embed_dims: int, norm_cfg: dict | None) -> PatchEmbed:
     """Three convolutions to stride 4, through 32 channels."""
     layers = PatchEmbed(
-        ConvNormAct(in_channels, 32, 2, norm_cfg),
+        ConvNormAct(in_channels, 32, 2, norm_cfg, of_image=True),
         ConvNormAct(32, 32, 1, norm_cfg),
         ConvNormAct(32, embed_dims, 2, norm_cfg),
     )

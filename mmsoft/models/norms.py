@@ -8,7 +8,7 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmsoft.ops.group_norm import group_norm, group_norm_relu_
+from mmsoft.ops.group_norm import bands, group_norm, group_norm_relu_
 from mmsoft.ops.island import compute_dtype
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, recorded, transformed
 
@@ -68,26 +68,58 @@ class ImageNorm(nn.GroupNorm):
         return image.to(x.dtype)
 
 
-def build_norm(norm_cfg: Any, channels: int) -> nn.Module:
-    """The norm of a config, GroupNorm as :class:`ImageNorm`; of ``None`` the default.
+class PixelNorm(nn.LayerNorm):
+    """LayerNorm of the channels of each pixel of images ``[B, C, H, W]``, 0 in the padding.
+
+    It depends neither on the batch nor on how an image is composed.
+    """
+
+    def forward(self, x: Tensor, inside: Inside | None = None) -> Tensor:
+        """The same shape, in channels-last memory: 0 beyond what is ``inside``."""
+        out = super().forward(x.permute(0, 2, 3, 1)).to(x.dtype).permute(0, 3, 1, 2)
+        return out if inside is None else out.masked_fill(inside.outside()[:, None], 0)
+
+    def relu_(self, x: Tensor, inside: Inside | None = None) -> Tensor:
+        """ReLU of the same, in the memory of ``x``, which is on a CPU, without a backward pass."""
+        for image in x:
+            for band in bands(image.permute(1, 2, 0)):
+                band.copy_(super().forward(band)).relu_()
+        return x if inside is None else x.masked_fill_(inside.outside()[:, None], 0)
+
+
+OURS = (ImageNorm, PixelNorm)  # which take what is inside
+
+
+def build_norm(norm_cfg: Any, channels: int, of_image: bool = False) -> nn.Module:
+    """The norm of a config, GroupNorm as :class:`ImageNorm`, LayerNorm as :class:`PixelNorm`.
+
+    Args:
+        norm_cfg: as of mmcv's ``build_norm_layer``; ``None`` for the default.
+        channels: of the images.
+        of_image: whether the default is one of the image, not of each pixel.
 
     Raises:
         ValueError: it is none, or not of images.
     """
-    if norm_cfg is None:  # up to 16 groups of at least two channels: one pixel has a variance, too
+    if norm_cfg is None and of_image:
+        # Up to 16 groups of at least two channels: one pixel has a variance, too.
         return ImageNorm(max(math.gcd(32, channels) // 2, 1), channels)
+    if norm_cfg is None:
+        return PixelNorm(channels)
     try:
         norm = build_norm_layer(norm_cfg, channels)[1]
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"norm_cfg {norm_cfg!r} gives no norm: {error}") from error
+    own: nn.Module
     if type(norm) is nn.LayerNorm:
-        raise ValueError(f"norm_cfg must be of a norm of images, got {norm_cfg!r}")
-    if type(norm) is nn.GroupNorm:
-        image_norm = ImageNorm(norm.num_groups, channels, norm.eps, norm.affine)
-        for own, configured in zip(image_norm.parameters(), norm.parameters()):
-            own.requires_grad_(configured.requires_grad)
-        return image_norm
-    return norm
+        own = PixelNorm(channels, norm.eps, norm.elementwise_affine)
+    elif type(norm) is nn.GroupNorm:
+        own = ImageNorm(norm.num_groups, channels, norm.eps, norm.affine)
+    else:
+        return norm
+    for parameter, configured in zip(own.parameters(), norm.parameters()):
+        parameter.requires_grad_(configured.requires_grad)
+    return own
 
 
 class NormKind(NamedTuple):
@@ -105,7 +137,10 @@ class NormKind(NamedTuple):
             return None
         if isinstance(norm, nn.GroupNorm):
             return cls("GroupNorm", norm.num_groups, eps)
-        return cls("BatchNorm" if isinstance(norm, _BatchNorm) else type(norm).__name__, None, eps)
+        for kind, name in ((_BatchNorm, "BatchNorm"), (PixelNorm, "LayerNorm")):
+            if isinstance(norm, kind):
+                return cls(name, None, eps)
+        return cls(type(norm).__name__, None, eps)
 
     @classmethod
     def noted(cls, note: Any) -> "NormKind | None":
@@ -123,15 +158,16 @@ class NormKind(NamedTuple):
         return f"{self.type}{groups}"
 
 
-def become(norm: Any, of_batch: bool, kind: NormKind | None = None) -> bool:
+def become(norm: Any, of_batch: bool, kind: NormKind | None = None, of_image: bool = False) -> bool:
     """Change the default norm into the one that weights were trained with, and back.
 
     The same object with the same parameters stays: hooks, wrappers and optimizers may know them.
 
     Args:
-        norm: :class:`ImageNorm` or BatchNorm, else nothing happens.
+        norm: :class:`ImageNorm`, :class:`PixelNorm` or BatchNorm, else nothing happens.
         of_batch: whether the weights have statistics.
         kind: what is noted of their norm, ``None`` if nothing is.
+        of_image: as for :func:`build_norm`, whose default weights without either have.
 
     Returns:
         Whether it computes something else now.
@@ -139,17 +175,25 @@ def become(norm: Any, of_batch: bool, kind: NormKind | None = None) -> bool:
     Raises:
         ValueError: their norm has to be named.
     """
-    if type(norm) not in (ImageNorm, nn.BatchNorm2d, nn.SyncBatchNorm) or norm.weight is None:
+    if type(norm) not in (*OURS, nn.BatchNorm2d, nn.SyncBatchNorm) or norm.weight is None:
         return False
-    if kind is not None and kind.type != ("BatchNorm" if of_batch else "GroupNorm"):
+    channels = norm.weight.numel()
+    others: dict[str, nn.Module] = dict(BatchNorm=nn.BatchNorm2d(channels))
+    default = "BatchNorm"
+    if not of_batch:
+        image, pixel = (build_norm(None, channels, each) for each in (True, False))
+        others = dict(GroupNorm=image, LayerNorm=pixel)
+        default = "GroupNorm" if of_image else "LayerNorm"
+    if kind is not None and kind.type not in others:
         without = " without statistics" if kind.type == "BatchNorm" else ""
         raise ValueError(
             f"the weights were trained with {kind}{without} in the patch embeddings; name it in "
             "the backbone's norm_cfg"
         )
-    before, channels = NormKind.of(norm), norm.weight.numel()
-    if isinstance(norm, _BatchNorm) != of_batch:
-        _become(norm, nn.BatchNorm2d(channels) if of_batch else build_norm(None, channels))
+    before = NormKind.of(norm)
+    other = others[default if kind is None else kind.type]
+    if not isinstance(norm, _BatchNorm if of_batch else type(other)):
+        _become(norm, other)
     if kind is not None:
         norm.eps = kind.eps
         if kind.groups is not None and channels % kind.groups == 0:

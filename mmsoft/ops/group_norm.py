@@ -100,7 +100,7 @@ class _GroupNorm(torch.autograd.Function):
             mean, scale = (_of_channels(moment, len(weight)) for moment in moments)
             slope, shift = scale.to(dtype), (-mean * scale).to(dtype)
             total, along = torch.zeros(2, len(weight), dtype=torch.float64)  # of g, and g times x^
-            for band, g in zip(_bands(pixels), _bands(grads)):
+            for band, g in zip(bands(pixels), bands(grads)):
                 g = g.to(dtype)
                 total += g.sum((0, 1))
                 along += torch.addcmul(shift, band.to(dtype), slope).mul_(g).sum((0, 1))
@@ -114,7 +114,7 @@ class _GroupNorm(torch.autograd.Function):
             of_x = (-scale * scale * tilt).to(dtype)
             constant = (scale * (mean * scale * tilt - common)).to(dtype)
             factor = (scale * weight.double()).to(dtype)
-            for band, g, part in zip(_bands(pixels), _bands(grads), _bands(target)):
+            for band, g, part in zip(bands(pixels), bands(grads), bands(target)):
                 own = torch.addcmul(constant, band.to(dtype), of_x)
                 part.copy_(own.addcmul_(g.to(dtype), factor))
         needs = ctx.needs_input_grad
@@ -138,7 +138,8 @@ def _parts(x: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
         yield image[:, :h, :w].permute(1, 2, 0)
 
 
-def _bands(pixels: Tensor) -> tuple[Tensor, ...]:
+def bands(pixels: Tensor) -> tuple[Tensor, ...]:
+    """Parts of ``[h, w, C]`` that stay in the caches, views of it."""
     return pixels.split(max(1, BAND // max(1, pixels[0].numel())))
 
 
@@ -183,7 +184,7 @@ def _careful_moments(pixels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     channels = pixels.shape[2] // groups
     about = pixels[::8, ::8].to(dtype).mean((0, 1)).view(groups, -1).mean(1, keepdim=True)
     total, squares = torch.zeros(2, pixels.shape[2], dtype=torch.float64)
-    for band in _bands(pixels):
+    for band in bands(pixels):
         away = band.to(dtype) - about.expand(-1, channels).flatten()
         total += away.sum((0, 1))
         squares += away.square_().sum((0, 1))
@@ -210,7 +211,7 @@ def _affine(
     """``pixels * factor + shift`` into ``target``, which may be ``pixels``."""
     dtype = compute_dtype(pixels)
     factor, shift = factor.to(dtype), shift.to(dtype)
-    for band, part in zip(_bands(pixels), _bands(target)):
+    for band, part in zip(bands(pixels), bands(target)):
         if part.dtype == dtype:
             torch.addcmul(shift, band, factor, out=part)
         else:

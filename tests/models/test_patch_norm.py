@@ -16,12 +16,13 @@ from mmsoft.checkpoint import load_backbone
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models import norms as norms_module
 from mmsoft.models.layers import ConvNormAct
-from mmsoft.models.norms import ImageNorm, become
+from mmsoft.models.norms import ImageNorm, PixelNorm, become, build_norm
 from mmsoft.models.padding import Inside
 from mmsoft.ops import group_norm
 
 ARCH = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4])
 BATCH_NORM = dict(type="BN")
+DEFAULT = [ImageNorm] + [PixelNorm] * 5
 SIZES = [(9, 13), (5, 13), (9, 1), (1, 1)]
 
 
@@ -45,6 +46,10 @@ def norms(model):
     return [module.norm for module in model.modules() if isinstance(module, ConvNormAct)]
 
 
+def kinds(model):
+    return [type(norm) for norm in norms(model)]
+
+
 @pytest.fixture
 def log():
     logger, lines = MMLogger.get_current_instance(), []
@@ -66,6 +71,14 @@ def inside():
 def image_norm(dtype=torch.float32, **options):
     torch.manual_seed(0)
     norm = ImageNorm(4, 12, **options)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm.to(dtype)
+
+
+def pixel_norm(dtype=torch.float32, affine=True):
+    torch.manual_seed(0)
+    norm = PixelNorm(12, elementwise_affine=affine)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     return norm.to(dtype)
@@ -204,6 +217,50 @@ def test_norm_and_relu_in_place(dtype, band, monkeypatch):
     assert (norm.relu_(whole).double() - truth).abs().max() <= error
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_each_pixel_is_normalized_by_itself(dtype, offset, channels_last, affine, padded):
+    """Against the definition in float64, and 0 in the padding, from which nothing comes back."""
+    norm, x = pixel_norm(dtype, affine), filled_up(dtype, 3.0, offset)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    known = inside() if padded else None
+    out = norm(x.requires_grad_(), known)
+    found = (out, *torch.autograd.grad(out, (x, *norm.parameters()), weight))
+    reference, image = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+    centred = image - image.mean(1, keepdim=True)
+    truth = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    if affine:
+        truth = truth * reference.weight[:, None, None] + reference.bias[:, None, None]
+    if padded:
+        truth = truth * ~known.outside()[:, None]
+    arguments = (image, *reference.parameters())
+    expected = (truth, *torch.autograd.grad(truth, arguments, weight.double()))
+    assert out.dtype == dtype
+    for mine, true in zip(found, expected, strict=True):
+        # What rounding the arguments of the definition alone changes, with room for the sums.
+        error = 16 * torch.finfo(dtype).eps * (1 + offset) * true.abs().max().clamp(min=1)
+        assert (mine.double() - true).abs().max() <= error
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("band", [1 << 17, 100])
+def test_norm_of_pixels_and_relu_in_place(dtype, band, monkeypatch):
+    monkeypatch.setattr(group_norm, "BAND", band)
+    norm = pixel_norm(dtype).requires_grad_(False)
+    for known in (inside(), None):
+        x = filled_up(dtype, 1e4).contiguous(memory_format=torch.channels_last)
+        truth = norm(x, known).relu()
+        found = norm.relu_(x, known)
+        assert found is x
+        torch.testing.assert_close(found, truth)
+
+
 KEPT = {
     "convolution": lambda layer, keep: layer.conv.register_forward_hook(keep),
     "norm": lambda layer, keep: layer.norm.register_forward_hook(keep),
@@ -214,9 +271,11 @@ KEPT = {
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("of_image", [True, False])
 @pytest.mark.parametrize("what", KEPT)
-def test_what_others_have_seen_is_not_overwritten(what):
-    layer, image, kept = ConvNormAct(8, 8, 1, None).eval(), torch.randn(2, 8, 6, 6), []
+def test_what_others_have_seen_is_not_overwritten(what, of_image):
+    layer, kept = ConvNormAct(8, 8, 1, None, of_image).eval(), []
+    image = torch.randn(2, 8, 6, 6)
 
     def keep(module, inputs, output=None):
         seen = inputs[0] if output is None else output
@@ -276,8 +335,13 @@ def test_training_and_evaluation_are_one_function_of_each_image(variant):
     ("channels", "groups"), [(32, 16), (96, 16), (320, 16), (24, 4), (8, 4), (6, 1), (7, 1), (1, 1)]
 )
 def test_groups(channels, groups):
-    norm = ConvNormAct(3, channels, 2, None).norm
+    norm = ConvNormAct(3, channels, 2, None, of_image=True).norm
     assert (type(norm), norm.num_groups) == (ImageNorm, groups)
+
+
+@pytest.mark.parametrize("variant", [SOFT, SOFTPlusPlus])
+def test_the_first_norm_is_of_the_image_the_others_of_each_pixel(variant):
+    assert kinds(backbone(variant)) == DEFAULT
 
 
 def test_group_norm_of_a_config_leaves_padding_out_too():
@@ -330,38 +394,45 @@ def test_weights_that_are_not_there_change_nothing(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"nothing")
     for name in ("missing.pth", "broken.pth"):
         cfg = dict(type="Pretrained", checkpoint=str(tmp_path / name))
-        assert all(type(norm) is ImageNorm for norm in norms(backbone(init_cfg=cfg)))
+        assert kinds(backbone(init_cfg=cfg)) == DEFAULT
 
 
 def test_and_back():
     model, other, image = backbone(seed=2), backbone(seed=3), torch.randn(1, 3, 64, 64)
     model.load_state_dict(trained().state_dict())
     model.load_state_dict(other.state_dict())
-    assert all(type(norm) is ImageNorm for norm in norms(model))
+    assert kinds(model) == DEFAULT
     with torch.no_grad():
         assert torch.equal(model(image)[3], other(image)[3])
 
 
-def test_a_switch_keeps_the_module():
+@pytest.mark.parametrize("of_image", [True, False])
+def test_a_switch_keeps_the_module(of_image):
     """And with it hooks, wrappers, and what an optimizer or a sharding knows of its parameters."""
-    norm, seen = ImageNorm(4, 8), []
+    norm, seen = build_norm(None, 8, of_image), []
+    default = type(norm)
     norm.register_forward_hook(lambda module, args, out: seen.append(type(module)))
     norm.note, image = "of the user", torch.randn(2, 8, 3, 3)
     parameters = list(norm.parameters())
-    for of_batch, kind in ((True, nn.BatchNorm2d), (False, ImageNorm), (True, nn.BatchNorm2d)):
-        assert become(norm, of_batch)
-        assert not become(norm, of_batch)
-        new = nn.BatchNorm2d(8) if of_batch else ImageNorm(4, 8)
+    for of_batch, kind in ((True, nn.BatchNorm2d), (False, default), (True, nn.BatchNorm2d)):
+        assert become(norm, of_batch, of_image=of_image)
+        assert not become(norm, of_batch, of_image=of_image)
+        new = nn.BatchNorm2d(8) if of_batch else build_norm(None, 8, of_image)
         assert (type(norm), repr(norm)) == (kind, repr(new))
         assert norm.state_dict().keys() == new.state_dict().keys()
         assert torch.equal(norm(image), new(image))
         assert norm.note == "of the user"
         assert all(map(lambda mine, before: mine is before, norm.parameters(), parameters))
-    assert seen == [nn.BatchNorm2d, ImageNorm, nn.BatchNorm2d]
+    assert seen == [nn.BatchNorm2d, default, nn.BatchNorm2d]
 
 
 @pytest.mark.parametrize(
-    "norm_cfg", [dict(type="GN", num_groups=4, eps=1e-3), dict(type="BN", eps=1e-2)]
+    "norm_cfg",
+    [
+        dict(type="GN", num_groups=4, eps=1e-3),
+        dict(type="LN", eps=1e-3),
+        dict(type="BN", eps=1e-2),
+    ],
 )
 def test_what_the_weights_tell_of_their_norm(norm_cfg, log):
     """Groups and eps, which are in no tensor."""
@@ -369,7 +440,7 @@ def test_what_the_weights_tell_of_their_norm(norm_cfg, log):
     model.load_state_dict(source.state_dict())
     with torch.no_grad():
         assert torch.equal(model.eval()(image)[3], source.eval()(image)[3])
-    kind = "GroupNorm of 4 groups" if norm_cfg["type"] == "GN" else "BatchNorm"
+    kind = dict(GN="GroupNorm of 4 groups", LN="LayerNorm", BN="BatchNorm")[norm_cfg["type"]]
     assert any(f"trained with {kind} in the patch embeddings, which is used" in x for x in log)
 
 

@@ -50,8 +50,8 @@ def banded_stem():
     return banded
 
 
-def not_in_place():
-    layer = ConvNormAct(16, 8, 1, None)
+def not_in_place(of_image):
+    layer = ConvNormAct(16, 8, 1, None, of_image)
     layer.act = nn.ReLU()  # not in place itself
     return layer
 
@@ -107,8 +107,12 @@ SHORTCUTS = {
         lambda: ImageNorm(4, 16), (2, 16, 5, 6), CPU, "addcmul", True,
     ),
     "norm in place": (
-        lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)), not_in_place,
-        (2, 16, 5, 6), EVALUATION, "relu_", True,
+        lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)),
+        lambda: not_in_place(True), (2, 16, 5, 6), EVALUATION, "relu_", True,
+    ),
+    "norm of pixels in place": (
+        lambda m, x: m(x.to(memory_format=torch.channels_last)).sum((2, 3)),
+        lambda: not_in_place(False), (2, 16, 5, 6), EVALUATION, "relu_", True,
     ),
     "candidates in bands": (
         lambda m, x: landmark_candidates(x, (5, 6), 2, 2, x.mean(1).view(2, 2, 8)), lambda: None,

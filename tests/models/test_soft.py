@@ -25,7 +25,7 @@ from mmsoft.models.layers import (
     TanhGELU,
     resize_pos_embed,
 )
-from mmsoft.models.norms import ImageNorm
+from mmsoft.models.norms import ImageNorm, PixelNorm
 
 DIMS = ARCH["embed_dims"]
 SIZES = [(33, 33), (17, 900), (112, 137), (511, 511), (32, 32), (31, 2), (5, 70), (1, 1)]
@@ -247,7 +247,12 @@ def test_norm_eval(mini, norm_eval):
 
 @pytest.mark.parametrize(
     ("norm_cfg", "kind"),
-    [(None, ImageNorm), (dict(type="SyncBN"), nn.SyncBatchNorm), (dict(type="BN"), nn.BatchNorm2d)],
+    [
+        (dict(type="GN", num_groups=4), ImageNorm),
+        (dict(type="LN"), PixelNorm),
+        (dict(type="SyncBN"), nn.SyncBatchNorm),
+        (dict(type="BN"), nn.BatchNorm2d),
+    ],
 )
 def test_norm_cfg(mini, norm_cfg, kind):
     assert len(modules(mini(norm_cfg=norm_cfg), kind)) == 6

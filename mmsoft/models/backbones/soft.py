@@ -75,8 +75,9 @@ class SOFT(Backbone):
             statistics, hence loaded weights; otherwise it would normalize nothing, of which the log
             warns.
         norm_cfg: norm of the patch embeddings' convolutions, e.g. ``dict(type='SyncBN')``. ``None``
-            is GroupNorm of up to 16 groups, until weights are loaded that were trained with
-            BatchNorm, as released ones.
+            is GroupNorm of up to 16 groups in the first, which takes the contrast of the image
+            out, and LayerNorm of each pixel in the others, until weights are loaded that were
+            trained with another, as released ones with BatchNorm.
         ignore_padding: whether landmarks by content, stage 4's keys beside them, and the default
             norm are of the images alone, not of what fills up a batch; see
             :func:`mmsoft.models.padding.inside`.
@@ -268,18 +269,17 @@ class SOFT(Backbone):
         """Weights decide about the norms of patch embeddings, unless ``norm_cfg`` has."""
         layers = self._patch_convs().items()
         given = {
-            name: layer.norm
-            for name, layer in layers
-            if f"{prefix}{name}.norm.weight" in state_dict
+            name: layer for name, layer in layers if f"{prefix}{name}.norm.weight" in state_dict
         }
         # One is enough: then none of the others may be missing.
         of_batch = any(f"{prefix}{name}.norm.running_mean" in state_dict for name in given)
         changed, unlike = [], []
-        for name, norm in given.items():
+        for name, layer in given.items():
+            norm: Any = layer.norm
             kind = NormKind.noted(noted.get(name))
             if not self._norm_by_weights:
                 unlike += [kind] if kind not in (None, NormKind.of(norm)) else []
-            elif become(norm, of_batch, kind):
+            elif become(norm, of_batch, kind, layer.of_image):
                 changed.append(NormKind.of(norm))
             if self.norm_eval and isinstance(norm, _BatchNorm):
                 norm.eval()
@@ -351,7 +351,7 @@ class SOFT(Backbone):
                 f"{len(norms)} of them ({norms[0]}, ...) have the initial statistics, mean 0 and "
                 "variance 1, and so do not normalize. Load trained weights "
                 "(init_cfg=dict(type='Pretrained', checkpoint=...)). Or train from scratch without "
-                "norm_cfg, which is then GroupNorm and needs no statistics, or with "
+                "norm_cfg, whose norms then need no statistics, or with "
                 "norm_eval=False and frozen_stages=-1.",
                 logger="current",
                 level=logging.WARNING,
