@@ -42,6 +42,15 @@ def device(request):
     return "cpu" if request.config.getoption("device") == "cpu" else "cuda"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def metafiles_read_once():
+    """Where a collected test reads configs, and MMEngine is imported."""
+    if "mmengine.config" in sys.modules:
+        from loading import read_metafiles_once
+
+        read_metafiles_once()
+
+
 @pytest.fixture(autouse=True)
 def independence_of_other_tests():
     """Give every test the same random numbers, MMEngine's default scope and its loggers.

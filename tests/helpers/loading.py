@@ -2,9 +2,10 @@
 
 import importlib.util
 import sys
+from functools import lru_cache
 from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, utils
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,3 +27,9 @@ def load_config(path):
     """
     content = Config.fromfile(path).to_dict()
     return Config(content, filename=str(path), format_python_code=False)
+
+
+def read_metafiles_once():
+    """In this process: MMEngine reads a library's, a hundred, anew for every base of a config."""
+    if not hasattr(utils.load, "cache_info"):
+        utils.load = lru_cache(maxsize=None)(utils.load)

@@ -18,6 +18,7 @@ import sys
 import traceback
 
 import torch
+from loading import read_metafiles_once
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -203,6 +204,8 @@ def build(library, path):
 def main(check, library, paths):
     torch.set_num_threads(1)
     __import__(f"{library}.models")
+    read_metafiles_once()
+    Config.fromfile(paths[0], import_custom_modules=False)  # here, for all processes to come
     assert "mmsoft" not in sys.modules
     for path in paths:
         sys.stdout.flush()
