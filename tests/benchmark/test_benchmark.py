@@ -656,6 +656,13 @@ def test_targets(data):
     assert row == ["-", "-", "≥ 3.2", "not measured"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No picture is written, which takes seconds, where a test reads the page alone."""
+    monkeypatch.setattr(plots, "_save", lambda figure, path, commit=None: path)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_targets_of_a_gpu(data, tmp_path):
     """In each dtype, with kernels and without; the faster memory format of a peer."""
     kind = dict(device="cuda", batch=2)
@@ -847,6 +854,7 @@ def test_a_group_measured_again_replaces_the_old_one(data):
     assert len(report.merge([data, dict(again, device="another")])) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_shares_are_of_the_limits_of_the_run_that_measured(data, tmp_path):
     slower = dict(data, scaling=[], whole=[], ceilings=dict(float32_tflops=0.5))
     slower["results"] = [measured("softpp-small", 400.0, 1.0, gmacs=50.0, traffic_gib=1.0)]
