@@ -116,7 +116,13 @@ def test_layer_with_landmarks_by_content(budget):
     assert found.keys() == {"landmark_choice", "linear", "matmul", "conv"}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("tiny", "huge") else [pytest.mark.long])
+        for name in PUBLISHED
+    ],
+)
 def test_published_flops(name):
     """The authors do not count the iteration."""
     backbone = (SOFT if name == "tiny" else SOFTPlusPlus)(name, landmarks="released").eval()
