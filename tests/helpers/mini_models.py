@@ -25,12 +25,18 @@ DENSE_HEADS = {
 }
 
 
+def dims_of(backbone):
+    """Channels of the features that it returns."""
+    stages = backbone.get("out_indices", range(4))
+    return [ARCH["embed_dims"][stage] for stage in stages]
+
+
 def mini_detector(**backbone):
     return dict(
         type="mmdet.RetinaNet",
         data_preprocessor=dict(type="mmdet.DetDataPreprocessor"),
         backbone=dict(type="mmsoft.SOFTPlusPlus", arch=ARCH, **backbone),
-        neck=dict(type="mmdet.FPN", in_channels=[32, 64, 96, 128], out_channels=16, num_outs=5),
+        neck=dict(type="mmdet.FPN", in_channels=dims_of(backbone), out_channels=16, num_outs=5),
         bbox_head=dict(
             type="mmdet.RetinaHead",
             num_classes=2,
@@ -55,8 +61,7 @@ def mini_segmentor(**backbone):
         backbone=dict(type="mmsoft.SOFTPlusPlus", arch=ARCH, **backbone),
         decode_head=dict(
             type="mmseg.FCNHead",
-            in_channels=128,
-            in_index=3,
+            in_channels=dims_of(backbone)[-1],
             channels=16,
             num_convs=1,
             num_classes=2,
