@@ -156,7 +156,7 @@ def test_every_parameter_learns(attention):
         assert grad.any(), name
 
 
-def pairs_of_marks(g, size=64, length=24):
+def pairs_of_marks(g, size=64, length=12):
     """Two marks of two kinds at random places; are they alike? No sum over tokens can tell."""
     x = torch.full((size, length), 3)
     marks = torch.randint(1, 3, (size, 2), generator=g)
@@ -180,19 +180,21 @@ def test_tokens_learn_of_each_other(options, expected):
     options = {k: v for k, v in options.items() if k != "kind"} | dict(solver="direct")
     torch.manual_seed(0)
     arch = dict(embed_dims=32, depth=1, num_heads=2, hidden_dims=64)
-    model = kind(arch, vocab_size=4, max_length=24, max_landmarks=12, **options)
+    model = kind(arch, vocab_size=4, max_length=12, max_landmarks=6, **options)
     head = nn.Linear(32, 2)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+    # It is learnt within 100 to 400 steps by SOFT and 40 to 180 by the others (seeds 0 to 2). At a
+    # constant rate it then comes and goes; at one that falls it stays.
+    steps = 800 if kind is SequenceSOFT else 400
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, 2 - 2 * i / steps))
     g, right = torch.Generator().manual_seed(0), []
-    # SOFT, and landmarks by content (seeds 0 to 2), begin to learn it after 100 to 350; until 650
-    # it comes and goes, at a constant rate, otherwise on each processor, and then it stays.
-    slow = kind is SequenceSOFT or "landmarks" in options
-    for _ in range(800 if slow else 300):
+    for _ in range(steps):
         x, alike = pairs_of_marks(g)
         logits = head(model(x)[0])
         optimizer.zero_grad()
         F.cross_entropy(logits, alike).backward()
         optimizer.step()
+        schedule.step()
         right.append((logits.argmax(1) == alike).float().mean().item())
     accuracy = sum(right[-20:]) / 20
     assert accuracy <= expected if options.get("attention") == "none" else accuracy >= expected
