@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import random
 import shutil
@@ -34,6 +35,16 @@ def pytest_configure(config):
     # Read when Triton is imported: its kernels then run on tensors of a CPU.
     if config.getoption("device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish():
+    """What has been imported stays, and need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or what is not freed at the end counts as lost for some extensions
 
 
 @pytest.fixture(scope="session")
