@@ -1,6 +1,7 @@
 """Shortcuts of eager programs: taken where they pay, never traced, and the result is the same."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -194,16 +195,25 @@ CONDITIONS = {
 }
 
 
+def module_and_input(name):
+    function, build, shape, *_ = SHORTCUTS[name]
+    torch.manual_seed(0)
+    return Module(function, build()).eval(), torch.randn(shape)
+
+
+@cache
+@torch.no_grad()
+def result(name):
+    return compiled(*module_and_input(name))[1]
+
+
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("name", SHORTCUTS)
 def test_taken_in_eager_programs_alone_and_the_result_is_the_same(name, condition):
-    function, build, shape, where, operation, is_called = SHORTCUTS[name]
-    torch.manual_seed(0)
-    module, x = Module(function, build()).eval(), torch.randn(shape)
-    with torch.no_grad():
-        _, expected = compiled(module, x)
+    *_, where, operation, is_called = SHORTCUTS[name]
+    expected, (module, x) = result(name), module_and_input(name)
     with torch.set_grad_enabled(condition == "grad"):
         called, out = CONDITIONS[condition](module, x)
     found = any(re.fullmatch(operation, name) for name in called)
