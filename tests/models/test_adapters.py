@@ -29,7 +29,7 @@ SHORTCUTS = [
 @pytest.fixture
 def model(monkeypatch):
     """With statistics of its own, weights that matter, and tokens taken in turns if possible."""
-    monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 7 * ARCH["embed_dims"][0])
+    monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 41 * ARCH["embed_dims"][0])
     backbone = SOFTPlusPlus(ARCH, **OPTIONS)
     for module in backbone.modules():
         if isinstance(module, nn.Linear):
