@@ -37,9 +37,14 @@ def fresh_compiler():
 @pytest.mark.parametrize(
     ("sizes", "graphs"), [(SIZES[:-1], 2), pytest.param(SIZES, 3, marks=long)], ids=["large", "all"]
 )
+# Of all four, a graph takes 20 seconds; test_export_with_dynamic_height_and_width has them.
+@pytest.mark.parametrize(
+    "stages", [(0, 1), pytest.param((0, 1, 2, 3), marks=long)], ids=["two stages", "four"]
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_few_graphs_serve_every_size(options, sizes, graphs):
-    model = SOFTPlusPlus(SMALL, landmarks="released", max_keys=None, **options).eval()
+def test_few_graphs_serve_every_size(options, stages, sizes, graphs):
+    kwargs = dict(options, out_indices=stages, landmarks="released", max_keys=None)
+    model = SOFTPlusPlus(SMALL, **kwargs).eval()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     exact = copy.deepcopy(model).double()
