@@ -2,7 +2,10 @@
 
 import os
 import socket
+import sys
 from functools import partial
+from multiprocessing import forkserver
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -55,11 +58,15 @@ def start(rank, world_size, port, function, *arguments):
 
 
 def launch(world_size, function, *arguments):
+    """In forks of a process that imports this module once, for all launches."""
+    mp.set_forkserver_preload([__name__])
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where it finds it
+        forkserver.ensure_running()
     mp.start_processes(
         start,
         (world_size, free_port(), function, *arguments),
         nprocs=world_size,
-        start_method="spawn",
+        start_method="forkserver",
     )
 
 
