@@ -4,6 +4,7 @@ MMPreTrain's cannot share one with the others, because it leaves its default sco
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -36,6 +37,9 @@ inferencer = ImageClassificationInferencer({model!r}, pretrained="checkpoint.pth
 (result,) = inferencer("photo.jpg", show_dir="out")
 print("RESULT", result["pred_label"], result["pred_class"])
 """
+
+
+long = partial(pytest.param, marks=pytest.mark.long)
 
 
 @pytest.fixture
@@ -75,9 +79,7 @@ def run(run_outside):
 
 
 # Without a config the inferencer takes the one that the checkpoint holds.
-@pytest.mark.parametrize(
-    "given", ["config", "name", pytest.param("checkpoint alone", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("given", ["config", long("name"), long("checkpoint alone")])
 def test_detector(given, photo, run, root, tmp_path):
     pytest.importorskip("mmdet")
     config = str(root / "configs/demo/retinanet_softpp-mini_fpn_shapes.py")
@@ -101,7 +103,7 @@ def test_detector(given, photo, run, root, tmp_path):
     assert change[y0 : y1 + 1, x0 : x1 + 1].max() > 50
 
 
-@pytest.mark.parametrize("given", ["config", "name"])
+@pytest.mark.parametrize("given", [long("config"), "name"])
 def test_segmentor(given, photo, run, root, tmp_path):
     pytest.importorskip("mmseg")
     config = str(root / "configs/demo/upernet_softpp-mini_shapes.py")
