@@ -54,12 +54,12 @@ def device(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def metafiles_read_once():
+def bases_looked_up_once():
     """Where a collected test reads configs, and MMEngine is imported."""
     if "mmengine.config" in sys.modules:
-        from loading import read_metafiles_once
+        from loading import look_up_once
 
-        read_metafiles_once()
+        look_up_once()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from mmengine.config import Config, utils
+from mmengine.config import Config, config, utils
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,10 @@ def load_config(path):
     return Config(content, filename=str(path), format_python_code=False)
 
 
-def read_metafiles_once():
-    """In this process: MMEngine reads a library's, a hundred, anew for every base of a config."""
+def look_up_once():
+    """In this process: MMEngine reads a library's metafiles, a hundred, and asks whether it is
+    installed anew for every base of a config.
+    """
     if not hasattr(utils.load, "cache_info"):
         utils.load = lru_cache(maxsize=None)(utils.load)
+        config.is_installed = lru_cache(maxsize=None)(config.is_installed)

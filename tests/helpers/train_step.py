@@ -18,7 +18,7 @@ import sys
 import traceback
 
 import torch
-from loading import read_metafiles_once
+from loading import look_up_once
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -204,7 +204,7 @@ def build(library, path):
 def main(check, library, paths):
     torch.set_num_threads(1)
     __import__(f"{library}.models")
-    read_metafiles_once()
+    look_up_once()
     Config.fromfile(paths[0], import_custom_modules=False)  # here, for all processes to come
     assert "mmsoft" not in sys.modules
     for path in paths:
