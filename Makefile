@@ -27,8 +27,9 @@ demo: setup  ## Train and test a small detector and segmentor on generated data
 	$(VENV)/python tools/demo.py
 
 # pytest comes last, so that its summary ends the output. One thread per worker: with more, the
-# workers' threads wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
+# workers' threads wait for each other. Tests start a hundred Pythons, which would compile mmsoft
+# anew if bytecode were not written.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(VENV)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
 
 test: lint typecheck triton  ## Lint, check types, run the tests
 	$(PYTEST) tests
