@@ -56,7 +56,7 @@ def test_backward_inside_autocast(variant, options):
 @pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
 def test_tangents_of_an_image(variant, options, jvp, monkeypatch):
     """``<J t, w> = <t, J^T w>``; without gradients tokens are taken in turns."""
-    monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 7 * ARCH["embed_dims"][0])
+    monkeypatch.setattr("mmsoft.models.layers._Block.part_elements", 41 * ARCH["embed_dims"][0])
     model = build(variant, options).double()
     image, tangent = (torch.randn(1, 3, 96, 128).double() for _ in range(2))
     outs = model(image.requires_grad_())
