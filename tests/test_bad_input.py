@@ -4,7 +4,6 @@ The libraries check data sets and files; we check the backbone and what is loade
 """
 
 import shutil
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +15,6 @@ torch = pytest.importorskip("torch")
 DETECTOR = "retinanet/retinanet_softpp-t_fpn_1x_coco.py"
 SEGMENTOR = "upernet/upernet_softpp-t_8xb2-160k_ade20k-512x512.py"
 CLASSIFIER = "soft/softpp-tiny_8xb128_in1k.py"
-long = partial(pytest.param, marks=pytest.mark.long)
 
 
 @pytest.fixture
@@ -39,12 +37,13 @@ def error_of(root, run_outside):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("package", "config", "named"),
     [
         ("mmdet", DETECTOR, "data/coco/annotations/instances_train2017.json"),
-        long("mmseg", SEGMENTOR, "data/ade/ADEChallengeData2016/images/training"),
-        long("mmpretrain", CLASSIFIER, "data/imagenet/train"),
+        ("mmseg", SEGMENTOR, "data/ade/ADEChallengeData2016/images/training"),
+        ("mmpretrain", CLASSIFIER, "data/imagenet/train"),
     ],
 )
 def test_missing_data_set(package, config, named, error_of):
