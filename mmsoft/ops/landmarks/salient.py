@@ -47,12 +47,9 @@ def of_bands(q: Tensor, height: int, width: int, heads: int, stride: int, centre
     image = q.reshape(q.shape[0], height, width, heads, centre.shape[2])
     rows, cols = height // stride, width // stride
     origin = centre.to(dtype)[:, None, None]
-    means = q.new_empty(q.shape[0], rows, cols, *centre.shape[1:], dtype=dtype)
-    step = rows  # of a GPU, which has no such caches and launches for every band
-    if q.device.type == "cpu":
-        step = max(1, BAND // max(1, q.shape[0] * q.shape[2] * stride * width))
-    for first in range(0, rows, step):
-        band = image[:, first * stride : min(first + step, rows) * stride, : cols * stride]
+
+    def of_band(first: int, last: int) -> Tensor:
+        band = image[:, first * stride : last * stride, : cols * stride]
         offset = (band.to(dtype) - origin).clamp_(-COORDINATE_MAX, COORDINATE_MAX)
         weight = torch.linalg.vector_norm(offset, dim=-1, keepdim=True).square_()
         weight.clamp_(min=DISTANCE_MIN)
@@ -63,5 +60,15 @@ def of_bands(q: Tensor, height: int, width: int, heads: int, stride: int, centre
             .unflatten(3, (heads, -1))
             for t in (offset, weight)
         )
-        means[:, first : first + step] = offset.div_(weight).add_(origin)
+        return offset.div_(weight).add_(origin)
+
+    step = rows  # of a GPU, which has no such caches and launches for every band
+    if q.device.type == "cpu":
+        step = max(1, BAND // max(1, q.shape[0] * q.shape[2] * stride * width))
+    if step >= rows:
+        means = of_band(0, rows)
+    else:
+        means = q.new_empty(q.shape[0], rows, cols, *centre.shape[1:], dtype=dtype)
+        for first in range(0, rows, step):
+            means[:, first : first + step] = of_band(first, min(first + step, rows))
     return means.flatten(1, 2).transpose(1, 2)
