@@ -234,9 +234,9 @@ def pos_embed_inside(pos_embed: Tensor, grid: tuple[int, int], inside: Inside) -
 def _weights(inside: Tensor, size: int, like: Tensor) -> Tensor:
     """Of bilinear interpolation from ``size`` points to those ``inside``, ``[B, n, size]``."""
     options: dict[str, Any] = dict(dtype=like.dtype, device=like.device)
-    place = torch.arange(inside.shape[1], **options) + 0.5
-    place = place * (size / inside.sum(1, keepdim=True).to(like.dtype)) - 0.5
-    away = place.clamp(0, size - 1)[..., None] - torch.arange(size, **options)
+    place = (torch.arange(inside.shape[1], **options) + 0.5) * size  # exact
+    place = place / inside.sum(1, keepdim=True, dtype=like.dtype)
+    away = place.clamp(0.5, size - 0.5)[..., None] - torch.arange(0.5, size, **options)
     return (1 - away.abs()).clamp(min=0)
 
 
@@ -527,11 +527,11 @@ class Stage(nn.Module):
             grid = resize_pos_embed(pos_embed, self.pos_grid, hw_shape)
         else:
             grid = pos_embed_inside(pos_embed, self.pos_grid, inside)
-        if self.cls_token is None:
-            x = x + grid.to(x.dtype)
-        else:
+        # In the memory of the grid's tokens, whatever the image's is.
+        x = grid.to(x.dtype) + x
+        if self.cls_token is not None:
             cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-            x = torch.cat((cls_token.to(x.dtype), x + grid.to(x.dtype)), 1)
+            x = torch.cat((cls_token.to(x.dtype), x), 1)
         x = self.pos_drop(x)
         more = () if inside is None else (inside,)
         for block in self.blocks:

@@ -9,7 +9,7 @@ from operators import FLOAT16, before_torch, needs_torch_2_6
 
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
-from mmsoft.models.layers import pos_embed_inside, resize_pos_embed
+from mmsoft.models.layers import _weights, pos_embed_inside, resize_pos_embed
 from mmsoft.models.padding import Inside, inside
 
 ARCH = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4])
@@ -265,6 +265,17 @@ def test_position_embeddings_are_those_of_the_image(sizes):
     (gradient,) = torch.autograd.grad(total, pos_embed)
     (mine,) = torch.autograd.grad(found, pos_embed, weight)
     torch.testing.assert_close(mine, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_position_embeddings_keep_their_digits():
+    """A place is rounded once."""
+    sizes, size = torch.tensor([40, 37, 20, 27, 1])[:, None], 56
+    there = torch.arange(40) < sizes
+    found, truth = (
+        _weights(there, size, torch.zeros(1, dtype=dtype))
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert (found - truth).abs().max() <= torch.finfo(torch.float32).eps * size / 2
 
 
 def test_batch_norm_lets_it_in_at_the_border():
