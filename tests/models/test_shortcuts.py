@@ -92,7 +92,7 @@ SHORTCUTS = {
         lambda m, x: landmark_attention(
             *(t.transpose(1, 2) for t in (x, x, x[:, :3]))
         ).contiguous(),
-        lambda: None, (1, 30, 2, 8), CPU, "clamp", False,
+        lambda: None, (1, 30, 2, 8), CPU, "hardtanh", False,
     ),
     "fused linear": (
         lambda m, x: m(x), lambda: Mlp(16, TanhGELU(), 0.1),
