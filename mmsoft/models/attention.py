@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mmsoft.ops import (
     choose_landmarks,
-    landmark_attention,
     landmark_candidates,
     landmark_grid,
     landmark_patches,
@@ -23,8 +22,9 @@ from mmsoft.ops import (
 )
 from mmsoft.ops.island import compute_dtype, matmul
 from mmsoft.ops.library import smaller
+from mmsoft.ops.mask import TokenMask, all_if_none
 from mmsoft.ops.mode import cpu_shortcut, recorded, traced, transformed
-from mmsoft.ops.softmax import LandmarkMeans, landmark_means, read_landmarks
+from mmsoft.ops.softmax import LandmarkMeans, attend_landmarks, landmark_means, read_landmarks
 
 from .padding import Inside, TakesPadding
 from .plain import is_plain
@@ -257,9 +257,11 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
             return F.gelu(self.landmark_norm(sampled)).transpose(1, 2), None, None
         with torch.no_grad():
             centre = self._centre(q, inside)
-            valid = self._inside(hw_shape, q.device)
+            whole = not traced(q) and min(hw_shape) >= self.landmark_stride
+            valid = None if whole else self._inside(hw_shape, q.device)
         differentiated = q.requires_grad or transformed()
-        if inside is not None and recorded(q) and not differentiated:  # a mask, not all tokens
+        if inside is not None and valid is not None and recorded(q) and not differentiated:
+            # A mask, not all tokens.
             there = landmark_patches(inside.tokens()[:, :, None], hw_shape, 1, self.landmark_stride)
             valid = valid & there.squeeze(-1)  # [B, M, 1, r*r]
         elif inside is not None:  # in its place, what has no weight in the mean of a patch
@@ -274,7 +276,7 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
             landmarks = chosen.transpose(1, 2)
         else:
             landmarks = every.gather(2, index[..., None].expand(-1, -1, -1, self.head_dims))
-        return landmarks + self._nothing(q), present, index
+        return self._with_idle(landmarks), present, index
 
     def choose(
         self, candidates: Tensor, mask: Tensor | None, hw_shape: tuple[int, int]
@@ -290,25 +292,19 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
 
     def _centre(self, q: Tensor, inside: Inside | None) -> Tensor:
         """The mean of the queries ``[B, C]``."""
-        q = q.to(compute_dtype(q))
-        if inside is None:
-            return q.mean(1)
-        there = inside.tokens()[:, :, None]
-        if recorded(q):  # one pass, in which padding has to be finite
-            return (there.mT.to(q.dtype) @ q).squeeze(1) / there.sum(1)
-        return q.masked_fill(~there, 0).sum(1) / there.sum(1)
+        return q.to(compute_dtype(q)).mean(1) if inside is None else inside.mean(q).squeeze(1)
 
-    def _nothing(self, q: Tensor) -> Tensor | float:
-        """0 that depends on the parameters of released landmarks, which those by content lack.
+    def _with_idle(self, landmarks: Tensor) -> Tensor:
+        """Landmarks by content that depend on the parameters of released ones, which they lack.
 
-        Released weights may be loaded once an optimizer and DistributedDataParallel know the
+        By 0: released weights may be loaded once an optimizer and DistributedDataParallel know the
         parameters, and the latter waits for a gradient of each.
         """
-        if not torch.is_grad_enabled() or (traced(q) and not self.training):
-            return 0.0
+        if not torch.is_grad_enabled() or (traced(landmarks) and not self.training):
+            return landmarks
         parts = (self.landmark_norm, self.landmark_conv)
         idle = [p.flatten()[0] for part in parts if part is not None for p in part.parameters()]
-        return 0.0 * torch.stack(idle).sum()
+        return landmarks + 0.0 * torch.stack(idle).sum()
 
     def _inside(self, hw_shape: tuple[int, int], device: torch.device) -> Tensor:
         """Which tokens of a patch are not padding, ``[r*r]``: all, unless the image is smaller."""
@@ -323,7 +319,7 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         Beyond what is ``inside`` lie zeros.
         """
         if inside is not None and self.by_content:
-            v = v.masked_fill(~inside.tokens()[:, :, None], 0)
+            v = v.masked_fill(inside.padding()[:, :, None], 0)
         image = v.view(-1, *hw_shape, v.shape[-1]).permute(0, 3, 1, 2)  # channels-last memory
         return self.value_conv(image).permute(0, 2, 3, 1).reshape(v.shape)
 
@@ -365,30 +361,24 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
 
         Returns:
             For each sample the function that completes it, from any of its tokens of the tensors
-            that follow, ``[1, n, C]`` each: queries and convolved values ``[B, H*W, C]`` and, if
-            there is padding, which tokens are none.
+            that follow, ``[1, n, C]`` each: queries and convolved values ``[B, H*W, C]``.
         """
         self._check(x, hw_shape)
         q, v = self.queries_and_values(x)
         means = self.gather(q, v, hw_shape, inside)
 
-        def complete(means: LandmarkMeans, q: Tensor, convolved: Tensor, *there: Tensor) -> Tensor:
-            out = self.read(q, means)
-            for each in there:  # to padding the operator gives 0
-                out.mul_(each)
-            return self.drop(self.proj(out.add_(convolved)))
+        def complete(means: LandmarkMeans, q: Tensor, convolved: Tensor) -> Tensor:
+            return self.drop(self.proj(self.read(q, means).add_(convolved)))
 
         functions: list[Callable] = [partial(complete, means.of(b)) for b in range(len(x))]
-        there = () if inside is None else (inside.tokens()[:, :, None],)
-        return functions, q, self.convolve_values(v, hw_shape, inside), *there
+        return functions, q, self.convolve_values(v, hw_shape, inside)
 
     def gather(
         self, q: Tensor, v: Tensor, hw_shape: tuple[int, int], inside: Inside | None = None
     ) -> LandmarkMeans:
         """What :meth:`attend` takes from all tokens, landmarks by content."""
         landmarks, present, _ = self.sample_landmarks(q, hw_shape, inside)
-        mask = None if inside is None else inside.tokens()
-        return landmark_means(self._heads(q), self._heads(v), landmarks, present, mask=mask)
+        return landmark_means(self._heads(q), self._heads(v), landmarks, present, inside)
 
     def read(self, q: Tensor, means: LandmarkMeans) -> Tensor:
         """What it gives to any of the queries, ``[1, n, C]``."""
@@ -421,7 +411,7 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         if newton and not traced(q) and landmarks.shape[2] > MANY_LANDMARKS:
             _warn_of_many_landmarks()
         scale = 1.0 if self.by_content else self.attention_scale(landmarks, hw_shape)
-        mask = padding[0].tokens() if padding else None
+        mask = padding[0] if padding else None
         return self.operate(q, v, landmarks, present, mask=mask, scale=scale)
 
     def operate(
@@ -431,21 +421,22 @@ class SoftmaxFreeAttention(TakesPadding, nn.Module):
         landmarks: Tensor,
         present: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Inside | None = None,
         landmark_mask: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
         """The layer's operator on ``[B, N, C]`` with landmarks ``[B, heads, m, d]``.
 
         ``present`` is of landmarks by content, ``landmark_mask`` and ``scale`` of released ones.
+        ``mask`` is ``[B, N]`` or, of landmarks by content in an image, what is inside. Padding is
+        finite; what is given to it means nothing.
         """
         q, v = self._heads(q), self._heads(v)
-        if self.by_content and mask is not None and recorded(q):
-            # Nothing reads what this gives to padding, which layers keep finite.
-            out = read_landmarks(q, landmark_means(q, v, landmarks, present, mask=mask))
-        elif self.by_content:
-            out = landmark_attention(q, v, landmarks, present, mask=mask)
+        if self.by_content:
+            there = TokenMask(all_if_none(mask)) if isinstance(mask, Tensor) else mask
+            out = attend_landmarks(q, v, landmarks, present, there)
         else:
+            assert not isinstance(mask, Inside)  # which released landmarks are not told of
             out = softmax_free_attention(
                 q,
                 v,
@@ -513,22 +504,19 @@ class SoftmaxAttention(TakesPadding, nn.Module):
         (height, width), side = hw_shape, math.isqrt(self.max_keys or 0)
         # A program of torch.export for any size is on both sides of the limit.
         known = not isinstance(height, torch.SymInt) and not isinstance(width, torch.SymInt)
-        there = None if inside is None else inside.tokens()[:, None].to(x.dtype)  # [B, 1, H*W]
         if self.max_keys is None or (known and height <= side and width <= side):
-            if there is None:
-                return x, None
-            return x, F.pad(there, (1, 0), value=1.0)[:, :, None].log()
+            return x, None if inside is None else inside.bias(x.dtype, 1)
         rows, cols = smaller(height, side), smaller(width, side)
         image = x[:, 1:]
-        if there is not None:  # as a channel more, in the memory of tokens: torch.export would
-            last = there.transpose(1, 2)  # tell sizes apart for one in that of images
-            image = torch.cat((image.masked_fill(last == 0, 0), last), 2)
+        if inside is not None:  # as a channel more, in the memory of tokens: torch.export would
+            last = inside.numbers(x.dtype)[:, :, None]  # tell sizes apart for one in that of images
+            image = torch.cat((image.masked_fill(inside.padding()[:, :, None], 0), last), 2)
         image = image.transpose(1, 2)
         image = _pooled(image.unflatten(2, hw_shape), rows, cols).flatten(2)
         # A mean stands for several tokens: so many times its exponential enters the softmax.
         tokens = x.new_full((1, 1, 1, image.shape[2] + 1), height * width / (rows * cols))
         tokens[..., 0] = 1
-        if there is not None:
+        if inside is not None:
             share = image[:, -1:]
             image = image[:, :-1] / share.clamp(min=torch.finfo(share.dtype).tiny)
             tokens = tokens * F.pad(share, (1, 0), value=1.0)[:, :, None]

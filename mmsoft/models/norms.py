@@ -29,7 +29,7 @@ class ImageNorm(nn.GroupNorm):
             return torch.group_norm(
                 x.contiguous(), self.num_groups, self.weight, self.bias, self.eps
             )
-        return self._by_formula(x, inside.outside()[:, None, None])
+        return self._by_formula(x, inside)
 
     def relu_(self, x: Tensor, inside: Inside | None = None) -> Tensor:
         """ReLU of the same, in the memory of ``x``, which is on a CPU, without a backward pass."""
@@ -42,11 +42,12 @@ class ImageNorm(nn.GroupNorm):
             sizes = list(zip(rows, cols))
         return x, self.num_groups, self.weight, self.bias, self.eps, sizes
 
-    def _by_formula(self, x: Tensor, outside: Tensor) -> Tensor:
+    def _by_formula(self, x: Tensor, inside: Inside) -> Tensor:
         """Where no size may be looked at."""
         image = x.to(compute_dtype(x)).unflatten(1, (self.num_groups, -1))
-        numbers = image.shape[2] * (~outside).sum((2, 3, 4), keepdim=True)
-        there = (~outside).to(image.dtype)
+        numbers = image.shape[2] * inside.count()[:, None, None, None, None]
+        outside = inside.outside()[:, None, None]
+        there = inside.numbers(image.dtype).view(outside.shape)
         if recorded(x):  # in one pass, and what lies outside is finite
             total = image.flatten(3).flatten(1, 2) @ there.flatten(1)[..., None]
             total = total.unflatten(1, image.shape[1:3]).sum(2, keepdim=True)[..., None]

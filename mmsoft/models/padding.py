@@ -1,13 +1,15 @@
 """Which part of a batch of images is not padding."""
 
+from collections.abc import Iterator
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmsoft.ops.library import larger
-from mmsoft.ops.mode import may_decide
+from mmsoft.ops.mask import TokenMask, once
+from mmsoft.ops.mode import may_decide, traced
 
 
 class TakesPadding:
@@ -35,14 +37,18 @@ class TakesPadding:
                     cls.takes_padding = False
 
 
-class Inside(NamedTuple):
+class Inside(TokenMask):
     """Of each sample the rows ``[B, H]`` and columns ``[B, W]`` of a grid that are its image's.
 
-    Both are True up to the image's lower and right border, and False beyond.
+    Both are True up to the image's lower and right border, and False beyond; the first is True.
     """
 
-    rows: Tensor
-    cols: Tensor
+    def __init__(self, rows: Tensor, cols: Tensor):
+        self.rows, self.cols = rows, cols
+        self._made: dict[Any, Any] = {}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.rows, self.cols))
 
     def cropped(self) -> "tuple[Inside | None, tuple[int, int]]":
         """Without rows and columns that are padding of all samples, and how many are left.
@@ -54,17 +60,25 @@ class Inside(NamedTuple):
         return (None if all(along.all() for along in part) else part), (height, width)
 
     def every(self, step: int) -> "Inside":
-        """On the grid of every ``step``-th row and column."""
-        return Inside(*(_every(along, step) for along in self))
+        """On the grid of every ``step``-th row and column, for a step of 1, 2, 4, 8, ..."""
+        return self if step == 1 else self._halved().every(step // 2)
 
+    @once
+    def _halved(self) -> "Inside":
+        # Numbers of rows and columns in the words of a convolution of stride 2: torch.export cannot
+        # tell that a slice has as many.
+        return Inside(*(_select(along, (along.shape[1] - 1) // 2 + 1, 2) for along in self))
+
+    @once
     def tokens(self) -> Tensor:
         """``[B, H*W]``, row by row."""
         return (self.rows[:, :, None] & self.cols[:, None]).flatten(1)
 
     def outside(self) -> Tensor:
         """What is padding, ``[B, H, W]``."""
-        return ~(self.rows[:, :, None] & self.cols[:, None])
+        return self.padding().view(-1, self.rows.shape[1], self.cols.shape[1])
 
+    @once
     def patches(self, side: int) -> Tensor:
         """Which patches of ``side x side`` tokens lie inside, ``[B, M]``, row by row.
 
@@ -98,18 +112,10 @@ def inside(images: Tensor) -> Inside | None:
         return Inside(*(_up_to_the_last(largest.amax(dim) != 0) for dim in (2, 1)))
 
 
-def _every(along: Tensor, step: int) -> Tensor:
-    """``along[:, ::step]`` of ``[B, n]``, for a step of 2, 4, 8, ..."""
-    # Numbers of rows and columns in the words of a convolution of stride 2: torch.export cannot
-    # tell that a slice has as many. Nor does torch 2.1 compile one whose step is a variable.
-    size, stride = along.shape[1], step
-    while stride > 1:
-        size, stride = (size - 1) // 2 + 1, stride // 2
-    return _select(along, size, step)
-
-
 def _select(along: Tensor, size: Any, step: int, first: int = 0) -> Tensor:
-    """``size`` entries of ``[B, n]`` at such a distance, the last one where there is none."""
+    """All ``size`` entries of ``[B, n]`` at such a distance, the last one where there is none."""
+    if not traced(along):
+        return along[:, min(first, along.shape[1] - 1) :: step]
     index = torch.arange(size, device=along.device) * step + first
     return along.index_select(1, index.clamp(max=along.shape[1] - 1))
 
@@ -123,5 +129,7 @@ def _up_to_the_last(there: Tensor) -> Tensor:
 def _whole(along: Tensor, side: int) -> Tensor:
     """Which parts of ``side`` are inside to their end; at least the first one is."""
     count = larger(along.shape[1] // side, 1)
-    first = torch.arange(count, device=along.device) == 0
-    return _select(along, count, side, side - 1) | first
+    whole = _select(along, count, side, side - 1)
+    if traced(along):  # a program for any size cannot tell whether there are others
+        return whole | (torch.arange(count, device=along.device) == 0)
+    return torch.cat((along[:, :1], whole[:, 1:]), 1)

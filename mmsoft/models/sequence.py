@@ -17,6 +17,7 @@ from mmsoft.ops import (
 )
 from mmsoft.ops.gaussian import leave_out
 from mmsoft.ops.island import compute_dtype
+from mmsoft.ops.mask import all_if_none
 
 from .attention import SoftmaxFreeAttention
 from .peers import build_peer
@@ -137,6 +138,7 @@ class SequenceAttention(SoftmaxFreeAttention):
             of_patch = None if valid is None else valid[:, :, None]
             every = salient_mean(patches, centre, of_patch).transpose(1, 2)
             index, present = self.choose(every, there, (q.shape[1], 1))
+            present = present if there is None else all_if_none(present)  # of padding alone
         patches = patches.transpose(1, 2)  # [B, heads, M, r, d]
         where = index[..., None, None].expand(-1, -1, -1, *patches.shape[3:])
         chosen = patches.gather(2, where).transpose(1, 2)
@@ -144,7 +146,7 @@ class SequenceAttention(SoftmaxFreeAttention):
             heads = valid[:, None].expand(-1, self.num_heads, -1, -1)
             of_patch = heads.gather(2, where[..., 0]).transpose(1, 2)
         landmarks = salient_mean(chosen, centre, of_patch)
-        return landmarks.transpose(1, 2) + self._nothing(q), present, None
+        return self._with_idle(landmarks.transpose(1, 2)), present, None
 
 
 class _Compared(nn.Module):

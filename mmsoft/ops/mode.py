@@ -80,7 +80,7 @@ def recorded(x: Tensor) -> bool:
 
 
 def may_set() -> bool:
-    """Whether settings of the process may be changed: ``torch.compile`` cannot record it."""
+    """Whether settings of the process, or an object, may change: a compiler cannot record it."""
     return not is_compiling()
 
 

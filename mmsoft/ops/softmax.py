@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .checks import check_mask, check_present, check_tokens
 from .gaussian import leave_out
-from .island import compute_dtype, no_autocast
+from .island import no_autocast
 from .library import TORCH, cpu_autocast_dtype
+from .mask import TokenMask, all_if_none
 from .mode import forward_mode, lacks_batch_rule, may_decide, recorded
 
 # Their products and sums are within float32's range.
@@ -89,11 +90,29 @@ def landmark_attention(
     check_tokens(q, v, landmarks)
     check_present(landmarks, present)
     check_mask("mask", mask, q)
-    if mask is not None:
-        q, v = leave_out(q, mask[:, None, :, None]), v.masked_fill(~mask[:, None, :, None], 0)
+    present = None if present is None else all_if_none(present)
+    if mask is None:
+        return attend_landmarks(q, v, landmarks, present)
+    there, kept = mask[:, None, :, None], TokenMask(all_if_none(mask))
+    q, v = leave_out(q, there), v.masked_fill(~there, 0)
+    return torch.where(there, attend_landmarks(q, v, landmarks, present, kept), 0)
+
+
+def attend_landmarks(
+    q: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    present: Tensor | None = None,
+    mask: TokenMask | None = None,
+) -> Tensor:
+    """:func:`landmark_attention` of layers, where each head has a landmark and padding is finite.
+
+    What it holds changes no bit of the others' results; its own mean nothing.
+    """
+    check_tokens(q, v, landmarks)
+    check_present(landmarks, present)
     q = _bounded(q, QUERY_MAX)
-    out = _read(q, _means(q, v, landmarks, present, mask))
-    return out if mask is None else torch.where(mask[:, None, :, None], out, 0)
+    return _read(q, _means(q, v, landmarks, present, mask))
 
 
 class LandmarkMeans(NamedTuple):
@@ -116,29 +135,24 @@ def landmark_means(
     v: Tensor,
     landmarks: Tensor,
     present: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
+    mask: TokenMask | None = None,
 ) -> LandmarkMeans:
-    """What :func:`landmark_attention` takes from all tokens; arguments and errors are its.
-
-    Tokens that are padding must be finite here.
-    """
+    """What :func:`attend_landmarks` takes from all tokens; arguments and errors are its."""
     check_tokens(q, v, landmarks)
     check_present(landmarks, present)
-    check_mask("mask", mask, q)
     return _means(_bounded(q, QUERY_MAX), v, landmarks, present, mask)
 
 
 def _means(
-    q: Tensor, v: Tensor, landmarks: Tensor, present: Tensor | None, mask: Tensor | None
+    q: Tensor, v: Tensor, landmarks: Tensor, present: Tensor | None, mask: TokenMask | None
 ) -> LandmarkMeans:
     padding = absent = None
     if mask is not None:
-        padding = _bias(mask | ~mask.any(1, keepdim=True), q.dtype)[:, None, None]
+        padding = mask.bias(q.dtype)
         if not recorded(q):  # fused attention wants it whole, a program would store it
             padding = padding.expand(-1, q.shape[1], landmarks.shape[2], -1)
     if present is not None:
-        absent = _bias(present | ~present.any(-1, keepdim=True), q.dtype)[:, :, None]
+        absent = present.to(q.dtype).log()[:, :, None]
     landmarks = _bounded(landmarks.to(q.dtype), QUERY_MAX)
     values = softmax_attention(landmarks, q, _bounded(v, VALUE_MAX), padding)
     return LandmarkMeans(landmarks, values, _mean(q, mask), absent)
@@ -182,17 +196,9 @@ def _bounded(t: Tensor, limit: float) -> Tensor:
     return F.hardtanh(t, -limit, limit)  # whose backward pass is one operation, not five
 
 
-def _mean(q: Tensor, mask: Tensor | None) -> Tensor:
+def _mean(q: Tensor, mask: TokenMask | None) -> Tensor:
     """Over the tokens that there are. Landmarks need not be moved likewise: a row would lose it."""
     if mask is None:
         return q.mean(2, keepdim=True)
-    count = mask.sum(1)[:, None, None, None].clamp(min=1)
-    if recorded(q):  # one pass
-        return mask[:, None, None].to(q.dtype) @ q / count
-    kept = q.to(compute_dtype(q)).masked_fill(~mask[:, None, :, None], 0)
-    return (kept.sum(2, keepdim=True) / count).to(q.dtype)
-
-
-def _bias(there: Tensor, dtype: torch.dtype) -> Tensor:
-    """What takes from the softmax what is not there."""
-    return torch.zeros_like(there, dtype=dtype).masked_fill_(~there, -torch.inf)
+    mean = mask.mean(q.transpose(1, 2).flatten(2))  # a view of a layer's tokens
+    return mean.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2).to(q.dtype)

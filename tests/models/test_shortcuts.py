@@ -364,8 +364,9 @@ def test_every_shortcut_is_here(root):
     # operator, which tests/ops/test_choice.py compares, the two forms, when it stops and what it
     # stores, and of sequences whether there is padding and whether tokens are known; of images
     # whether they are padded and whether that may be cut off (tests/models/test_image_padding.py),
-    # and how stage 4's result lies where it has a mask (tests/export).
-    others = 10
+    # how every second row and whole patches are taken and whether a patch has a mask, and how stage
+    # 4's result lies where it has one (tests/export).
+    others = 13
     # tokens by part, with and without what they read from landmarks; both norms in place
     twice = 2
     assert sum(map(len, asking)) == len(SHORTCUTS) - twice + others

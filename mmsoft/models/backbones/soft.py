@@ -386,7 +386,8 @@ class SOFT(Backbone):
         for i, (stage, stride) in enumerate(zip(self.stages, STRIDES)):
             padding: tuple[Inside, ...] = ()
             if within is not None:
-                padding = (within.every(stride), within.every(stride // 2 if i else 1))
+                of_pixels, within = within, within.every(2 if i else 4)
+                padding = (within, of_pixels)
             tokens, hw_shape = stage(x, *padding)
             if stage.cls_token is not None:
                 tokens = self.norm(tokens)
@@ -470,7 +471,7 @@ def _fill_up(
 ) -> Tensor:
     """Features with 0 where there is padding, at a stride of the ``size`` that was cropped."""
     if within is not None:
-        image = image.masked_fill(within.every(stride).outside()[:, None], 0)
+        image = image.masked_fill_(within.outside()[:, None], 0)
     if size is None:
         return image
     height, width = (-(-side // stride) for side in size)
