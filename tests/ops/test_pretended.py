@@ -46,6 +46,15 @@ def test_tensors_are_there(gpu):
         assert linear(x).dtype == torch.bfloat16
 
 
+def test_attention_of_an_empty_batch_is_there(gpu):
+    q, mask = torch.randn(0, 1, 4, 8, requires_grad=True), torch.ones(0, 1, 1, 4, dtype=torch.bool)
+    out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    for there in (out, gradient):
+        assert isinstance(there, Pretended)
+        assert there.shape == q.shape
+
+
 def test_they_do_not_meet_those_of_the_cpu(gpu):
     x, there = torch.ones(3), torch.ones(3, device="cpu")
     for meet in (lambda: x + there, lambda: torch.stack([there, x]), lambda: there.mul_(x)):
