@@ -1,9 +1,16 @@
-"""Training: layer-wise learning rates, monitoring, and runs that survive faults."""
+"""Training: layer-wise learning rates, monitoring, kernels, and runs that survive faults."""
 
-from .hooks import CheckpointHook, FiniteGradientHook, NewtonConvergenceHook, RandomStateHook
+from .hooks import (
+    BackendHook,
+    CheckpointHook,
+    FiniteGradientHook,
+    NewtonConvergenceHook,
+    RandomStateHook,
+)
 from .optimizers import LayerDecayOptimWrapperConstructor
 
 __all__ = [
+    "BackendHook",
     "CheckpointHook",
     "FiniteGradientHook",
     "LayerDecayOptimWrapperConstructor",
