@@ -48,10 +48,16 @@ def refusal(*tensors: Tensor) -> str | None:
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "the kernels are written for NVIDIA GPUs"
-        found = torch.cuda.get_device_capability(device)
+        found = capability(device)
         if found < CAPABILITY:
             return f"compute capability {found[0]}.{found[1]} is below 8.0"
     return None
+
+
+@lru_cache(None)
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; of another device one that has all."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (99, 0)
 
 
 @lru_cache(None)

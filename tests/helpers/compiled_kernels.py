@@ -174,8 +174,9 @@ CASES["choice-128-wide"] = "landmarks", "choose", _choice(128, torch.bfloat16, 6
 def main():
     from mmsoft.ops import launch
 
-    launch._processors = lambda device: 132  # of an H100
     arch, *cases = sys.argv[1:]
+    launch._processors = lambda device: 132  # of an H100
+    launch.capability = lambda device: divmod(int(arch), 10)
     for case in cases or CASES:
         for kernel, args, options in record(case):
             print(json.dumps(dict(case=case, **compiled(kernel, args, options, int(arch)))))

@@ -16,10 +16,7 @@ SHARED_MEMORY = 99 * 1024
 # Bytes of a thread, by version of Triton, kernel and compute capability. Each version assigns
 # registers differently; others than that of the tests and an older one are not bounded.
 SPILLED = {
-    "3.9.0": {
-        **{("walk_kernel", 80): 20, ("newton_kernel", 80): 32, ("newton_tiles_kernel", 80): 4},
-        ("solve_kernel", 100): 8,
-    },
+    "3.9.0": {("newton_kernel", 80): 32, ("solve_kernel", 100): 4},
     "3.6.0": {
         **{("walk_kernel", 80): 12, ("newton_kernel", 80): 32, ("newton_tiles_kernel", 80): 8},
         **{("walk_kernel", 100): 16, ("solve_kernel", 100): 228},
@@ -62,7 +59,7 @@ def test_triton_that_must_be_there_is_missed(request, monkeypatch, variables, ou
 @pytest.mark.parametrize(
     ("arch", "cases"),
     [
-        (90, SOON),
+        *((arch, SOON) for arch in (80, 90, 100)),
         *(pytest.param(arch, tuple(CASES), marks=pytest.mark.long) for arch in (80, 90, 100)),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)} cases",

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import splits
+from .. import launch
 from .kernel import COORDINATE_MAX, empty_gradients
 
 LIMIT = tl.constexpr(COORDINATE_MAX)
@@ -193,9 +193,11 @@ def _walk(
     wide = max(d, width) > 32
     rows_of_x, rows_of_y = min(32 if wide else 64, _block(n)), min(OTHERS, _block(m))
     blocks, others = triton.cdiv(n, rows_of_x), triton.cdiv(m, rows_of_y)
-    count = splits(x, blocks * batch * heads, others) if n < m else 1
+    count = launch.splits(x, blocks * batch * heads, others) if n < m else 1
     rows = triton.cdiv(others, count) * rows_of_y
     count = triton.cdiv(m, rows)
+    # Of registers below capability 9.0, too, where two stages of a loop take more.
+    few = points and x.dtype == torch.float32 and launch.capability(x.device) < (9, 0)
     d_points, d_values = _parts(x, d, count * points), _parts(x, width, count * values)
     walk_kernel[(blocks * batch * heads, count)](
         x, y, u, z, centre, x if unit is None else unit, d_points, d_values,
@@ -206,7 +208,7 @@ def _walk(
         POINTS=points, VALUES=values,
         **{name: unit is not None and units.get(name, False) for name in UNITS},
         N=rows_of_x, M=rows_of_y, D=_block(d), W=_block(width),
-        num_warps=8 if wide or (points and values) else 4, num_stages=2,
+        num_warps=8 if wide or (points and values) else 4, num_stages=1 if few else 2,
     )  # fmt: skip
     return _sum(d_points), _sum(d_values)
 

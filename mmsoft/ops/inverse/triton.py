@@ -141,8 +141,8 @@ def newton_tiles_kernel(
             _put(full, i, j, tile, T, P)
             _put(start, i, j, tile, T, P)
     tl.debug_barrier()
+    old, new = start, start + size
     for step in range(0, steps + 1):
-        old, new = start + (step % 2) * size, start + (1 - step % 2) * size
         linear, cube = tl.where(step == 0, first, 2.0), tl.where(step == 0, third, 1.0)
         for i in range(0, P, T):
             for j in range(0, P, T):
@@ -154,13 +154,13 @@ def newton_tiles_kernel(
                 x = linear * _tile(old, i, j, P, P, P, 1, T, T) - cube * product
                 _put(new, i, j, x, T, P)
         tl.debug_barrier()
-    result = start + ((steps + 1) % 2) * size
+        old, new = new, old
     out += matrix.to(tl.int64) * m * m
     for i in range(0, P, T):
         for j in range(0, P, T):
             row, column = (i + tl.arange(0, T))[:, None], (j + tl.arange(0, T))[None, :]
             inside = (row < m) & (column < m)
-            tl.store(out + row * m + column, _tile(result, i, j, P, P, P, 1, T, T), mask=inside)
+            tl.store(out + row * m + column, _tile(old, i, j, P, P, P, 1, T, T), mask=inside)
 
 
 @triton.jit
@@ -169,13 +169,13 @@ def solve_kernel(
     a_b, a_h, a_n, a_d, mu_b, mu_h, right_b, right_h, right_n, right_d,
     T: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """``(A^2 + mu^2 I)^-1 b`` by elimination in registers, which the positive matrix lets pivot
-    down its diagonal.
+    """``(A^2 + mu^2 I)^-1 b``, ``W`` columns for each program, by elimination in registers, which
+    the positive matrix lets pivot down its diagonal.
     """  # noqa: D205
     matrix = tl.program_id(0)
     b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
     a += b * a_b + h * a_h
-    row, column, channel = tl.arange(0, T), tl.arange(0, T), tl.arange(0, W)
+    row, column = tl.arange(0, T), tl.arange(0, T)
     normal = tl.zeros([T, T], tl.float32)
     for k in range(0, T, K):
         normal += _dot(_tile(a, 0, k, m, m, a_n, a_d, T, K), _tile(a, k, 0, m, m, a_n, a_d, K, T))
@@ -183,7 +183,7 @@ def solve_kernel(
     diagonal = row[:, None] == column[None, :]
     normal += tl.where(diagonal, tl.where(row < m, damping * damping, 1.0)[:, None], 0.0)
     right += b * right_b + h * right_h
-    x = _tile(right, 0, 0, m, width, right_n, right_d, T, W)
+    x = _tile(right, 0, tl.program_id(1) * W, m, width, right_n, right_d, T, W)
     for j in range(0, m):
         at_row = (row == j)[:, None]
         line = tl.sum(tl.where(at_row, normal, 0.0), 0)
@@ -192,14 +192,14 @@ def solve_kernel(
         factor = tl.where(row > j, below / pivot, 0.0)[:, None]
         normal -= factor * line[None, :]
         x -= factor * tl.sum(tl.where(at_row, x, 0.0), 0)[None, :]
-    for step in range(0, m):
-        j = m - 1 - step
+    for j in range(m - 1, -1, -1):
         above = tl.sum(tl.where((column == j)[None, :], normal, 0.0), 1)
         at_row = (row == j)[:, None]
         known = tl.sum(tl.where(at_row, x, 0.0), 0) / tl.sum(tl.where(row == j, above, 0.0), 0)
         x = tl.where(
             at_row, known[None, :], x - tl.where(row < j, above, 0.0)[:, None] * known[None, :]
         )
+    channel = tl.program_id(1) * W + tl.arange(0, W)
     inside = ((row < m)[:, None]) & ((channel < width)[None, :])
     out += matrix.to(tl.int64) * m * width
     tl.store(out + row[:, None] * width + channel[None, :], x, mask=inside)
@@ -284,9 +284,11 @@ def solve(a: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     batch, heads, m, width = b.shape
     out = torch.empty_like(b, memory_format=torch.contiguous_format)
     mu = mu.expand(batch, heads, 1, 1)
-    solve_kernel[(batch * heads,)](
+    # With more columns for each program registers spill.
+    columns = min(_block(width), 32 if m > 64 else 64)
+    solve_kernel[(batch * heads, triton.cdiv(width, columns))](
         a, mu, b, out, m, width, heads, *a.stride(), *mu.stride()[:2], *b.stride(),
-        T=_block(m), W=_block(width), K=16, num_warps=8, num_stages=1,
+        T=_block(m), W=columns, K=16, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
 
