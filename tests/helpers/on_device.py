@@ -5,6 +5,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._decomp.decompositions_for_jvp  # scripts, at import, functions that make tensors
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _device
 

@@ -6,14 +6,18 @@ tensor on the wrong device fails without a GPU. What is compiled, transforms of 
 Triton's kernels and mmcv's operators cannot be pretended.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -23,9 +27,10 @@ GPU = torch.device("cuda:0")
 aten = torch.ops.aten
 # Take tensors of both, as they do on a GPU.
 MIXED = {aten._to_copy, aten.copy_, aten.index, aten.index_put_, aten._index_put_impl_}
-
-
-RECORDED = [(torch, "compile"), (torch.export, "export"), (torch.jit, "trace")]
+MIXED |= {aten.index_put}  # the gradient of an index, whose zeros torch makes by itself
+# What records a program, or makes tensors where torch's C++ takes the arguments to be.
+UNKNOWN = [(torch, "compile"), (torch.export, "export"), (torch.jit, "trace")]
+UNKNOWN += [(torch.library, "opcheck"), (FakeTensorMode, "__enter__"), (forward_ad, "make_dual")]
 
 
 class Pretended(Tensor):
@@ -189,8 +194,14 @@ class _Autocast(torch.autocast):
         super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
-def _recorded(*_: Any, **__: Any) -> None:
-    pytest.skip("no program is recorded on a GPU that is pretended")
+def _without_grad(mode: bool = True) -> Any:
+    """In the place of inference mode, whose tensors take no subclass."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and not mode)
+
+
+def _unknown(name: str) -> Any:
+    """A function for each: Dynamo knows torch's functions apart."""
+    return lambda *_, **__: pytest.skip(f"{name} does not run on a GPU that is pretended")
 
 
 @contextmanager
@@ -199,7 +210,18 @@ def pretended() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, "autocast", _Autocast))
         stack.enter_context(patch.object(torch.amp, "autocast", _Autocast))
+        stack.enter_context(patch.object(torch, "inference_mode", _without_grad))
         stack.enter_context(_Functions())
-        for owner, name in RECORDED:
-            stack.enter_context(patch.object(owner, name, _recorded))
+        for name in ("gradcheck", "gradgradcheck"):  # zeros for no gradient, of torch itself
+            check = partial(getattr(torch.autograd, name), check_undefined_grad=False)
+            stack.enter_context(patch.object(torch.autograd, name, check))
+        unknown = [each for each in UNKNOWN if hasattr(*each)]  # opcheck is of torch 2.4
+        operators = sys.modules.get("mmcv._ext", object())
+        unknown += [(operators, name) for name in dir(operators) if not name.startswith("_")]
+        for owner, name in unknown:
+            stack.enter_context(patch.object(owner, name, _unknown(name)))
+        # Module.double() and others: with new parameters, not with new data of the same.
+        overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
         yield
