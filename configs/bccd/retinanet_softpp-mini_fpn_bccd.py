@@ -6,6 +6,7 @@ model = dict(
         type="mmsoft.SOFTPlusPlus",
         arch=dict(embed_dims=[32, 64, 96, 128], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4]),
         out_indices=(1, 2, 3),
+        norm_cfg=dict(type="GN", num_groups=16),
     ),
     neck=dict(in_channels=[64, 96, 128]),
 )
