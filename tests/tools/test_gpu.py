@@ -57,19 +57,39 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def run(root, out, *arguments):
-    command = [sys.executable, root / "tools/dev/gpu.py", "--out", out, *arguments]
+def run(root, out, *arguments, python=sys.executable):
+    command = [python, root / "tools/dev/gpu.py", "--out", out, *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=out)
 
 
-@pytest.mark.parametrize(
-    "steps", [["kernels", "data"], pytest.param(EVERY, marks=pytest.mark.long)]
-)
-def test_dry_run(steps, root, tmp_path):
-    done = run(root, tmp_path, "--dry-run", "--steps", *steps)
+@pytest.fixture
+def warm_python(root, tmp_path_factory):
+    """A Python with the modules that the steps import, which take most of their time."""
+    program = tmp_path_factory.mktemp("warm") / "python"
+    modules = ("torch", "pytest", "hypothesis", "matplotlib.pyplot", "mmsoft.benchmark.kernels")
+    modules += ("mim.cli", "mmdet.apis", "mmseg.apis", "mmpretrain.models")
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    environment = dict(os.environ, PYTHONPATH=path, TORCH_COMPILE_DISABLE="1", OMP_NUM_THREADS="1")
+    server = subprocess.Popen(
+        [sys.executable, root / "tests/helpers/warm_python.py", program, *modules],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with server:
+        assert server.stdout.readline() == b"ready\n"
+        yield program
+        server.stdin.close()
+
+
+@pytest.mark.parametrize("start", ["warm_python", pytest.param("", marks=pytest.mark.long)])
+def test_dry_run(start, root, tmp_path, request):
+    """All steps, by default as forks of one process, weekly as on the day."""
+    python = request.getfixturevalue(start) if start else sys.executable
+    done = run(root, tmp_path, "--dry-run", python=python)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert [step["name"] for step in found["steps"]] == steps
+    assert [step["name"] for step in found["steps"]] == EVERY
     assert {step["status"] for step in found["steps"]} == {"complete"}
     kernels = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     eager = [entry for entry in kernels if entry["way"] == "eager"]
@@ -81,28 +101,26 @@ def test_dry_run(steps, root, tmp_path):
     assert all(entry["right"] and entry["median_ms"] > 0 for entry in eager)
     assert all("on cpu" in e["reason"] for e in kernels if e["way"] == "triton")
     files = [tmp_path / "kernels.json"]
-    said = dict(zip(steps, (step["left_out"] for step in found["steps"])))
+    said = dict(zip(EVERY, (step["left_out"] for step in found["steps"])))
     assert sum("way triton: " in line for line in said["kernels"]) == len(eager)
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         names = set(archive.getnames())
     assert names >= {"gpu.json", "kernels.json", "data.log"}
     assert not any("shapes" in name for name in names if name.startswith("data"))
-    if "backbones" in steps:
-        assert "test_kernels.py::" in (tmp_path / "kernel-tests.log").read_text()
-        assert not said["backbones"]
-        assert all("softpp-tiny-triton" in line for line in said["triton"])
-        assert names >= {f"{name}/benchmark.json" for name in ("backbones", "triton")}
-        runs = ("backbones", "compiled", "triton")
-        files += [tmp_path / name / "benchmark.json" for name in runs]
-        found = [report.read_json(path) for path in files[1:]]
-        kinds = [(e["dtype"], e["mode"], e["batch"], e["compiled"]) for e in found[0]["results"]]
-        dtypes = ("float32", "tf32", "bfloat16")
-        grid = itertools.product((1, 2), ("forward", "train"), dtypes)
-        assert kinds == [(dtype, mode, batch, False) for batch, mode, dtype in grid]
-        names = {case["name"]: case["reason"] for case in found[2]["skipped"]}
-        assert "the tensors are on cpu" in names.pop("softpp-tiny-triton")
-        assert not names
-        assert [(e["dtype"], e["compiled"]) for e in found[1]["results"]] == [("bfloat16", True)]
+    assert "test_kernels.py::" in (tmp_path / "kernel-tests.log").read_text()
+    assert not said["backbones"]
+    assert all("softpp-tiny-triton" in line for line in said["triton"])
+    assert names >= {f"{name}/benchmark.json" for name in ("backbones", "triton")}
+    runs = ("backbones", "compiled", "triton")
+    files += [tmp_path / name / "benchmark.json" for name in runs]
+    found = [report.read_json(path) for path in files[1:]]
+    kinds = [(e["dtype"], e["mode"], e["batch"], e["compiled"]) for e in found[0]["results"]]
+    grid = itertools.product(("forward", "train"), ("tf32", "bfloat16"))
+    assert kinds == [(dtype, mode, 2, False) for mode, dtype in grid]
+    names = {case["name"]: case["reason"] for case in found[2]["skipped"]}
+    assert "the tensors are on cpu" in names.pop("softpp-tiny-triton")
+    assert not names
+    assert [(e["dtype"], e["compiled"]) for e in found[1]["results"]] == [("bfloat16", True)]
     page.write_docs([report.read_json(path) for path in files], tmp_path)
     assert "## Kernels, " in (tmp_path / "benchmarks.md").read_text()
 
