@@ -1,6 +1,8 @@
 """`--device=pretended`: what a test does wrong on a GPU fails on one that is not there, too."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -85,3 +87,13 @@ def test_numbers_are_those_of_the_cpu():
         found = [t.detach().cpu() for t in found]
     for ours, numbers in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, numbers.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_part_of_the_tests_passes_there(root):
+    """All of them: `pytest --device=pretended tests/ops tests/models`."""
+    paths = [f"tests/ops/test_{name}.py" for name in ("gaussian", "inverse", "landmarks")]
+    command = [sys.executable, "-m", "pytest", "-q", "--device=pretended", *paths]
+    command += ["tests/models/test_golden.py", "-k", "not 224 and not illcond and not soft-"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
