@@ -88,6 +88,8 @@ def choice_kernel(
             tl.store(factor + row * K + j, entry, mask=inside)
             rest = tl.load(residual + row, mask=inside, other=-2.0) - entry * entry
             rest = tl.where(row == pivot, -1.0, rest)
+            # Other warps load these rows, too, for the maximum: before they are overwritten.
+            tl.debug_barrier()
             tl.store(residual + row, rest, mask=inside)
             # The first of equal ones, in every block and over all.
             largest, at = tl.max(rest, 0, return_indices=True)
