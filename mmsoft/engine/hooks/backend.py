@@ -1,5 +1,6 @@
 """A hook that asks for an implementation of the operators, such as the Triton kernels."""
 
+import logging
 from contextlib import ExitStack
 
 from mmengine.hooks import Hook
@@ -44,7 +45,7 @@ class BackendHook(Hook):
         reason = refusal(next(runner.model.parameters())) if self.backend == TRITON else None
         if reason is not None:
             message = f"BackendHook: no Triton kernel can run: {reason}"
-            print_log(message, logger=runner.logger, level=30)
+            print_log(message, logger=runner.logger, level=logging.WARNING)
         asked = use_backend(self.backend, *self.operations, strict=self.strict)
         self._asking.enter_context(asked)
 
