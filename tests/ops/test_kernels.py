@@ -440,7 +440,21 @@ def test_inverses_do_not_hide_what_is_not_a_number(function, device):
     more = {newton_raphson_pinv: (one, one, 3), tikhonov_pinv_product: (a,)}
     out = function(a, *more[function])
     assert out[0].isnan().any()
-    assert out[1].isfinite().all() or function is tikhonov_pinv_product
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["first", "last", "all"])
+def test_the_solve_notices_a_matrix_that_is_not_positive(where, device):
+    """As a Cholesky factorization does; the others of its batch are solved."""
+    a = torch.eye(6, device=device).repeat(2, 1, 1, 1)
+    mu = torch.full((2, 1, 1, 1), 1e-3, device=device)
+    turned = torch.tensor([[0, 1.0], [-1, 0]], device=device)  # its square is -I
+    for i in dict(first=(0,), last=(4,), all=(0, 2, 4))[where]:
+        a[0, 0, i : i + 2, i : i + 2] = turned
+    b = torch.ones(2, 1, 6, 4, device=device)
+    out = tikhonov_solve(a, mu, b)
+    assert out[0].isnan().all()
+    assert error(out[1], b[1]) < 1e-5
 
 
 @pytest.mark.parametrize("solver", ["newton", "direct"])

@@ -170,7 +170,7 @@ def solve_kernel(
     T: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """``(A^2 + mu^2 I)^-1 b``, ``W`` columns for each program, by elimination in registers, which
-    the positive matrix lets pivot down its diagonal.
+    a positive matrix lets pivot down its diagonal; NaN for any other, as a Cholesky factorization.
     """  # noqa: D205
     matrix = tl.program_id(0)
     b, h = (matrix // heads).to(tl.int64), (matrix % heads).to(tl.int64)
@@ -195,7 +195,8 @@ def solve_kernel(
     for j in range(m - 1, -1, -1):
         above = tl.sum(tl.where((column == j)[None, :], normal, 0.0), 1)
         at_row = (row == j)[:, None]
-        known = tl.sum(tl.where(at_row, x, 0.0), 0) / tl.sum(tl.where(row == j, above, 0.0), 0)
+        pivot = tl.sum(tl.where(row == j, above, 0.0), 0)
+        known = tl.sum(tl.where(at_row, x, 0.0), 0) / tl.where(pivot > 0, pivot, float("nan"))
         x = tl.where(
             at_row, known[None, :], x - tl.where(row < j, above, 0.0)[:, None] * known[None, :]
         )
