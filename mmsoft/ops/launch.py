@@ -8,13 +8,16 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from os import environ
 from typing import Any
 
 import torch
 from torch import Tensor
 
 TRITON = "triton"
-DEVICES = {"cuda"}  # tests add the CPU, for Triton's interpreter
+DEVICES = {"cuda"}
+if environ.get("TRITON_INTERPRET") == "1":  # Triton's own switch: its interpreter takes these
+    DEVICES.add("cpu")
 CAPABILITY = (8, 0)
 OLDEST = (3, 4)  # Triton; torch before 2.8 has one of its own that is older
 _PROGRAMS = 4  # for each multiprocessor, so that none idles at the end

@@ -36,7 +36,6 @@ def test_a_training_runs_with_kernels_and_what_follows_without(tmp_path, monkeyp
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: ran.add(name) or function(*args))
 
-    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
     names = {"product", "product_backward", "newton", "newton_backward"}
     for name in names:
         noted(products if "product" in name else inverses, name)
@@ -62,7 +61,8 @@ def test_a_training_runs_with_kernels_and_what_follows_without(tmp_path, monkeyp
     assert all(operation.asked is None for operation in OPERATIONS.values())
 
 
-def test_it_says_where_no_kernel_can_run(caplog):
+def test_it_says_where_no_kernel_can_run(caplog, monkeypatch):
+    monkeypatch.setattr(launch, "DEVICES", {"cuda"})  # as without the interpreter
     logger = logging.getLogger("backend")
     runner = SimpleNamespace(model=torch.nn.Linear(1, 1), logger=logger)
     for backend, said in (("triton", True), ("eager", False)):

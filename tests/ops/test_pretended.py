@@ -94,6 +94,9 @@ def test_a_part_of_the_tests_passes_there(root):
     paths = [f"tests/ops/test_{name}.py" for name in ("gaussian", "inverse", "landmarks")]
     command = [sys.executable, "-m", "pytest", "-q", "--device=pretended", *paths]
     command += ["tests/models/test_golden.py", "-k", "not 224 and not illcond and not soft-"]
+    day = "test_a_cuda_graph_replays_with_other_images", "test_nothing_waits_for_a_gpu"
+    command += [f"tests/models/test_gpu.py::{day[0]}[eager-content]"]
+    command += [f"tests/models/test_gpu.py::{day[1]}[eager-content-False]"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

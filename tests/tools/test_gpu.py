@@ -22,6 +22,7 @@ from loading import load_tool
 from mmengine.config import Config
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from required import need_triton
 
 from mmsoft.benchmark import __main__ as benchmark
 from mmsoft.benchmark import kernels, page, report
@@ -57,9 +58,12 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def run(root, out, *arguments, python=sys.executable):
+def run(root, out, *arguments, python=sys.executable, **variables):
     command = [python, root / "tools/dev/gpu.py", "--out", out, *arguments]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=out)
+    environment = dict(os.environ, **variables)
+    return subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, cwd=out
+    )
 
 
 @pytest.fixture
@@ -70,6 +74,7 @@ def warm_python(root, tmp_path_factory):
     modules += ("mim.cli", "mmdet.apis", "mmseg.apis", "mmpretrain.models")
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     environment = dict(os.environ, PYTHONPATH=path, TORCH_COMPILE_DISABLE="1", OMP_NUM_THREADS="1")
+    environment["TRITON_INTERPRET"] = "0"
     server = subprocess.Popen(
         [sys.executable, root / "tests/helpers/warm_python.py", program, *modules],
         env=environment,
@@ -84,9 +89,12 @@ def warm_python(root, tmp_path_factory):
 
 @pytest.mark.parametrize("start", ["warm_python", pytest.param("", marks=pytest.mark.long)])
 def test_dry_run(start, root, tmp_path, request):
-    """All steps, by default as forks of one process, weekly as on the day."""
+    """All steps, by default as forks of one process, weekly as on the day, kernels included."""
+    if not start:
+        need_triton()
     python = request.getfixturevalue(start) if start else sys.executable
-    done = run(root, tmp_path, "--dry-run", python=python)
+    variables = dict(TRITON_INTERPRET="0" if start else "1")
+    done = run(root, tmp_path, "--dry-run", python=python, **variables)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [step["name"] for step in found["steps"]] == EVERY
@@ -99,10 +107,12 @@ def test_dry_run(start, root, tmp_path, request):
         for mode in ("forward", "backward")
     } | {("choice", "forward")}
     assert all(entry["right"] and entry["median_ms"] > 0 for entry in eager)
-    assert all("on cpu" in e["reason"] for e in kernels if e["way"] == "triton")
+    by_kernels = [entry for entry in kernels if entry["way"] == "triton"]
+    assert all("on cpu" in e["reason"] if start else e["right"] for e in by_kernels)
     files = [tmp_path / "kernels.json"]
     said = dict(zip(EVERY, (step["left_out"] for step in found["steps"])))
-    assert sum("way triton: " in line for line in said["kernels"]) == len(eager)
+    assert len(by_kernels) == len(eager)
+    assert sum("way triton: " in line for line in said["kernels"]) == (len(eager) if start else 0)
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         names = set(archive.getnames())
     assert names >= {"gpu.json", "kernels.json", "data.log"}
@@ -110,6 +120,8 @@ def test_dry_run(start, root, tmp_path, request):
     assert "test_kernels.py::" in (tmp_path / "kernel-tests.log").read_text()
     assert not said["backbones"]
     assert all("softpp-tiny-triton" in line for line in said["triton"])
+    preflight = (tmp_path / "preflight.log").read_text()
+    assert ("a Triton kernel: works" in preflight) == (not start)
     assert names >= {f"{name}/benchmark.json" for name in ("backbones", "triton")}
     runs = ("backbones", "compiled", "triton")
     files += [tmp_path / name / "benchmark.json" for name in runs]
@@ -118,8 +130,8 @@ def test_dry_run(start, root, tmp_path, request):
     grid = itertools.product(("forward", "train"), ("tf32", "bfloat16"))
     assert kinds == [(dtype, mode, 2, False) for mode, dtype in grid]
     names = {case["name"]: case["reason"] for case in found[2]["skipped"]}
-    assert "the tensors are on cpu" in names.pop("softpp-tiny-triton")
-    assert not names
+    assert set(names) == ({"softpp-tiny-triton"} if start else set())
+    assert all("the tensors are on cpu" in reason for reason in names.values())
     assert [(e["dtype"], e["compiled"]) for e in found[1]["results"]] == [("bfloat16", True)]
     page.write_docs([report.read_json(path) for path in files], tmp_path)
     assert "## Kernels, " in (tmp_path / "benchmarks.md").read_text()
@@ -129,7 +141,7 @@ def listed(root):
     """The distributions of a bare machine's torch, of the list of wheels, and those beside them."""
     lines = (root / "requirements/gpu/packages.txt").read_text().splitlines()
     every = {"mmcv", "mmsoft", "pip", "torch", "torchvision"}
-    every.add("opencv-python")  # the same cv2
+    every |= {"opencv-python", "triton"}  # the same cv2; of torch with CUDA
     every |= {line.partition("==")[0] for line in lines if not line.startswith("#")}
     left = ["torch", "torchvision"]
     while left:
@@ -141,17 +153,23 @@ def listed(root):
 
 
 def test_the_listed_wheels_are_enough(root, run_outside):
-    """What is missing, one of them here, is said by the first step, which tries the others too."""
+    """What is missing, one of them here, is said by the first step, which tries the others too.
+
+    A kernel among them, in Triton's interpreter.
+    """
+    need_triton()
     there = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     refused = {name for name in there if canonicalize_name(name) not in listed(root)}
     program = root / "tools/dev/preflight.py"
     arguments = "-c", WITHOUT, ",".join(refused | {"pytest-xdist"}), program, "--device", "cpu"
-    done = run_outside(*arguments, PYTHONPATH=str(root))
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    done = run_outside(*arguments, PYTHONPATH=path, TRITON_INTERPRET="1")
     failures = [line for line in done.stdout.splitlines() if ": works (" not in line]
+    assert "a Triton kernel: works" in done.stdout
     assert done.returncode == 1
     assert failures == [
         "import xdist: ModuleNotFoundError: No module named 'xdist'",
-        "1 of 12 do not work",
+        "1 of 14 do not work",
     ]
 
 

@@ -4,6 +4,7 @@
     make gpu WHEELS=FOLDER                        # on a bare one, with torch and a folder of wheels
     make gpu OUT=FOLDER                           # results there
     python tools/dev/gpu.py --dry-run             # the same steps on a CPU, with small sizes
+    TRITON_INTERPRET=1 python tools/dev/gpu.py --dry-run    # and with kernels: minutes more
 
 Each step runs by itself, up to a limit of its own: one that fails or is stopped there does not stop
 the next, and what it had measured is kept; the last has all the time that is left. Everything goes
@@ -83,7 +84,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     small: list[str] = []
     if dry:
         tests = ["tests/ops/test_backends.py", "-k", "unknown_names"]
-        kernel_tests = [OF_KERNELS[0], "-k", "refusals_say_why"]
+        kernel_tests = [OF_KERNELS[0], "-k", "refusals_say_why or strided_and"]
         kernels = ["--tokens", "64", "--landmarks", "5", "--repeats", "2"]
         golden += ["-k", "outputs and soft-wellcond and 160"]
         triton = ["--models", "softpp-tiny", "softpp-tiny-triton", "--sizes", "32"]
@@ -287,7 +288,7 @@ def main() -> None:
                 found = run(step, out, left, **variables)
             else:
                 found = dict(name=step.name, status="no time was left", left_out=[])
-            # On a CPU there are no kernels.
+            # On a CPU there are no kernels, but in Triton's interpreter.
             if found["left_out"] and found["status"] == "complete" and not args.dry_run:
                 found["status"] = "complete but for what it left out"
             data["steps"].append(found)

@@ -2,16 +2,21 @@
 
     python tools/dev/preflight.py --device cuda
 
-An operator of mmcv, a backbone and a Triton kernel on the device, this package as MMEngine finds
-it, and the imports of the libraries. The exit status is 0 if all of it works.
+An operator of mmcv, a backbone and a Triton kernel on the device, the C compiler that Triton needs
+there, this package as MMEngine finds it, and the imports of the libraries. The exit status is 0 if
+all of it works. With TRITON_INTERPRET=1 a CPU tries the kernel too, in Triton's interpreter.
 """
 
 import argparse
+import os
+import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module, metadata
+from pathlib import Path
 
 MODULES = (
     *("pytest", "xdist", "hypothesis", "matplotlib.pyplot", "mim.cli"),
@@ -57,6 +62,16 @@ def kernel(device: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
+def compiler() -> None:
+    """That Triton finds, and ``Python.h``: what launches a kernel is compiled on the machine."""
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, [named] if named else ["clang", "gcc"])):
+        raise FileNotFoundError(f"no {named or 'C compiler'}: install gcc, or name one in CC")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise FileNotFoundError(f"{header}: install the headers of this Python, as of python3-dev")
+
+
 def package() -> None:
     """Installed, with the folder in which MMEngine finds configs."""
     from mmengine.hub import get_config
@@ -75,11 +90,12 @@ def main() -> None:
     checks: dict[str, Callable[[], object]] = {
         "mmcv's RoIAlign": partial(operator, device),
         "a backbone": partial(backbone, device),
+        "a C compiler": compiler,
         "a Triton kernel": partial(kernel, device),  # what it breaks is broken from here on
         "mmsoft, installed": package,
         **{f"import {name}": partial(import_module, name) for name in MODULES},
     }
-    if device == "cpu":
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         del checks["a Triton kernel"]
     failed = 0
     for name, check in checks.items():
