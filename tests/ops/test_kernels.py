@@ -172,15 +172,26 @@ def test_units_of_samples_and_the_gradients_that_they_multiply(n, m, divide, dev
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize(("n", "m"), [(70, 20), (20, 70), (100, 80)])
-def test_gradients_that_are_asked_for(n, m, wanted, device):
+def test_gradients_that_are_asked_for(n, m, wanted, device, monkeypatch):
+    """They alone are computed, by one walk for those of the queries, one for the other two."""
+    from mmsoft.ops.gaussian import triton
+
     tensors = points(n, m, 16, 16, device, batch=(1, 1))
     every = torch.autograd.grad(gaussian_kernel_product(*tensors[:3]), tensors[:3], tensors[3])
     for i, t in enumerate(tensors[:3]):
         t.requires_grad_(i in wanted)
-    out = gaussian_kernel_product(*tensors[:3])
+    out, walks, walk = gaussian_kernel_product(*tensors[:3]), [], triton._walk
+
+    def noted(*args, **units):
+        walks.append(args[6:8])
+        return walk(*args, **units)
+
+    monkeypatch.setattr(triton, "_walk", noted)
     some = torch.autograd.grad(out, [tensors[i] for i in wanted], tensors[3])
     for grad, i in zip(some, wanted):
         assert torch.equal(grad, every[i])
+    queries, others = 0 in wanted, (1 in wanted, 2 in wanted)
+    assert walks == [(True, False)] * queries + [others] * any(others)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e4, 1e19, 3e38])
@@ -516,6 +527,33 @@ def of_tf32_parts(parts):
         return TensorHandle(product + total.data, total.dtype.scalar)
 
     return create_dot
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("n", "m"), [(70, 20), (20, 70)])
+def test_distances_of_three_parts_and_values_of_one_are_not_enough(n, m, device, monkeypatch):
+    """Which would be a third of the products with values."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    tensors = [t.detach() for t in points(n, m, 16, 16, device)[:3]]
+    truth = naive(*(t.double() for t in tensors[:2])) @ tensors[2].double()
+    with use_backend("eager"):
+        plain = gaussian_kernel_product(*tensors)
+    three, one, calls = of_tf32_parts(3), of_tf32_parts(1), []
+
+    def by_turns(self, a, b, *more):  # distances, then values, for each block
+        calls.append((a.data.shape, b.data.shape))
+        return (three if len(calls) % 2 else one)(self, a, b, *more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", three)
+    within(gaussian_kernel_product(*tensors), plain, truth, 2)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", by_turns)
+    loses = error(gaussian_kernel_product(*tensors), truth)
+    assert len(calls) % 2 == 0
+    assert all(b[0] == 16 for _, b in calls[::2])  # channels, added up in a distance
+    assert all(b[1] == 16 and a[1] == b[0] == 32 for a, b in calls[1::2])  # points, in a value
+    assert loses > 100 * error(plain, truth)
+    assert loses < 1e-3  # of rounding
 
 
 # Two sizes of blocks, and the inverses that lose the most.
