@@ -37,8 +37,10 @@ def product(a, b) -> float:
 
 
 @pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
-def test_backward_inside_autocast(variant, options):
+def test_backward_inside_autocast(variant, options, request):
     """As mixed precision is often written: the whole step inside. To the last bit as outside."""
+    if request.config.getoption("device") == "pretended":
+        pytest.skip("torch's fused attention, whose backward pass is one, is not taken there")
     model = build(variant, options, norm_eval=True).train()
     image, gradients = torch.randn(2, 3, 96, 128), []
     for inside in (False, True):
