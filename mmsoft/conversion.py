@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from mmengine.utils import ProgressBar
 
-from mmsoft.fileio import write_whole
+from mmsoft.fileio import one_at_a_time, write_whole
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def generator_parser(description: str, sizes: dict[str, int], what: str) -> argp
 
 
 def write_once(out: Path, parameters: dict[str, Any], write: Callable[[Path], None]) -> bool:
-    """Write a generated data set, whole or not at all.
+    """Write a generated data set, whole or not at all, and once if several processes begin at once.
 
     Args:
         out: the folder, which gets ``parameters.json`` too.
@@ -66,17 +66,18 @@ def write_once(out: Path, parameters: dict[str, Any], write: Callable[[Path], No
         FileExistsError: the folder has something else in it.
     """
     stamp = out / "parameters.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == parameters:
-        return False
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} exists and is not this data set (other parameters?): remove it or choose "
-            "another folder"
-        )
-    with write_whole(out) as partial:
-        partial.mkdir()
-        write(partial)
-        (partial / stamp.name).write_text(json.dumps(parameters, indent=2) + "\n")
+    with one_at_a_time(out):
+        if stamp.is_file() and json.loads(stamp.read_text()) == parameters:
+            return False
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(
+                f"{out} exists and is not this data set (other parameters?): remove it or choose "
+                "another folder"
+            )
+        with write_whole(out) as partial:
+            partial.mkdir()
+            write(partial)
+            (partial / stamp.name).write_text(json.dumps(parameters, indent=2) + "\n")
     return True
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -34,6 +34,26 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for other processes that are within this for a path of the same folder, which is made.
+
+    Where the system has no locks, as Windows, or the folder none, as on some networks, nothing is
+    waited for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            import fcntl
+
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # let go when it is closed, also by a kill
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def _remove(path: Path) -> None:

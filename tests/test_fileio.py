@@ -1,7 +1,11 @@
 """Atomic writes of files and folders."""
 
+import threading
+import time
+
 import pytest
 
+from mmsoft.conversion import write_once
 from mmsoft.fileio import write_whole
 
 
@@ -43,3 +47,24 @@ def test_folders_without_remains_of_a_killed_process(tmp_path):
         "folder",
         "folder/file",
     ]
+
+
+def test_a_data_set_that_two_write_at_once_is_written_once(tmp_path):
+    """A lock is an opened file's, so that threads show what processes do."""
+    out, found = tmp_path / "new" / "data", []
+
+    def write(folder):
+        for i in range(5):
+            (folder / str(i)).touch()
+            time.sleep(0.02)
+
+    def run():
+        found.append(write_once(out, dict(seed=0), write))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [False, False, True]
+    assert {path.name for path in out.iterdir()} == {*"01234", "parameters.json"}
