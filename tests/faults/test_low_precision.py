@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fault_runs import config, plain_loop, train, weights_are_finite
+from metrics import error
 from mmengine.device import get_device
 
 import mmsoft.models  # noqa: F401
@@ -27,28 +28,50 @@ def apart(*curves):
 
 
 @pytest.fixture
-def float32_boxes(monkeypatch):
-    """mmcv's RoIAlign has no bfloat16, for CPUs its NMS neither.
-
-    Autocast converts for those of torchvision (pytorch/vision 8049), but not of mmcv.
-    """
-    from mmcv.ops import RoIAlign
+def float32_scores(monkeypatch):
+    """mmcv's NMS has no bfloat16 for CPUs."""
     from mmcv.ops.nms import NMSop
 
-    suppress, align = NMSop.forward, RoIAlign.forward
-    suppress = torch.amp.custom_fwd(suppress, device_type=get_device(), cast_inputs=torch.float32)
-    monkeypatch.setattr(NMSop, "forward", staticmethod(suppress))
-    monkeypatch.setattr(
-        RoIAlign, "forward", lambda self, x, rois: align(self, x.float(), rois.float()).to(x.dtype)
+    suppress = torch.amp.custom_fwd(
+        NMSop.forward, device_type=get_device(), cast_inputs=torch.float32
     )
+    monkeypatch.setattr(NMSop, "forward", staticmethod(suppress))
+
+
+def with_torchvisions_roi_align(cfg):
+    """As docs/cuda.md says: mmcv's has no bfloat16."""
+    for name in ("bbox_roi_extractor", "mask_roi_extractor"):
+        cfg.merge_from_dict({f"model.roi_head.{name}.roi_layer.use_torchvision": True})
+    return cfg
+
+
+def test_torchvisions_roi_align_takes_bfloat16(root, shapes, tmp_path):
+    from mmdet.registry import MODELS
+
+    cfg = config(root, shapes, "mask_rcnn", tmp_path).model.roi_head.bbox_roi_extractor
+    features = [torch.randn(2, cfg.out_channels, n, n) for n in (32, 16, 8, 4)]
+    rois = torch.tensor([[0.0, 3, 5, 50, 60], [1, 20, 0, 110, 127]])
+
+    def run(dtype, **options):
+        extract = MODELS.build(cfg | dict(roi_layer=cfg.roi_layer | options)).to(get_device())
+        with torch.autocast(get_device(), torch.bfloat16):
+            return extract([x.to(get_device(), dtype) for x in features], rois.to(get_device()))
+
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        run(torch.bfloat16)
+    ours = run(torch.bfloat16, use_torchvision=True)
+    assert ours.dtype == torch.bfloat16
+    assert error(ours, run(torch.float32)) < 0.02
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("solver", ["newton", "direct"])
 @pytest.mark.parametrize("model", ["mask_rcnn", "upernet"])
-def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path, float32_boxes):
+def test_bfloat16_trains_like_float32(model, solver, root, shapes, tmp_path, float32_scores):
     def run(dtype, seed=0):
         cfg = config(root, shapes, model, tmp_path)
+        if model == "mask_rcnn":
+            with_torchvisions_roi_align(cfg)
         cfg.model.backbone.update(solver=solver)
         return plain_loop(cfg, ITERATIONS, dtype, seed)
 
@@ -71,10 +94,8 @@ def test_amp_trains_with_finite_weights(model, dtype, root, shapes, tmp_path):
     cfg = config(root, shapes, model, tmp_path, iterations=ITERATIONS)
     cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype)
     cfg.custom_hooks = [dict(type="mmsoft.FiniteGradientHook")]
-    if (model, dtype) == ("mask_rcnn", "bfloat16"):  # docs/cuda.md
-        with pytest.raises(RuntimeError, match="BFloat16"):
-            train(cfg)
-        return
+    if (model, dtype) == ("mask_rcnn", "bfloat16"):
+        with_torchvisions_roi_align(cfg)
     runner, losses = train(cfg)
     assert np.isfinite(losses).all()
     assert np.mean(losses[-25:]) < 0.9 * np.mean(losses[:25])
