@@ -41,22 +41,27 @@ def _larger(a, b):
 @triton.jit
 def _guarded(a, m, heads, a_h, a_n, a_d, T: tl.constexpr):
     """``alpha`` and ``cubic`` of the sample at ``a``: both maxima run over its heads."""
-    most = tl.zeros([T], tl.float32)
+    rows: tl.constexpr = T if T <= 64 else 16  # at a time: with more of 128, registers spill
+    most = tl.zeros([rows], tl.float32)
     for head in range(0, heads):
-        tile = _tile(a + head * a_h, 0, 0, m, m, a_n, a_d, T, T)
-        most = _larger(most, tl.sum(tile, 1))
+        for i in range(0, T, rows):
+            most = _larger(most, tl.sum(_tile(a + head * a_h, i, 0, m, m, a_n, a_d, rows, T), 1))
     largest = tl.reduce(most, 0, _larger)
     start = 2.0 / (largest * largest)
     number = tl.arange(0, 16)
     candidates = (start * tl.exp2(-number.to(tl.float32)))[None, :]
     above = tl.zeros([16], tl.int32)
     for head in range(0, heads):
-        tile = _tile(a + head * a_h, 0, 0, m, m, a_n, a_d, T, T)
-        diagonal = tl.sum(tile * tile, 1)[:, None]
-        columns = tl.sum(tile * tl.sum(tile, 0)[None, :], 1)[:, None]
-        norm = tl.abs(1.0 - candidates * diagonal) + candidates * (columns - diagonal)
-        # Rows that are not there have a norm of 1. A NaN is accepted at once, as plain torch does.
-        above = tl.maximum(above, tl.max((norm > GUARD).to(tl.int32), 0))
+        sums = tl.zeros([T], tl.float32)
+        for i in range(0, T, rows):
+            sums += tl.sum(_tile(a + head * a_h, i, 0, m, m, a_n, a_d, rows, T), 0)
+        for i in range(0, T, rows):
+            tile = _tile(a + head * a_h, i, 0, m, m, a_n, a_d, rows, T)
+            diagonal = tl.sum(tile * tile, 1)[:, None]
+            columns = tl.sum(tile * sums[None, :], 1)[:, None]
+            norm = tl.abs(1.0 - candidates * diagonal) + candidates * (columns - diagonal)
+            # Rows that are not there have a norm of 1. A NaN is accepted, as plain torch does.
+            above = tl.maximum(above, tl.max((norm > GUARD).to(tl.int32), 0))
     accepted = (above == 0) | (number >= HALVINGS)
     rejected = tl.min(tl.where(accepted, number, 16), 0)
     alpha = start * tl.exp2(-rejected.to(tl.float32))
