@@ -1,18 +1,19 @@
 """Compile what the Triton kernels are launched with, without a GPU: one line of JSON for each.
 
-    python compiled_kernels.py ARCH CASE [CASE ...]
+    python compiled_kernels.py ARCH:CASE [ARCH:CASE ...]
 
 The launching functions run on meta tensors; what they would launch is compiled for the compute
-capability ARCH, such as 90, and assembled by Triton's own ``ptxas``.
+capability ARCH, such as 90. Registers and spills are what the assembler reports to Triton.
 """
 
 import json
+import math
 import re
-import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from importlib import import_module
-from pathlib import Path
+from io import StringIO
 
 import torch
 
@@ -46,10 +47,12 @@ def record(case):
     return launches
 
 
+LOGS = {}  # of the assembler, by what it assembled
+
+
 def compiled(kernel, args, options, arch):
     """Registers, spilled bytes, shared memory and more of one launch, as Triton specializes it."""
     import triton
-    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -64,7 +67,8 @@ def compiled(kernel, args, options, arch):
             constants[(i,)] = value
             continue
         if isinstance(value, torch.Tensor):
-            signature[parameter.name], aligned = TYPES[value.dtype], True
+            signature[parameter.name] = TYPES[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
             signature[parameter.name], aligned = "fp32", False
         else:
@@ -72,61 +76,98 @@ def compiled(kernel, args, options, arch):
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(built.asm["ptx"])
-        target = re.search(r"\.target (sm_\w+)", built.asm["ptx"])[1]
-        command = [knobs.nvidia.ptxas_blackwell.path, "-v", f"--gpu-name={target}", str(ptx)]
-        output = subprocess.run(
-            [*command, "-o", str(ptx.with_suffix(".cubin"))], capture_output=True, text=True
-        ).stderr
+    with redirect_stdout(StringIO()) as printed:
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    log = LOGS.setdefault(built.hash, printed.getvalue())  # empty where it was compiled before
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    ptx, warps = built.asm["ptx"], built.metadata.num_warps
     return dict(
         triton=triton.__version__,
         kernel=kernel.__name__,
-        arch=arch,
-        registers=int(re.search(r"Used (\d+) registers", output)[1]),
-        spilled=int(re.search(r"(\d+) bytes spill stores", output)[1]),
+        registers=registers,
+        spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
         shared=built.metadata.shared,
-        warps=built.metadata.num_warps,
-        products="mma" in built.asm["ptx"],
-        rounded="cvt.rna.tf32" in built.asm["ptx"],  # as tf32x3 alone does
+        resident=warps * programs(arch, registers, warps, built.metadata),
+        products="mma" in ptx,
+        rounded="cvt.rna.tf32" in ptx,  # as tf32x3 alone does
+        # Whether all warps have read global memory before the last store to it.
+        waited="bar.sync" in ptx.split("st.global")[-2].rsplit("ld.global", 1)[-1],
     )
 
 
-def _products(n, m, dtype=torch.float32, d=32, backward=False, needs=(True, True, True)):
-    """Arguments of both products: as the attention layers lay them, heads inside.
+def programs(arch, registers, warps, metadata):
+    """How many fit in a multiprocessor, by the CUDA programming guide's table."""
+    shared = 164 if arch == 80 else 228  # KiB, of which each program takes one itself
+    return min(
+        64 // warps,
+        65536 // (warps * math.ceil(registers * 32 / 256) * 256),
+        shared * 1024 // (metadata.shared + 1024),
+        512 // max(1, metadata.tmem_size or 0),  # columns of tensor memory, from 10.0 on
+    )
+
+
+def _inside(n, d, dtype=torch.float32):
+    """Tokens as the attention layers lay them: heads inside."""
+    return torch.empty(2, n, 10, d, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _odd(n, d, dtype=torch.float32):
+    """The same after a class token, in three heads: neither address nor stride is aligned."""
+    tokens = torch.empty(2, n + 1, 3, d, dtype=dtype, device="meta")[:, 1:]
+    return tokens.transpose(1, 2)
+
+
+def _first(n, d, dtype=torch.float32):
+    """As an image has them: channels first."""
+    return torch.empty(2, 10, d, n, dtype=dtype, device="meta").mT
+
+
+ALL = (True, True, True)
+
+
+def _products(n, m, dtype=torch.float32, d=32, needs=None, tokens=_inside, units=True):
+    """Arguments of both products, of the backward pass if gradients are in need.
 
     Of queries or values of a ``dtype``, which are the more; landmarks and their values are float32.
     """
 
-    def tokens(count):
-        kind = dtype if count == max(n, m) else torch.float32
-        return torch.empty(2, count, 10, d, dtype=kind, device="meta").transpose(1, 2)
-
     def arguments():
-        x, y, w = tokens(n), tokens(m), tokens(m)
-        unit = torch.empty(2, 1, 1, 1, device="meta")
-        if not backward:
+        x, y, w = (
+            tokens(count, d, dtype if count == max(n, m) else torch.float32) for count in (n, m, m)
+        )
+        unit = torch.empty(2, 1, 1, 1, device="meta") if units else None
+        if needs is None:
             return x, y, w, unit, m > n
-        return tokens(n).float(), x, y, w, unit, m > n, needs
+        return tokens(n, d), x, y, w, unit, m > n, needs
 
     return arguments
 
 
 # module, function, arguments: spread is K w, gather K^T v.
 CASES = {}
+
+
+def _add(label, n, m, *args, **kwargs):
+    """Both products, forward and backward, of ``n`` tokens and ``m`` landmarks."""
+    for name, *sizes in (("spread", n, m), ("gather", m, n)):
+        CASES[f"{name}-{label}"] = "gaussian", "product", _products(*sizes, *args, **kwargs)
+        backward = _products(*sizes, *args, needs=ALL, **kwargs)
+        CASES[f"{name}-backward-{label}"] = "gaussian", "product_backward", backward
+
+
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     _label = "" if _dtype == torch.float32 else f"-{_dtype}".replace("torch.", "")
     for _m in (16, 49, 64, 128):
-        for _name, *_sizes in (("spread", 4000, _m), ("gather", _m, 4000)):
-            _forward, _backward = (_products(*_sizes, _dtype, backward=b) for b in (False, True))
-            CASES[f"{_name}-{_m}{_label}"] = "gaussian", "product", _forward
-            CASES[f"{_name}-backward-{_m}{_label}"] = "gaussian", "product_backward", _backward
-CASES["spread-wide"] = "gaussian", "product", _products(4000, 49, d=64)
-for _name, *_sizes in (("spread", 4000, 49), ("gather", 49, 4000)):
-    _backward = _products(*_sizes, d=64, backward=True)
-    CASES[f"{_name}-backward-wide"] = "gaussian", "product_backward", _backward
+        _add(f"{_m}{_label}", 4000, _m, _dtype)
+    _add(f"odd{_label}", 4001, 49, _dtype, 30, tokens=_odd)
+_add("wide", 4000, 49, d=64)
+_add("wide-odd", 4001, 49, d=34, tokens=_odd)
+_add("first", 4001, 49, tokens=_first)
+_add("unitless", 4000, 49, units=False)
+for _label, _needs in (("points", (True, True, False)), ("values", (False, False, True))):
+    for _name, *_sizes in (("spread", 4000, 49), ("gather", 49, 4000)):
+        _backward = _products(*_sizes, needs=_needs)
+        CASES[f"{_name}-backward-{_label}"] = "gaussian", "product_backward", _backward
 
 
 def _inverses(name, m, d=32):
@@ -148,39 +189,51 @@ def _inverses(name, m, d=32):
 
 
 for _name in ("guarded", "newton", "newton_backward", "solve", "solve_backward"):
-    for _m in (25, 49, 64, 128):
+    for _m in (25, 49, 64, 121, 128):
         _function = "newton" if _name == "guarded" else _name
         CASES[f"{_name}-{_m}"] = "inverse", _function, _inverses(_name, _m)
 for _name in ("solve", "solve_backward"):
-    CASES[f"{_name}-128-wide"] = "inverse", _name, _inverses(_name, 128, 64)
+    for _m, _d in ((49, 34), (121, 34), (128, 64)):
+        CASES[f"{_name}-{_m}-wide"] = "inverse", _name, _inverses(_name, _m, _d)
 
 
-def _choice(budget, dtype=torch.float32, d=32, masked=False):
+def _choice(budget, dtype=torch.float32, d=32, masked=False, total=1050, tokens=_inside):
     """Arguments of the choice: an image of 800x1344."""
 
     def arguments():
-        candidates = torch.empty(2, 5, 1050, d, dtype=dtype, device="meta")
-        mask = torch.empty(2, 1050, dtype=torch.bool, device="meta") if masked else None
-        return candidates, budget, 0.1, mask
+        mask = torch.empty(2, total, dtype=torch.bool, device="meta") if masked else None
+        return tokens(total, d, dtype), budget, 0.1, mask
 
     return arguments
 
 
-CASES["choice-49"] = "landmarks", "choose", _choice(49)
-CASES["choice-49-masked"] = "landmarks", "choose", _choice(49, masked=True)
-CASES["choice-128-wide"] = "landmarks", "choose", _choice(128, torch.bfloat16, 64)
+for _label, *_args in (
+    ("49", 49),
+    ("49-bfloat16", 49, torch.bfloat16),
+    ("49-float16", 49, torch.float16),
+    ("49-masked", 49, torch.float32, 32, True),
+    ("128-wide", 128, torch.bfloat16, 64),
+    ("128-wide-masked", 128, torch.float32, 64, True),
+    ("odd", 49, torch.float32, 30, True, 1051, _odd),
+    ("first", 49, torch.float32, 32, False, 1051, _first),
+):
+    CASES[f"choice-{_label}"] = "landmarks", "choose", _choice(*_args)
 
 
 def main():
+    from triton import knobs
+
     from mmsoft.ops import launch
 
-    arch, *cases = sys.argv[1:]
+    knobs.nvidia.dump_ptxas_log = True
     launch._processors = lambda device: 132  # of an H100
-    launch.capability = lambda device: divmod(int(arch), 10)
-    for case in cases or CASES:
-        for kernel, args, options in record(case):
-            print(json.dumps(dict(case=case, **compiled(kernel, args, options, int(arch)))))
-            sys.stdout.flush()
+    with tempfile.TemporaryDirectory() as knobs.cache.dir:
+        for each in sys.argv[1:]:
+            arch, case = each.split(":")
+            launch.capability = lambda device, arch=int(arch): divmod(arch, 10)
+            for kernel, args, options in record(case):
+                found = compiled(kernel, args, options, int(arch))
+                print(json.dumps(dict(case=each, **found)), flush=True)
 
 
 if __name__ == "__main__":

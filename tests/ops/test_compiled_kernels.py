@@ -11,28 +11,52 @@ from required import need_triton
 
 from mmsoft.ops import launch
 
+ARCHS = (80, 90, 100)
 # What every GPU from compute capability 8.0 on has for a block of threads.
 SHARED_MEMORY = 99 * 1024
-# Bytes of a thread, by version of Triton, kernel and compute capability. Each version assigns
-# registers differently; others than that of the tests and an older one are not bounded.
+# Bytes of a thread at most, for 8.0, 9.0 and 10.0, by version of Triton: each assigns registers
+# differently. Other versions may spill SLACK more than the newest here.
+SLACK = 64
 SPILLED = {
-    "3.9.0": {("newton_kernel", 80): 32, ("solve_kernel", 100): 4},
-    "3.6.0": {
-        **{("walk_kernel", 80): 12, ("newton_kernel", 80): 32, ("newton_tiles_kernel", 80): 8},
-        **{("walk_kernel", 100): 16, ("solve_kernel", 100): 228},
-    },
+    "3.9.0": dict(
+        walk_kernel=(112, 16, 16),
+        newton_kernel=(32, 0, 12),
+        newton_tiles_kernel=(16, 0, 0),
+        solve_kernel=(0, 12, 44),
+        solve_backward_kernel=(0, 12, 20),
+        choice_kernel=(0, 0, 12),
+    ),
+    "3.6.0": dict(
+        walk_kernel=(120, 0, 16),
+        newton_kernel=(32, 0, 0),
+        newton_tiles_kernel=(16, 0, 0),
+        solve_kernel=(0, 0, 152),
+    ),
 }
-REGISTERS = dict(centre_kernel=112, choice_kernel=80, newton_tiles_kernel=192)
-REGISTERS |= dict(newton_backward_kernel=168, solve_backward_kernel=224)
-# The usual number of landmarks, and what needs the most.
-SOON = (
-    "spread-49",
-    "gather-backward-wide",
-    "guarded-49",
-    "newton_backward-49",
-    "solve-49",
-    "choice-49",
-)
+NEWEST = next(iter(SPILLED))
+# By default: each kernel, and what it is compiled for, for some capability. Of the newest version,
+# how many warps a multiprocessor holds, by registers, shared and tensor memory; LEAST of all
+# others. 255 registers leave room for 8, where spills and shared memory show what gets worse.
+LEAST = 8
+SOON = {
+    "80:spread-49": 8,
+    "80:spread-backward-49": 8,
+    "90:gather-odd-float16": 8,
+    "90:gather-backward-odd-bfloat16": 8,
+    "100:gather-49-bfloat16": 12,
+    "100:spread-wide": 8,
+    "100:spread-backward-wide": 8,
+    "90:guarded-49": 8,
+    "90:guarded-121": 8,
+    "100:newton-25": 12,
+    "100:newton_backward-49": 16,
+    "100:solve-49": 16,
+    "90:solve-128-wide": 8,
+    "80:solve_backward-49-wide": 8,
+    "80:choice-49": 32,
+    "90:choice-odd": 24,
+    "100:choice-128-wide": 32,
+}
 
 pytestmark = pytest.mark.cpu
 
@@ -57,22 +81,28 @@ def test_triton_that_must_be_there_is_missed(request, monkeypatch, variables, ou
 
 
 @pytest.mark.parametrize(
-    ("arch", "cases"),
+    "cases",
     [
-        *((arch, SOON) for arch in (80, 90, 100)),
-        *(pytest.param(arch, tuple(CASES), marks=pytest.mark.long) for arch in (80, 90, 100)),
+        tuple(SOON),
+        *(
+            pytest.param(tuple(f"{arch}:{case}" for case in CASES), marks=pytest.mark.long)
+            for arch in ARCHS
+        ),
     ],
-    ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)} cases",
+    ids=("soon", *map(str, ARCHS)),
 )
-def test_nothing_spills_and_shared_memory_suffices(arch, cases, root, tmp_path):
+def test_registers_and_shared_memory_suffice(cases, root, tmp_path):
     need_triton()
     path = os.pathsep.join((str(root), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     program = root / "tests/helpers/compiled_kernels.py"
-    command = [sys.executable, "-W", "ignore", program, arch, *cases]
     done = subprocess.run(
-        [*map(str, command)], env=environment, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-W", "ignore", str(program), *cases],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -80,11 +110,15 @@ def test_nothing_spills_and_shared_memory_suffices(arch, cases, root, tmp_path):
     launched = [kernel["case"] for kernel in found if "spread" not in kernel["case"]]
     launched = [case for case in launched if "gather" not in case]
     assert len(launched) == len(set(launched))  # the products alone take more than one launch
-    assert all(kernel["arch"] == arch for kernel in found)
+    version = found[0]["triton"]
+    spilled, slack = SPILLED.get(version, SPILLED[NEWEST]), SLACK * (version not in SPILLED)
     for kernel in found:
         assert kernel["rounded"] == kernel["products"], kernel
-        if (spilled := SPILLED.get(kernel["triton"])) is not None:
-            assert kernel["spilled"] <= spilled.get((kernel["kernel"], arch), 0), kernel
-        # What has no reason to fill the registers leaves room for a second program.
-        assert kernel["registers"] <= REGISTERS.get(kernel["kernel"], 255), kernel
-    assert max(kernel["shared"] for kernel in found) <= SHARED_MEMORY
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
+        # Other warps read rows of the choice, too, before they are overwritten.
+        assert kernel["waited"] or kernel["kernel"] != "choice_kernel", kernel
+        arch = int(kernel["case"].split(":")[0])
+        bound = spilled.get(kernel["kernel"], (0, 0, 0))[ARCHS.index(arch)]
+        assert kernel["spilled"] <= bound + slack, kernel
+        if version == NEWEST:
+            assert kernel["resident"] >= SOON.get(kernel["case"], LEAST), kernel
