@@ -23,9 +23,14 @@ def draw_budgets(rows: Sequence[Mapping[str, Any]]) -> Any:
         raise ValueError("there are no rows to draw")
     models = list(dict.fromkeys((row["model"], row["solver"]) for row in rows))
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    budgets.sort(key=lambda budget: float("inf") if budget == "all" else budget)
     sizes = sorted({tuple(row["size"]) for row in rows}, key=lambda size: size[0] * size[1])
-    figure = new_figure(0.6 + 3.4 * len(models), 3.8)
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    across = min(3, len(models))
+    down = -(-len(models) // across)
+    figure = new_figure(0.6 + 3.4 * across, 3.8 * down)
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for ax in panels[len(models) :]:
+        ax.remove()
     for ax, model in zip(panels, models):
         for number, budget in enumerate(budgets):
             found = [
@@ -58,9 +63,18 @@ def draw_budgets(rows: Sequence[Mapping[str, Any]]) -> Any:
             )
         ax.set_title(model[0] if model[1] == "none" else f"{model[0]}, {model[1]}", fontsize=10)
         ax.set_xticks(range(len(sizes)), [f"{height} x {width}" for height, width in sizes])
+        ax.set_xlim(-0.4, len(sizes) - 0.6)
         ax.tick_params(axis="x", labelrotation=20)
         ax.set_xlabel("image (pixels)")
         ax.grid(alpha=0.3)
-    panels[0].set_ylabel("mIoU (%)")
-    panels[-1].legend(title="landmarks at most", frameon=False, fontsize=8)
+    for ax in panels[: len(models) : across]:
+        ax.set_ylabel("mIoU (%)")
+    shown = {}
+    for ax in panels[: len(models)]:
+        handles, labels = ax.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles))
+    legend = [shown[str(budget)] for budget in budgets]
+    panels[len(models) - 1].legend(
+        legend, map(str, budgets), title="landmarks at most", frameon=False, fontsize=8
+    )
     return figure

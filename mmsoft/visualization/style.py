@@ -21,6 +21,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 GREY = "#5F5F5F"  # an eighth, and what is not ours
 DPI = 100
+JPEG = dict(quality=60, optimize=True, progressive=True)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -56,7 +57,7 @@ def save_figure(
     if kind not in known:
         raise ValueError(f"{path} must end in one of {', '.join(sorted(known))}")
     with write_whole(path) as partial:
-        options = dict(pil_kwargs=dict(quality=60)) if kind in ("jpg", "jpeg") else {}
+        options = dict(pil_kwargs=JPEG) if kind in ("jpg", "jpeg") else {}
         figure.savefig(partial, format=kind, dpi=DPI, **options)
         if kind == "png" and colours is not None:
             from PIL import Image, PngImagePlugin

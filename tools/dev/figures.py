@@ -61,7 +61,7 @@ def main() -> None:
     run(f"{tools}/newton_convergence.py", MODELS["released"], released, "--out", out)
     shutil.copy(out, FIGURES)
     rows: Sequence[Mapping[str, Any]] = json.loads(ROWS.read_text())
-    save_figure(draw_budgets(rows), FIGURES / "budgets.png")
+    save_figure(draw_budgets(rows), FIGURES / "budgets.png", colours=24)
 
 
 if __name__ == "__main__":
