@@ -37,6 +37,14 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_runtest_logreport(report):
+    """Write a failure to the file MMSOFT_FAILURES at once, of all workers in the first process."""
+    path = os.environ.get("MMSOFT_FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a") as file:
+            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
 def pytest_collection_finish():
     """What has been imported stays, and need not be looked through for garbage again and again."""
     gc.collect()

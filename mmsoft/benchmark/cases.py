@@ -154,11 +154,6 @@ UNBOUNDED = "-max-keys-none"
 BACKBONES["softpp-tiny" + UNBOUNDED] = replace(
     BACKBONES["softpp-tiny"], label="SOFT++ Tiny, max_keys=None", changes=dict(max_keys=None)
 )
-TRITON = "-triton"  # ends the names of ours with kernels, on a GPU
-for _name in ("softpp-tiny", "softpp-small"):
-    BACKBONES[_name + TRITON] = replace(
-        BACKBONES[_name], label=f"{BACKBONES[_name].label}, Triton", backend="triton"
-    )
 # What lies between the released algorithm and ours; and by content, all that the tolerance leaves.
 LANDMARKS: dict[str, tuple[str, dict[str, Any]]] = {
     f"softpp-tiny-{solver}-{budget or 'all'}": (
@@ -172,6 +167,11 @@ LANDMARKS["softpp-tiny-content-all"] = (
 )  # fmt: skip
 for _name, (_label, _changes) in LANDMARKS.items():
     BACKBONES[_name] = replace(BACKBONES["softpp-tiny"], label=_label, changes=_changes)
+TRITON = "-triton"  # ends the names of ours with kernels, on a GPU
+for _name in ("softpp-tiny", "softpp-small", "softpp-tiny-direct-49"):
+    BACKBONES[_name + TRITON] = replace(
+        BACKBONES[_name], label=f"{BACKBONES[_name].label}, Triton", backend="triton"
+    )
 
 
 def published() -> dict[str, float]:

@@ -69,7 +69,7 @@ def draw_budgets(rows: Sequence[Mapping[str, Any]]) -> Any:
         ax.grid(alpha=0.3)
     for ax in panels[: len(models) : across]:
         ax.set_ylabel("mIoU (%)")
-    shown = {}
+    shown: dict[str, Any] = {}
     for ax in panels[: len(models)]:
         handles, labels = ax.get_legend_handles_labels()
         shown |= dict(zip(labels, handles))

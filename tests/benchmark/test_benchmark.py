@@ -20,7 +20,7 @@ from mmsoft.benchmark.__main__ import USUAL, parser, plan
 from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
-from mmsoft.ops import reference
+from mmsoft.ops import launch, reference
 from mmsoft.ops.backends import OPERATIONS
 
 pytest.importorskip("matplotlib")
@@ -532,7 +532,8 @@ def test_a_backward_pass_has_the_setting_of_the_forward_pass(name, dtype):
     assert product.asked is None
 
 
-def test_backbones_with_kernels_say_why_they_cannot_run_here():
+def test_backbones_with_kernels_say_why_they_cannot_run_here(monkeypatch):
+    monkeypatch.setattr(launch, "DEVICES", {"cuda"})  # as without Triton's interpreter
     case = cases.Case("backbone", "softpp-tiny-triton", (64, 64))
     times, skipped = measure.measure_times([case], {}, 1, 1, print)
     assert not times

@@ -90,6 +90,7 @@ def compiled(kernel, args, options, arch):
         resident=warps * programs(arch, registers, warps, built.metadata),
         products="mma" in ptx,
         rounded="cvt.rna.tf32" in ptx,  # as tf32x3 alone does
+        barriers=ptx.count("bar.sync"),
         # Whether all warps have read global memory before the last store to it.
         waited="bar.sync" in ptx.split("st.global")[-2].rsplit("ld.global", 1)[-1],
     )

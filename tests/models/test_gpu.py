@@ -135,6 +135,22 @@ def test_nothing_waits_for_a_gpu(name, autocast, backend):
     assert all(out.isfinite().all() for out in found)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_with_kernels_is_the_same(name, gpu):
+    """Features and gradients beside plain torch's."""
+    need_triton()
+    if not torch.cuda.is_available():
+        pytest.skip("no kernel runs on a GPU that is pretended")
+    model, batch, results = MODELS[name](norm_eval=True).train(), images(0), []
+    for backend in ("eager", "triton"):
+        with use_backend(backend):
+            outs = model(batch)
+            loss = sum(out.square().mean() for out in outs)
+            results.append([*outs, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, expected in zip(*reversed(results), strict=True):
+        assert error(ours, expected) < 1e-3
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", MODELS)
 def test_no_value_is_asked_for(name):

@@ -1,7 +1,9 @@
 """Which implementation of an operation runs, with a second one beside plain torch."""
 
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,3 +320,36 @@ def test_triton_of_older_torch_is_refused(monkeypatch, found, reason):
     monkeypatch.setattr(launch, "version", lambda name: found)
     monkeypatch.setattr(launch, "lacking", launch.lacking.__wrapped__)  # which remembers
     assert launch.refusal(torch.ones(1, device="cpu")) == reason
+
+
+def test_gpus_without_what_kernels_need_are_refused(monkeypatch):
+    """A tensor of a GPU is not needed to say so; kernels are launched on its own device."""
+    there = SimpleNamespace(
+        device=torch.device("cuda:1"), dtype=torch.float32, numel=lambda: 1, is_cuda=True
+    )
+    monkeypatch.setattr(launch, "lacking", lambda: None)
+    monkeypatch.setattr(launch, "capability", lambda device: (7, 5))
+    assert launch.refusal(there) == "compute capability 7.5 is below 8.0"
+    monkeypatch.setattr(launch, "capability", lambda device: (8, 0))
+    assert launch.refusal(there) is None
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert launch.refusal(there) == "the kernels are written for NVIDIA GPUs"
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_arguments(monkeypatch):
+    class There(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    entered = []
+
+    @contextmanager
+    def on(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    module = SimpleNamespace(kernel=lambda x, count: entered.append(count))
+    monkeypatch.setattr(launch, "import_module", lambda name: module)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    launch.lazily("kernels", "kernel")(torch.ones(1).as_subclass(There), 3)
+    assert entered == [torch.device("cuda:1"), 3, None]

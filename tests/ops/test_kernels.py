@@ -188,8 +188,8 @@ def test_gradients_that_are_asked_for(n, m, wanted, device, monkeypatch):
 
     monkeypatch.setattr(triton, "_walk", noted)
     some = torch.autograd.grad(out, [tensors[i] for i in wanted], tensors[3])
-    for grad, i in zip(some, wanted):
-        assert torch.equal(grad, every[i])
+    for grad, i in zip(some, wanted):  # compiled otherwise, a GPU may add up in another order
+        assert torch.equal(grad, every[i]) if device == "cpu" else error(grad, every[i]) < 1e-6
     queries, others = 0 in wanted, (1 in wanted, 2 in wanted)
     assert walks == [(True, False)] * queries + [others] * any(others)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -26,10 +27,10 @@ from required import need_triton
 
 from mmsoft.benchmark import __main__ as benchmark
 from mmsoft.benchmark import kernels, page, report
-from mmsoft.ops import reference
+from mmsoft.ops import launch, reference
 
-EVERY = ["preflight", "golden", "tests", "kernel-tests", "kernels", "backbones", "triton", "data"]
-EVERY += ["detector", "segmentor", "amp", "compiled"]
+EVERY = ["preflight", "golden", "tests", "kernel-tests", "kernels", "data", "detector", "segmentor"]
+EVERY += ["backbones", "triton", "amp", "compiled"]
 
 
 SLOW = """
@@ -164,7 +165,9 @@ def test_the_listed_wheels_are_enough(root, run_outside):
     arguments = "-c", WITHOUT, ",".join(refused | {"pytest-xdist"}), program, "--device", "cpu"
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     done = run_outside(*arguments, PYTHONPATH=path, TRITON_INTERPRET="1")
-    failures = [line for line in done.stdout.splitlines() if ": works (" not in line]
+    versions, *lines = done.stdout.splitlines()
+    assert f"torch {torch.__version__}, " in versions
+    failures = [line for line in lines if ": works (" not in line]
     assert "a Triton kernel: works" in done.stdout
     assert done.returncode == 1
     assert failures == [
@@ -241,7 +244,12 @@ def test_the_commands_of_the_day(tmp_path, monkeypatch, capsys):
     ways = [way for _, way in planned]
     assert list(dict.fromkeys(ways)) == ["eager", "triton", "compiled"]
     assert ways == sorted(ways, key=["eager", "triton", "compiled"].index)  # one after another
-    assert planned[-len(planned) // 3][0].tokens == 67200
+    assert ways.count("eager") == ways.count("triton") == 54
+    compiled = {
+        (case.operation, case.tokens, case.landmarks) for case, way in planned if way == "compiled"
+    }
+    sizes = dict(spread=67200, gather=67200, newton=0, direct=0, choice=1050)
+    assert compiled == {(operation, tokens, 49) for operation, tokens in sizes.items()}
     monkeypatch.setattr("sys.argv", ["kernels", *arguments])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or it would run
     with pytest.raises(SystemExit):
@@ -413,6 +421,25 @@ def test_a_step_that_fails_or_is_slow_does_not_stop_the_next(tmp_path, monkeypat
     ]
 
 
+def test_failures_of_a_test_step_that_is_stopped_are_kept(root, tmp_path, monkeypatch):
+    """At once, whatever pytest prints at its end; and those of an earlier run are not."""
+    gpu = load_tool("dev/gpu.py")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of this test itself
+    (tmp_path / "conftest.py").write_text((root / "tests/conftest.py").read_text())
+    (tmp_path / "tests").mkdir()
+    program = "import time\ndef test_a():\n    assert 1 == 2\ndef test_b():\n    time.sleep(60)\n"
+    (tmp_path / "tests/test_it.py").write_text(program)
+    (tmp_path / "slow.failures.log").write_text("old")
+    workers = ["-n", "1"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *workers]
+    step = gpu.Step("slow", [*command, f"--rootdir={tmp_path}", "tests"], 25, tmp_path)
+    assert gpu.run(step, tmp_path, 40)["status"] == "stopped at its limit"
+    kept = (tmp_path / "slow.failures.log").read_text()
+    assert "test_it.py::test_a (call)" in kept
+    assert "assert 1 == 2" in kept
+    assert "old" not in kept
+
+
 def test_the_data_of_the_day_are_made_in_time(tmp_path):
     gpu = load_tool("dev/gpu.py")
     (step,) = (step for step in gpu.steps(tmp_path, dry=False) if step.name == "data")
@@ -522,6 +549,7 @@ def test_the_truth_is_computed_once_and_its_failure_has_a_reason(monkeypatch):
         return definition(*tensors)
 
     monkeypatch.setattr(kernels, "_definition", noted)
+    monkeypatch.setattr(launch, "DEVICES", {"cuda"})  # as without Triton's interpreter
     kernels.truths.cache_clear()
     for way in ("eager", "triton"):
         found = kernels.measured(case, way, "cpu", 1)

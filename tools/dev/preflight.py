@@ -24,6 +24,20 @@ MODULES = (
 )
 
 
+DISTRIBUTIONS = (
+    *("torch", "torchvision", "triton", "numpy", "opencv-python-headless", "mmcv"),
+    *("mmengine", "mmdet", "mmsegmentation", "mmpretrain", "setuptools"),
+)
+
+
+def version(name: str) -> str:
+    """Of an installed distribution."""
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return f"no {name}"
+
+
 def operator(device: str) -> None:
     """RoIAlign of mmcv."""
     import torch
@@ -97,6 +111,7 @@ def main() -> None:
     }
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         del checks["a Triton kernel"]
+    print(f"python {sys.version.split()[0]}", *map(version, DISTRIBUTIONS), sep=", ", flush=True)
     failed = 0
     for name, check in checks.items():
         start = time.monotonic()
