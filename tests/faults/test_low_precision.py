@@ -8,6 +8,7 @@ import torch
 from fault_runs import config, plain_loop, train, weights_are_finite
 from metrics import error
 from mmengine.device import get_device
+from mmengine.hub import get_config
 
 import mmsoft.models  # noqa: F401
 
@@ -45,17 +46,18 @@ def with_torchvisions_roi_align(cfg):
     return cfg
 
 
-def test_torchvisions_roi_align_takes_bfloat16(root, shapes, tmp_path):
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
+def test_torchvisions_roi_align_takes_bfloat16():
+    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
-    register_all_modules()
-    cfg = config(root, shapes, "mask_rcnn", tmp_path).model.roi_head.bbox_roi_extractor
+    cfg = get_config("mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py").model.roi_head
+    cfg = cfg.bbox_roi_extractor
+    cfg.pop("type")
     features = [torch.randn(2, cfg.out_channels, n, n) for n in (32, 16, 8, 4)]
     rois = torch.tensor([[0.0, 3, 5, 50, 60], [1, 20, 0, 110, 127]])
 
     def run(dtype, **options):
-        extract = MODELS.build(cfg | dict(roi_layer=cfg.roi_layer | options)).to(get_device())
+        extract = SingleRoIExtractor(**cfg | dict(roi_layer=cfg.roi_layer | options))
+        extract.to(get_device())
         with torch.autocast(get_device(), torch.bfloat16):
             return extract([x.to(get_device(), dtype) for x in features], rois.to(get_device()))
 

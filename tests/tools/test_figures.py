@@ -23,7 +23,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "train_and_test", train)
     monkeypatch.setattr(figures.subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setattr(figures.shutil, "copy", lambda source, _: drawn.append(Path(source).name))
-    monkeypatch.setattr(figures, "save_figure", lambda _, path: drawn.append(path.name))
+    monkeypatch.setattr(figures, "save_figure", lambda _, path, **options: drawn.append(path.name))
     return commands, trained, drawn
 
 
