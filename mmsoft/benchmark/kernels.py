@@ -11,7 +11,7 @@ definition in float64: no time counts where it is larger than plain torch's allo
 a product is the larger of two times, of reading and writing every argument and result once, and of
 its products of three TF32 parts, at the measured speeds of a copy and of a TF32 matrix product. The
 error of a choice of landmarks is that of their Gram matrix's volume: any of equal ones will do.
-On a CPU there is no Triton, and the command only shows that it runs.
+On a CPU there is no Triton but its interpreter, and the command only shows that it runs.
 """
 
 import argparse

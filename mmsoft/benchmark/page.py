@@ -319,10 +319,10 @@ one image of 800x1344 pixels, measured in turns. mIoU is that of segmentors of t
 needs attention, trained on images of 128x128 pixels and tested at 800x1344 with each setting
 ([the method](method.md#trained-small-tested-large)): by content with the default norms of the patch
 embeddings, mean and range of three seeds, released landmarks with BatchNorm, as they were, one
-seed. With BatchNorm at most 49 by content have 94.8 (92.3-96.2), with GroupNorm in all, the default
-of the commit that was timed, 70.9 (one seed). The released algorithm computes what the second row
-does and has no model of its own there. What a budget changes in the terms of released weights,
-block by block, is
+seed. The commit that was timed had GroupNorm in all of them by default, which has less there, and
+BatchNorm has more: [figures of each](method.md#what-the-norm-has-to-do-with-it). The released
+algorithm computes what the second row does and has no model of its own there. What a budget changes
+in the terms of released weights, block by block, is
 [there](method.md#trained-small-tested-large) as well."""
 
 

@@ -102,5 +102,5 @@ def test_amp_trains_with_finite_weights(model, dtype, root, shapes, tmp_path):
         with_torchvisions_roi_align(cfg)
     runner, losses = train(cfg)
     assert np.isfinite(losses).all()
-    assert np.mean(losses[-15:]) < np.mean(losses[:15])
+    assert np.mean(losses[-15:]) < 0.9 * np.mean(losses[:15])
     assert weights_are_finite(runner)
