@@ -6,6 +6,7 @@ ran under. Only products of matrices are affected, hence :func:`matmul`.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,23 +40,53 @@ def _no_tf32(device: str) -> Iterator[None]:
 
     The setting is the process's: with ``DataParallel``, one thread may end it for another.
     """
-    products, after = torch.backends.cuda.matmul, None
     with torch.autocast(device, enabled=False):
-        if not has_fp32_precision():  # before torch 2.9
-            after = products.allow_tf32
-            products.allow_tf32 = False
-        elif products.fp32_precision == "tf32":  # the older name raises once this one was set
-            after = products.fp32_precision
-            products.fp32_precision = "ieee"
+        restore = _disable_tf32()
         try:
             yield
         finally:
-            if isinstance(after, bool):
-                products.allow_tf32 = after
-            elif after:
-                products.fp32_precision = "none"  # and so what torch.backends.fp32_precision says
-                if products.fp32_precision != after:
-                    products.fp32_precision = after
+            restore()
+
+
+def _disable_tf32() -> Callable[[], None]:
+    """Disable TF32 for products; gives what sets it as it was.
+
+    Since torch 2.9 it has two names. Where they agree, they go on to agree, because some of torch
+    asks for the older one, TunableOp for one, which raises where they do not.
+    """
+    products = torch.backends.cuda.matmul
+    if _answer(lambda: products.allow_tf32):
+        precision = _answer(torch.get_float32_matmul_precision)
+        products.allow_tf32 = False
+        return partial(_allow_tf32, medium=precision == "medium")
+    if has_fp32_precision() and products.fp32_precision == "tf32":
+        products.fp32_precision = "ieee"
+        return partial(_set_precision, products, "tf32")
+    return lambda: None
+
+
+def _answer(getter: Callable[[], Any]) -> Any:
+    """``None`` where the names disagree, for which torch raises."""
+    try:
+        return getter()
+    except RuntimeError:
+        return None
+
+
+def _allow_tf32(medium: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True  # which calls it "high"
+    if medium:  # of a CPU, too
+        cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+        before = cpu and cpu.fp32_precision
+        torch.set_float32_matmul_precision("medium")
+        if cpu and cpu.fp32_precision != before:
+            _set_precision(cpu, before)
+
+
+def _set_precision(products: Any, value: str) -> None:
+    products.fp32_precision = "none"  # and so what torch.backends.fp32_precision says
+    if products.fp32_precision != value:
+        products.fp32_precision = value
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

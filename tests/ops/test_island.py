@@ -142,15 +142,26 @@ has_new_name = "fp32_precision" in sys.argv
 def allowed():
     return products.fp32_precision == "tf32" if has_new_name else products.allow_tf32
 
+def answer(getter):
+    try:
+        return getter()
+    except RuntimeError:
+        return "raises"
+
+def names():  # under which it is asked for, and what they say of a CPU
+    found = [answer(lambda: products.allow_tf32), answer(torch.get_float32_matmul_precision)]
+    return found + [torch.backends.mkldnn.matmul.fp32_precision] * has_new_name
+
 class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "mm" in function.__name__:
             found.add(allowed())
+            older.add(answer(lambda: products.allow_tf32))
         return function(*args, **(kwargs or {}))
 
 def check():
-    global found
-    before = allowed()
+    global found, older
+    before, known = allowed(), names()
     x, y, b = (torch.randn(2, 2, n, 8) for n in (20, 5, 5))
     a, unit = torch.eye(5).expand(2, 2, 5, 5), torch.ones(2, 2, 1, 1)
     for call in (
@@ -163,11 +174,11 @@ def check():
         lambda: inverse.solve(a, unit, b),
         lambda: choice.choose(x, 4, 1e-2),
     ):
-        found = set()
+        found, older = set(), set()
         with Products():
             call()
-        print(*found)
-    print(before, allowed())
+        print(*found, *older)
+    print(before, allowed(), "as before" if names() == known else (known, names()))
 
 def everything():
     torch.backends.fp32_precision = "tf32"
@@ -179,13 +190,25 @@ def of_products():
     products.fp32_precision = "tf32"
     check()
 
-def older():
+def of_older_name():
     products.allow_tf32 = True
     check()
-    print(products.allow_tf32)  # which raises where the names disagree
 
-new = [everything, of_products] if has_new_name else []
-for setting in [check, older, *new]:
+def high():
+    torch.set_float32_matmul_precision("high")
+    check()
+
+def medium():
+    torch.set_float32_matmul_precision("medium")
+    check()
+
+def medium_on_gpus():
+    medium()
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    check()
+
+new = [medium_on_gpus, everything, of_products] if has_new_name else []
+for setting in [check, of_older_name, high, medium, *new]:
     print(setting.__name__)
     sys.stdout.flush()
     if not os.fork():
@@ -201,10 +224,12 @@ def test_no_product_of_the_island_is_in_tf32(run_outside):
     new_name = [] if before_torch("2.9") else ["fp32_precision"]
     done = run_outside("-W", "ignore", "-c", TF32, *new_name)
     assert done.returncode == 0, done.stderr[-2000:]
-    inside = 7 * ["False"]
-    expected = ["check", "False", *inside, "False False"]
-    expected += ["older", "True", *inside, "True True", "True"]
+    inside, last = 7 * ["False False"], "True True as before"  # both names
+    expected = ["check", "False False", *inside, "False False as before"]
+    for setting in ("of_older_name", "high", "medium"):
+        expected += [setting, "True True", *inside, last]
     if new_name:
-        expected += ["everything", "True", *inside, "True True", "False"]
-        expected += ["of_products", "True", *inside, "True True"]
+        expected += ["medium_on_gpus", *(2 * ["True True", *inside, last])]
+        expected += ["everything", "True raises", *inside, last, "False"]
+        expected += ["of_products", "True raises", *inside, last]
     assert done.stdout.splitlines() == expected
