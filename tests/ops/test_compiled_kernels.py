@@ -25,8 +25,6 @@ SPILLED = {
         newton_tiles_kernel=(16, 0, 0),
         solve_kernel=(0, 12, 44),
         solve_backward_kernel=(0, 12, 20),
-        choice_kernel=(0, 0, 8),
-        choice_kernel_odd=(0, 0, 12),
     ),
     "3.6.0": dict(
         walk_kernel=(0, 0, 16),

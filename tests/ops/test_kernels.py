@@ -5,6 +5,7 @@ and products of bfloat16 wrongly: the kernels have none, they convert what they 
 """
 
 import itertools
+import mmap
 from functools import partial
 
 import numpy as np
@@ -51,6 +52,19 @@ def points(n, m, d, width, device, scale=0.4, dtype=torch.float32, batch=(1, 2))
         normal(*batch, *shape, seed=i, device=device, scale=each, dtype=dtype)
         for i, (shape, each) in enumerate(zip(shapes, scales))
     ]
+
+
+def far_apart(t, dim, device):
+    """``t``, the upper half of ``dim`` beyond what 31 bits count, in pages that nobody writes."""
+    strides = list(torch.empty(t.shape, device="meta").contiguous().stride())
+    strides[dim] = 2**32 // t.shape[dim] + 1
+    size = 1 + sum(stride * (length - 1) for stride, length in zip(strides, t.shape))
+    if device == "cpu":
+        pages = mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.float16)
+    else:
+        memory = torch.empty(size, dtype=torch.float16, device=device)
+    return memory.as_strided(t.shape, strides).copy_(t.detach()).requires_grad_()
 
 
 def within(ours, plain, truth, factor):
@@ -154,6 +168,17 @@ def test_strided_and_expanded_arguments(n, m, layout, device):
     laid = [change(t).detach().requires_grad_() for t in tensors]
     assert not any(t.is_contiguous() for t in laid)
     compare(laid, change(grad))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("which", range(4))
+def test_arguments_of_more_elements_than_31_bits_count(which, dim, device):
+    n, m = (300, 20) if which in (0, 3) else (20, 300)
+    batch = (1, 1) if dim == 2 else (2, 2)
+    tensors = points(n, m, 8, 8, device, batch=batch, dtype=torch.float16)
+    tensors[which] = far_apart(tensors[which], dim, device)
+    *tensors, grad = tensors
+    compare(tensors, grad)
 
 
 @pytest.mark.parametrize("divide", [True, False])
@@ -632,6 +657,12 @@ def test_the_choice_of_candidates_that_are_strided_or_far_away(device):
         same_choice((candidates + shift).transpose(1, 2), 9)
     same_choice(candidates.permute(0, 3, 1, 2), 5)
     same_choice(candidates[:, :1].expand(-1, 70, -1, -1).transpose(1, 2), 4)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_the_choice_of_more_elements_than_31_bits_count(dim, device):
+    candidates = normal(2, 2, 70, 8, seed=0, scale=0.5, device=device, dtype=torch.float16)
+    same_choice(far_apart(candidates, dim, device), 9)
 
 
 def test_the_choice_looks_at_no_padding(device):

@@ -23,7 +23,7 @@ def _rows(pointer, row, channel, there, d, stride_n, stride_d):
 def _present(mask, row, total, stride_n, MASKED: tl.constexpr):
     there = row < total
     if MASKED:
-        there = there & (tl.load(mask + row * stride_n, mask=there, other=0) != 0)
+        there = there & (tl.load(mask + row.to(tl.int64) * stride_n, mask=there, other=0) != 0)
     return there
 
 
@@ -55,7 +55,7 @@ def choice_kernel(
         mean += tl.sum(_rows(candidates, row, channel, there, d, c_n, c_d), 0)
         count += tl.sum(there.to(tl.float32), 0)
     mean = mean / tl.maximum(count, 1.0)
-    nearest, pivot = float("inf"), 0
+    nearest, pivot = float("inf"), tl.full((), 0, tl.int64)
     for start in range(0, total, N):
         row = start + tl.arange(0, N)
         there = _present(mask, row, total, m_n, MASKED)
@@ -75,7 +75,7 @@ def choice_kernel(
         one = tl.minimum(tl.maximum(one.to(tl.float32), -LIMIT), LIMIT)
         own = tl.load(factor + pivot * K + column, mask=column < j, other=0.0)
         scale = tl.rsqrt(left)
-        most, chosen = -2.0, 0
+        most, chosen = -2.0, tl.full((), 0, tl.int64)
         for start in range(0, total, N):
             row = start + tl.arange(0, N)
             inside = row < total
@@ -83,9 +83,10 @@ def choice_kernel(
             away = _rows(candidates, row, channel, there, d, c_n, c_d) - one[None, :]
             entry = tl.exp(-0.5 * tl.sum(away * away, 1))
             before = inside[:, None] & (column < j)[None, :]
-            known = tl.load(factor + row[:, None] * K + column[None, :], mask=before, other=0.0)
+            row_of = factor + row.to(tl.int64) * K
+            known = tl.load(row_of[:, None] + column[None, :], mask=before, other=0.0)
             entry = (entry - tl.sum(known * own[None, :], 1)) * scale
-            tl.store(factor + row * K + j, entry, mask=inside)
+            tl.store(row_of + j, entry, mask=inside)
             rest = tl.load(residual + row, mask=inside, other=-2.0) - entry * entry
             rest = tl.where(row == pivot, -1.0, rest)
             # Other warps load these rows, too, for the maximum: before they are overwritten.
