@@ -167,6 +167,7 @@ def test_the_listed_wheels_are_enough(root, run_outside):
     done = run_outside(*arguments, PYTHONPATH=path, TRITON_INTERPRET="1")
     versions, *lines = done.stdout.splitlines()
     assert f"torch {torch.__version__}, " in versions
+    assert "other than tested" not in done.stdout  # here they are the tests' own
     failures = [line for line in lines if ": works (" not in line]
     assert "a Triton kernel: works" in done.stdout
     assert done.returncode == 1
@@ -174,6 +175,13 @@ def test_the_listed_wheels_are_enough(root, run_outside):
         "import xdist: ModuleNotFoundError: No module named 'xdist'",
         "1 of 14 do not work",
     ]
+
+
+def test_other_versions_than_the_tests_own_are_named(tmp_path):
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text(f"# a comment\nnumpy==1.0\ntorch=={torch.__version__}\nmissing==1\n")
+    found = load_tool("dev/preflight.py").others(constraints)
+    assert found == [f"numpy {metadata.version('numpy')} (1.0)"]
 
 
 def test_what_is_missing_is_installed_and_an_error_is_one_line(tmp_path, monkeypatch, capsys):

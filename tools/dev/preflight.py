@@ -2,12 +2,14 @@
 
     python tools/dev/preflight.py --device cuda
 
-An operator of mmcv, a backbone and a Triton kernel on the device, the C compiler that Triton needs
+First the versions, and those other than the tests' own, of requirements/constraints.txt. Then an
+operator of mmcv, a backbone and a Triton kernel on the device, the C compiler that Triton needs
 there, this package as MMEngine finds it, and the imports of the libraries. The exit status is 0 if
 all of it works. With TRITON_INTERPRET=1 a CPU tries the kernel too, in Triton's interpreter.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -22,12 +24,11 @@ MODULES = (
     *("pytest", "xdist", "hypothesis", "matplotlib.pyplot", "mim.cli"),
     *("mmpretrain.models", "mmdet.apis", "mmseg.apis", "mmsoft.benchmark.kernels"),
 )
-
-
 DISTRIBUTIONS = (
     *("torch", "torchvision", "triton", "numpy", "opencv-python-headless", "mmcv"),
     *("mmengine", "mmdet", "mmsegmentation", "mmpretrain", "setuptools"),
 )
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "requirements/constraints.txt"
 
 
 def version(name: str) -> str:
@@ -36,6 +37,17 @@ def version(name: str) -> str:
         return f"{name} {metadata.version(name)}"
     except metadata.PackageNotFoundError:
         return f"no {name}"
+
+
+def others(constraints: Path) -> list[str]:
+    """Installed distributions of other versions than a file of constraints has."""
+    found = []
+    for line in constraints.read_text().splitlines():
+        name, tested = line.split("==") if "==" in line else ("", "")
+        with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+            if (here := metadata.version(name)) != tested:
+                found.append(f"{name} {here} ({tested})")
+    return found
 
 
 def operator(device: str) -> None:
@@ -112,6 +124,8 @@ def main() -> None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         del checks["a Triton kernel"]
     print(f"python {sys.version.split()[0]}", *map(version, DISTRIBUTIONS), sep=", ", flush=True)
+    if different := others(CONSTRAINTS):
+        print("other than tested (in parentheses):", ", ".join(different), flush=True)
     failed = 0
     for name, check in checks.items():
         start = time.monotonic()
