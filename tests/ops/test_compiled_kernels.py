@@ -26,6 +26,13 @@ SPILLED = {
         solve_kernel=(0, 12, 44),
         solve_backward_kernel=(0, 12, 20),
     ),
+    "3.7.1": dict(  # which torch 2.13 brings
+        walk_kernel=(0, 4, 4),
+        walk_kernel_odd=(108, 12, 20),
+        newton_kernel=(32, 0, 0),
+        newton_tiles_kernel=(32, 0, 0),
+        solve_kernel=(0, 0, 64),
+    ),
     "3.6.0": dict(
         walk_kernel=(0, 0, 16),
         walk_kernel_odd=(120, 0, 8),
