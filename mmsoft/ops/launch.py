@@ -3,7 +3,7 @@
 Triton itself is imported by the modules of kernels alone, when the first of them runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ if environ.get("TRITON_INTERPRET") == "1":  # Triton's own switch: its interpret
     DEVICES.add("cpu")
 CAPABILITY = (8, 0)
 OLDEST = (3, 4)  # Triton; torch before 2.8 has one of its own that is older
+_FAR = 2**24  # elements; a block has at most 128 rows
 _PROGRAMS = 4  # for each multiprocessor, so that none idles at the end
 
 
@@ -48,6 +49,11 @@ def refusal(*tensors: Tensor) -> str | None:
         return "an argument is float64"
     if any(t.numel() == 0 for t in tensors):
         return "an argument is empty"
+    if any(t.device != device for t in tensors):
+        return "the tensors are on several devices"
+    # Kernels count rows of a block and channels in 32 bits, samples and heads in 64.
+    if any(stride > _FAR for t in tensors for stride in t.stride()[-2:]):
+        return f"rows or channels lie more than {_FAR} elements apart"
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "the kernels are written for NVIDIA GPUs"
@@ -74,6 +80,14 @@ def lacking() -> str | None:
         return None
     if tuple(map(int, found.split(".")[:2])) < OLDEST:
         return f"Triton {found} is older than {'.'.join(map(str, OLDEST))}: update torch"
+    return None
+
+
+def misfit(*wanted: tuple[Tensor, Sequence[int]]) -> str | None:
+    """Which tensor has not the shape that is wanted of it; plain torch may broadcast it."""
+    for tensor, shape in wanted:
+        if tuple(tensor.shape) != tuple(shape):
+            return f"an argument has shape {tuple(tensor.shape)}, not {tuple(shape)}"
     return None
 
 

@@ -67,6 +67,12 @@ def far_apart(t, dim, device):
     return memory.as_strided(t.shape, strides).copy_(t.detach()).requires_grad_()
 
 
+def empty_cache(device):
+    """Other workers need that memory."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def within(ours, plain, truth, factor):
     """Error at most ``factor`` times that of plain torch, or some roundings of float32."""
     assert ours.isfinite().all()
@@ -170,15 +176,17 @@ def test_strided_and_expanded_arguments(n, m, layout, device):
     compare(laid, change(grad))
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
-@pytest.mark.parametrize("which", range(4))
-def test_arguments_of_more_elements_than_31_bits_count(which, dim, device):
-    n, m = (300, 20) if which in (0, 3) else (20, 300)
-    batch = (1, 1) if dim == 2 else (2, 2)
-    tensors = points(n, m, 8, 8, device, batch=batch, dtype=torch.float16)
-    tensors[which] = far_apart(tensors[which], dim, device)
-    *tensors, grad = tensors
-    compare(tensors, grad)
+def test_arguments_of_more_elements_than_31_bits_count(device):
+    """One test for all, as the memory of a GPU has room for few of them at a time."""
+    for which, dim in itertools.product(range(4), range(3)):
+        n, m = (300, 20) if which in (0, 3) else (20, 300)
+        batch = (1, 1) if dim == 2 else (2, 2)
+        tensors = points(n, m, 8, 8, device, batch=batch, dtype=torch.float16)
+        tensors[which] = far_apart(tensors[which], dim, device)
+        *tensors, grad = tensors
+        compare(tensors, grad)
+        del tensors, grad
+        empty_cache(device)
 
 
 @pytest.mark.parametrize("divide", [True, False])
@@ -261,6 +269,72 @@ def test_refusals_say_why(device):
         gaussian_kernel_product(x[..., :4].double(), y[..., :4], w)
     with pytest.raises(RuntimeError, match="triton: an argument is empty"):
         gaussian_kernel_product(x[:0, ..., :4], y[:0, ..., :4], w[:0])
+    with pytest.raises(RuntimeError, match="triton: an argument has not 4 dimensions"):
+        gaussian_kernel_product(x[..., :4], y[..., :4], w[0])
+    rows = (
+        torch.empty(1, device=device).expand(1, 2, 3, 4).as_strided((1, 2, 1, 4), (0, 0, 2**25, 0))
+    )
+    with pytest.raises(RuntimeError, match="lie more than 16777216 elements apart"):
+        gaussian_kernel_product(x[..., :4], rows, w[..., :1, :])
+
+
+def refused(call, *arguments):
+    """Where a kernel would read beyond its memory: only plain torch takes them, or refuses too."""
+    with pytest.raises(RuntimeError, match=r"triton: an argument has shape \("):
+        call(*arguments)
+    results = []
+    for options in (dict(name="eager"), dict(name="triton", strict=False)):
+        with use_backend(**options):
+            try:
+                results.append(call(*arguments))
+            except (RuntimeError, ValueError) as error:
+                results.append(str(error))
+    if isinstance(results[0], str):
+        assert results[0].splitlines()[0] == results[1].splitlines()[0]
+    else:
+        assert torch.equal(*results)
+
+
+def test_shapes_that_do_not_fit_are_refused(device):
+    x, y, w, grad = (t.detach() for t in points(9, 5, 8, 6, device, batch=(2, 2)))
+    for arguments in (
+        *((x, y[:1], w), (x, y, w[:1]), (x, y[:, :1], w), (x, y, w[:, :, :4]), (x, y[..., :4], w)),
+        (x[:1], y, w),
+    ):
+        refused(gaussian_kernel_product, *arguments)
+    backward = torch.ops.mmsoft.gaussian_kernel_product_backward
+    for cotangent in (grad[:1], grad[:, :, :4], grad[..., :4]):
+        with pytest.raises(RuntimeError, match="triton: an argument has shape"):
+            backward(cotangent, x, y, w, None, False, [True] * 3)
+    with pytest.raises(RuntimeError, match="triton: an argument has shape"):
+        torch.ops.mmsoft.gaussian_kernel_product(x, y, w, torch.ones(1, 1, 1, 1, device=device))
+    a, b = overlapping(5, 1.0, device, (2, 2)), w
+    scales = step_size(a, guarded=False)
+    refused(partial(newton_raphson_pinv, steps=2), a[..., :4], *scales)
+    refused(partial(newton_raphson_pinv, steps=2), a, a[:, :, :1], scales[1])
+    mu = torch.ones(2, 2, 1, 1, device=device)
+    for arguments in ((a[:1], mu, b), (a, mu, b[:1]), (a, mu, b[:, :, :4]), (a[..., :4], mu, b)):
+        refused(torch.ops.mmsoft.tikhonov_solve, *arguments)
+    for operator, arguments in (
+        (torch.ops.mmsoft.newton_raphson_pinv_backward, (a, a[:1])),
+        (torch.ops.mmsoft.tikhonov_solve_backward, (a, b, b[:1])),
+        (torch.ops.mmsoft.tikhonov_solve_backward, (a[:1], b, b)),
+    ):
+        with pytest.raises(RuntimeError, match="triton: an argument has shape"):
+            operator(*arguments)
+
+
+def test_one_unit_for_all_samples(device):
+    """Expanded, it has no memory of its own for each."""
+    x, y, w, grad = points(9, 5, 8, 6, device, batch=(3, 1))
+    unit = torch.full((1, 1, 1, 1), 4.0, device=device).expand(3, 1, 1, 1)
+    results = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            out = product_in_units(x, y, w, unit, divide=True)
+            results.append([out, *torch.autograd.grad(out, (x, y, w), grad)])
+    for ours, plain in zip(*results):
+        assert error(ours, plain) < 2e-6
 
 
 def overlapping(m, spread, device, batch=(1, 1)):
@@ -659,10 +733,12 @@ def test_the_choice_of_candidates_that_are_strided_or_far_away(device):
     same_choice(candidates[:, :1].expand(-1, 70, -1, -1).transpose(1, 2), 4)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_the_choice_of_more_elements_than_31_bits_count(dim, device):
-    candidates = normal(2, 2, 70, 8, seed=0, scale=0.5, device=device, dtype=torch.float16)
-    same_choice(far_apart(candidates, dim, device), 9)
+def test_the_choice_of_more_elements_than_31_bits_count(device):
+    for dim, total in ((0, 70), (1, 70), (2, 300)):
+        batch = (1, 1) if dim == 2 else (2, 2)
+        candidates = normal(*batch, total, 8, seed=0, scale=0.5, device=device, dtype=torch.float16)
+        same_choice(far_apart(candidates, dim, device), 9)
+        empty_cache(device)
 
 
 def test_the_choice_looks_at_no_padding(device):

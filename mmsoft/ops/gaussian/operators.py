@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
 from ..island import compute_dtype, matmul, no_autocast
-from ..launch import TRITON, lazily, refusal
+from ..launch import TRITON, lazily, misfit, refusal
 from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import eager
@@ -18,11 +18,22 @@ _TRITON = "mmsoft.ops.gaussian.triton"
 _CHANNELS = 64  # what fits on chip
 
 
-def _refusal(*tensors: Any) -> str | None:
-    tensors = tuple(t for t in tensors[:4] if isinstance(t, Tensor))
+def _refusal(x: Tensor, y: Tensor, w: Tensor, unit: Tensor | None, *others: Any) -> str | None:
+    tensors = (x, y, w) if unit is None else (x, y, w, unit)
+    if any(t.dim() != 4 for t in tensors):
+        return "an argument has not 4 dimensions"
     if max(t.shape[-1] for t in tensors) > _CHANNELS:
         return f"there are more than {_CHANNELS} channels"
-    return refusal(*tensors)
+    (*batch, _, d), (*_, m, width) = x.shape, w.shape
+    wanted = [(y, (*batch, m, d)), (w, (*batch, m, width))]
+    if unit is not None:
+        wanted.append((unit, (batch[0], 1, 1, 1)))
+    return refusal(*tensors) or misfit(*wanted)
+
+
+def _refusal_backward(grad: Tensor, x: Tensor, y: Tensor, w: Tensor, *others: Any) -> str | None:
+    reason = _refusal(x, y, w, *others)
+    return reason or refusal(x, grad) or misfit((grad, (*x.shape[:3], w.shape[3])))
 
 
 PRODUCT = Operation(
@@ -32,7 +43,7 @@ PRODUCT = Operation(
 )
 BACKWARD = Operation(
     "gaussian_kernel_product_backward",
-    Implementation(TRITON, lazily(_TRITON, "product_backward"), _refusal, on_request=True),
+    Implementation(TRITON, lazily(_TRITON, "product_backward"), _refusal_backward, on_request=True),
     Implementation(EAGER, eager.product_backward),
 )
 

@@ -200,7 +200,7 @@ def _walk(
     few = points and x.dtype == torch.float32 and launch.capability(x.device) < (9, 0)
     d_points, d_values = _parts(x, d, count * points), _parts(x, width, count * values)
     walk_kernel[(blocks * batch * heads, count)](
-        x, y, u, z, centre, x if unit is None else unit, d_points, d_values,
+        x, y, u, z, centre, x if unit is None else unit.contiguous(), d_points, d_values,
         n, m, rows, blocks, heads,
         *x.stride(), *y.stride(), *u.stride(), *z.stride(),
         *d_points.stride()[:4], *d_values.stride()[:4],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
 from ..island import for_func, matmul, no_autocast
-from ..launch import TRITON, lazily, refusal
+from ..launch import TRITON, lazily, misfit, refusal
 from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import eager
@@ -18,29 +18,49 @@ _LANDMARKS, _CHANNELS = 128, 64  # what fits on chip
 
 def _refusal(a: Tensor, *others: Any) -> str | None:
     tensors = [a, *(t for t in others if isinstance(t, Tensor))]
+    if any(t.dim() != 4 for t in tensors):
+        return "an argument has not 4 dimensions"
     if a.shape[-1] > _LANDMARKS:
         return f"there are more than {_LANDMARKS} landmarks"
     if max(t.shape[-1] for t in tensors[1:] or [a]) > _LANDMARKS:
         return f"there are more than {_LANDMARKS} columns"
     if any(t.dtype != torch.float32 for t in tensors):
         return "an argument is not float32"
-    return refusal(*tensors)
+    return refusal(*tensors) or misfit((a, (*a.shape[:2], a.shape[3], a.shape[3])))
 
 
-def _refusal_solve(a: Tensor, *others: Tensor) -> str | None:
-    if others[-1].shape[-1] > _CHANNELS:
+def _refusal_newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, _: int) -> str | None:
+    one = [(t, (*t.shape[:2], 1, 1)) for t in (alpha, cubic) if t is not None]
+    return _refusal(a, alpha, cubic) or misfit(*one)
+
+
+def _refusal_newton_backward(x: Tensor, grad: Tensor) -> str | None:
+    return _refusal(x, grad) or misfit((grad, x.shape))
+
+
+def _refusal_solve(a: Tensor, mu: Tensor, b: Tensor) -> str | None:
+    if b.shape[-1] > _CHANNELS:
         return f"there are more than {_CHANNELS} channels"
-    return _refusal(a, *others)
+    reason = _refusal(a, mu, b)
+    return reason or misfit((mu, (*mu.shape[:2], 1, 1)), (b, (*a.shape[:3], b.shape[3])))
+
+
+def _refusal_solve_backward(a: Tensor, x: Tensor, y: Tensor) -> str | None:
+    if y.shape[-1] > _CHANNELS:
+        return f"there are more than {_CHANNELS} channels"
+    return _refusal(a, x, y) or misfit((x, y.shape), (y, (*a.shape[:3], y.shape[3])))
 
 
 NEWTON = Operation(
     "newton_raphson_pinv",
-    Implementation(TRITON, lazily(_TRITON, "newton"), _refusal, on_request=True),
+    Implementation(TRITON, lazily(_TRITON, "newton"), _refusal_newton, on_request=True),
     Implementation(EAGER, eager.newton),
 )
 NEWTON_BACKWARD = Operation(
     "newton_raphson_pinv_backward",
-    Implementation(TRITON, lazily(_TRITON, "newton_backward"), _refusal, on_request=True),
+    Implementation(
+        TRITON, lazily(_TRITON, "newton_backward"), _refusal_newton_backward, on_request=True
+    ),
     Implementation(EAGER, eager.newton_backward),
 )
 SOLVE = Operation(
@@ -50,7 +70,9 @@ SOLVE = Operation(
 )
 SOLVE_BACKWARD = Operation(
     "tikhonov_solve_backward",
-    Implementation(TRITON, lazily(_TRITON, "solve_backward"), _refusal_solve, on_request=True),
+    Implementation(
+        TRITON, lazily(_TRITON, "solve_backward"), _refusal_solve_backward, on_request=True
+    ),
     Implementation(EAGER, eager.solve_backward),
 )
 

@@ -44,19 +44,21 @@ def _guarded(a, m, heads, a_h, a_n, a_d, T: tl.constexpr):
     rows: tl.constexpr = T if T <= 64 else 16  # at a time: with more of 128, registers spill
     most = tl.zeros([rows], tl.float32)
     for head in range(0, heads):
+        of_head = a + (head + tl.full((), 0, tl.int64)) * a_h
         for i in range(0, T, rows):
-            most = _larger(most, tl.sum(_tile(a + head * a_h, i, 0, m, m, a_n, a_d, rows, T), 1))
+            most = _larger(most, tl.sum(_tile(of_head, i, 0, m, m, a_n, a_d, rows, T), 1))
     largest = tl.reduce(most, 0, _larger)
     start = 2.0 / (largest * largest)
     number = tl.arange(0, 16)
     candidates = (start * tl.exp2(-number.to(tl.float32)))[None, :]
     above = tl.zeros([16], tl.int32)
     for head in range(0, heads):
+        of_head = a + (head + tl.full((), 0, tl.int64)) * a_h
         sums = tl.zeros([T], tl.float32)
         for i in range(0, T, rows):
-            sums += tl.sum(_tile(a + head * a_h, i, 0, m, m, a_n, a_d, rows, T), 0)
+            sums += tl.sum(_tile(of_head, i, 0, m, m, a_n, a_d, rows, T), 0)
         for i in range(0, T, rows):
-            tile = _tile(a + head * a_h, i, 0, m, m, a_n, a_d, rows, T)
+            tile = _tile(of_head, i, 0, m, m, a_n, a_d, rows, T)
             diagonal = tl.sum(tile * tile, 1)[:, None]
             columns = tl.sum(tile * sums[None, :], 1)[:, None]
             norm = tl.abs(1.0 - candidates * diagonal) + candidates * (columns - diagonal)
