@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmsoft.ops.group_norm import bands, group_norm, group_norm_relu_
-from mmsoft.ops.island import compute_dtype
+from mmsoft.ops.island import compute_dtype, recorded_matmul
 from mmsoft.ops.mode import cpu_shortcut, is_ordinary, recorded, transformed
 
 from .padding import Inside
@@ -49,7 +49,7 @@ class ImageNorm(nn.GroupNorm):
         outside = inside.outside()[:, None, None]
         there = inside.numbers(image.dtype).view(outside.shape)
         if recorded(x):  # in one pass, and what lies outside is finite
-            total = image.flatten(3).flatten(1, 2) @ there.flatten(1)[..., None]
+            total = recorded_matmul(image.flatten(3).flatten(1, 2), there.flatten(1)[..., None])
             total = total.unflatten(1, image.shape[1:3]).sum(2, keepdim=True)[..., None]
             centred = (image - total / numbers).masked_fill(outside, 0)
         else:

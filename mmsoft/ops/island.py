@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import custom_op, has_fp32_precision
+from .library import autocast_enabled, custom_op, has_fp32_precision
 from .mode import forward_mode, may_set, transformed
 
 
@@ -136,3 +136,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         a, b = (t.expand(*batch, *t.shape[-2:]) for t in (a, b))
     return _Matmul.apply(a, b) if transformed() else torch.ops.mmsoft.matmul(a, b)
+
+
+def recorded_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The same where a program is recorded, of operators that any runtime has.
+
+    Autocast is kept out of it; whether a GPU that runs it takes TF32, who runs it decides.
+    """
+    with no_autocast(a) if autocast_enabled(a.device.type) else nullcontext():
+        return a @ b

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .island import compute_dtype, matmul
+from .island import compute_dtype, matmul, recorded_matmul
 from .mode import may_set, recorded
 
 
@@ -84,7 +84,7 @@ class TokenMask:
         """
         x = x.to(compute_dtype(x))
         shares = self.shares(x.dtype)[:, None]
-        return shares @ x if recorded(x) else matmul(shares, x)
+        return (recorded_matmul if recorded(x) else matmul)(shares, x)
 
 
 def all_if_none(there: Tensor) -> Tensor:

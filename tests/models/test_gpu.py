@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from waiting import NoTransfers, no_waiting
 
 from mmsoft.models import SOFT, SOFTPlusPlus
-from mmsoft.ops import use_backend
+from mmsoft.ops import softmax_free_attention, use_backend
 
 MODELS = {
     "content": lambda **options: SOFTPlusPlus(SMALL, **options),
@@ -184,3 +184,31 @@ def test_a_cuda_graph_replays_with_other_images(name, backend):
         graph.replay()
         for ours, expected in zip(outs, model(other), strict=True):
             assert error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("solver", ["newton", "direct"])
+def test_tf32_that_is_allowed_does_not_reach_the_operator(solver, backend, gpu):
+    """Neither pass; a plain product shows that it is there."""
+    if backend == "triton":
+        need_triton()
+        if not torch.cuda.is_available():
+            pytest.skip("no kernel runs on a GPU that is pretended")
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 2, 300, 32), (2, 2, 300, 32), (2, 2, 49, 32)
+    q, v, landmarks = (torch.randn(*shape, generator=generator) / 2 for shape in shapes)
+    errors, known = [], [t.double().requires_grad_() for t in (q, v, landmarks)]
+    out = softmax_free_attention(*known, solver=solver)
+    truth = out, *torch.autograd.grad(out.sum(), known)
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed  # until the end of the test
+        ours = [t.clone().requires_grad_() for t in (q, v, landmarks)]
+        with use_backend(backend):
+            out = softmax_free_attention(*ours, solver=solver)
+            found = out, *torch.autograd.grad(out.sum(), ours)
+        errors.append([error(a, b) for a, b in zip(found, truth)])
+    a = ours[0].detach()
+    product, exact = a @ a.mT, a.double() @ a.double().mT
+    assert errors[0] == pytest.approx(errors[1], rel=0.5)
+    if torch.cuda.is_available():
+        assert error(product, exact) > 1e-5

@@ -10,6 +10,7 @@ from operators import FLOAT16, before_torch, needs_torch_2_6
 from mmsoft.models import SOFT, SOFTPlusPlus
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from mmsoft.models.layers import _weights, pos_embed_inside, resize_pos_embed
+from mmsoft.models.norms import ImageNorm
 from mmsoft.models.padding import Inside, inside
 
 ARCH = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4])
@@ -384,6 +385,29 @@ def test_exported_programs_leave_it_out(landmarks):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         seen = backbone(landmarks=landmarks, ignore_padding=False)(images)[3]
         assert not torch.allclose(a, seen, rtol=1e-3, atol=1e-3)
+
+
+@needs_torch_2_6
+def test_autocast_does_not_reach_means_of_exported_programs():
+    class Means(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = ImageNorm(2, 8)
+
+        def forward(self, x, rows, cols):
+            inside = Inside(rows, cols)
+            return inside.mean(x.flatten(2).mT), self.norm(x, inside)
+
+    model = Means()
+    arguments = 3 + normal(2, 8, 16, 24), *within([(16, 24), (9, 20)], 16, 24)
+    with torch.no_grad():
+        truth = model.double()(arguments[0].double(), *arguments[1:])
+    model.float()
+    with torch.autocast(device_type(), torch.bfloat16):
+        program = torch.export.export(model, arguments).module()
+        found = program(*arguments)
+    for ours, exact in zip(found, truth):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.cpu

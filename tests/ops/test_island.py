@@ -179,6 +179,11 @@ def check():
             call()
         print(*found, *older)
     print(before, allowed(), "as before" if names() == known else (known, names()))
+    try:
+        with island.no_autocast(x):
+            raise ValueError
+    except ValueError:
+        assert names() == known
 
 def everything():
     torch.backends.fp32_precision = "tf32"
