@@ -35,9 +35,9 @@ def softmax_free_attention(
         c\, K\, D^{-1/2} A^\dagger D^{-1/2} K^\top v, \quad
         K = e^{-\|q_i - l_j\|^2 / 2},\ A = e^{-\|l_i - l_j\|^2 / 2},\ D = \mathrm{diag}(A 1)
 
-    Keys equal queries. Linear in ``N``: no ``[N, m]`` matrix is ever stored, but for one of at most
-    2 MiB where there is no backward pass. The arithmetic runs in float32 (float64 for float64
-    arguments) whatever autocast says.
+    Keys equal queries. Linear in ``N``: of ``[N, m]`` matrices no more is stored than blocks, of
+    2 MiB on a CPU and 128 MiB on a GPU; Triton's kernels store none. The arithmetic runs in float32
+    (float64 for float64 arguments) whatever autocast says.
 
     Args:
         q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.

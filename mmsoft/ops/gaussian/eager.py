@@ -1,7 +1,8 @@
 """Products with the Gaussian kernel in plain torch, streamed.
 
-``K`` never exists as a whole: the longer of its two sides is walked in blocks of bounded size,
-forward and backward. Every exponent is at most 0, so unlike softmax no running maximum is needed.
+The longer of the two sides of ``K`` is walked in blocks of bounded size, forward and backward, so
+that a larger ``K`` never exists as a whole. Every exponent is at most 0, so unlike softmax no
+running maximum is needed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,8 @@ from ..island import compute_dtype, no_autocast
 from ..mode import readable
 from .kernel import COORDINATE_MAX, centre, empty_gradients, empty_like_tokens
 
-# Elements of K alive at once. On a CPU a block should stay in the cores' caches; on a GPU it should
-# be large enough to fill the device.
+# Elements of K alive at once, and as many of its gradient. On a CPU a block should stay in the
+# cores' caches; on a GPU it should be large enough to fill the device.
 BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_DEVICE = 1 << 25
 
