@@ -325,7 +325,7 @@ def test_triton_of_older_torch_is_refused(monkeypatch, found, reason):
 def test_gpus_without_what_kernels_need_are_refused(monkeypatch):
     """A tensor of a GPU is not needed to say so; kernels are launched on its own device."""
     there = SimpleNamespace(
-        device=torch.device("cuda:1"), dtype=torch.float32, numel=lambda: 1, is_cuda=True
+        device=torch.device("cuda:1"), dtype=torch.float32, numel=lambda: 1, stride=lambda: (1,)
     )
     monkeypatch.setattr(launch, "lacking", lambda: None)
     monkeypatch.setattr(launch, "capability", lambda device: (7, 5))
