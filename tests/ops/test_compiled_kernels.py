@@ -25,7 +25,8 @@ SPILLED = {
         newton_tiles_kernel=(16, 0, 0),
         solve_kernel=(0, 12, 44),
         solve_backward_kernel=(0, 12, 20),
-        choice_kernel=(0, 4, 0),
+        choice_kernel=(0, 0, 4),
+        choice_kernel_odd=(0, 0, 4),
     ),
     "3.7.1": dict(  # which torch 2.13 brings
         walk_kernel=(0, 4, 4),

@@ -42,9 +42,9 @@ def version(name: str) -> str:
 def others(constraints: Path) -> list[str]:
     """Installed distributions of other versions than a file of constraints has."""
     found = []
-    for line in constraints.read_text().splitlines():
-        name, tested = line.split("==") if "==" in line else ("", "")
-        with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+    pins = [line.split("==") for line in constraints.read_text().splitlines() if "==" in line]
+    for name, tested in pins:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             if (here := metadata.version(name)) != tested:
                 found.append(f"{name} {here} ({tested})")
     return found

@@ -55,7 +55,7 @@ def choice_kernel(
         mean += tl.sum(_rows(candidates, row, channel, there, d, c_n, c_d), 0)
         count += tl.sum(there.to(tl.float32), 0)
     mean = mean / tl.maximum(count, 1.0)
-    nearest, pivot = float("inf"), tl.full((), 0, tl.int64)
+    nearest, pivot = float("inf"), 0
     for start in range(0, total, N):
         row = start + tl.arange(0, N)
         there = _present(mask, row, total, m_n, MASKED)
@@ -71,11 +71,12 @@ def choice_kernel(
     while (j < kept) & (left > tolerance):
         tl.store(index + j, pivot)
         tl.store(present + j, 1)
-        one = tl.load(candidates + pivot * c_n + channel * c_d, mask=channel < d, other=0.0)
+        place = tl.cast(pivot, tl.int64)
+        one = tl.load(candidates + place * c_n + channel * c_d, mask=channel < d, other=0.0)
         one = tl.minimum(tl.maximum(one.to(tl.float32), -LIMIT), LIMIT)
-        own = tl.load(factor + pivot * K + column, mask=column < j, other=0.0)
+        own = tl.load(factor + place * K + column, mask=column < j, other=0.0)
         scale = tl.rsqrt(left)
-        most, chosen = -2.0, tl.full((), 0, tl.int64)
+        most, chosen = -2.0, 0
         for start in range(0, total, N):
             row = start + tl.arange(0, N)
             inside = row < total
