@@ -34,6 +34,7 @@ SPILLED = {
         newton_kernel=(32, 0, 0),
         newton_tiles_kernel=(32, 0, 0),
         solve_kernel=(0, 0, 64),
+        choice_kernel=(4, 4, 0),
     ),
     "3.6.0": dict(
         walk_kernel=(0, 0, 16),
