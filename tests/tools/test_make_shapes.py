@@ -185,7 +185,7 @@ def legends():
     """Of scenes: for each shape its class, whether it is a square of the legend, and its hue."""
     found = []
     for size, number in [*(((128, 128), n) for n in range(24)), ((144, 272), 0), ((300, 128), 1)]:
-        picture, index, shapes, _ = make_shapes.draw_scene([0, 0, number], size, legend=True)
+        picture, index, shapes, _ = make_shapes.draw_scene([0, 0, number], size, examples=1)
         assert picture.shape[:2] == index.shape == size
         scene = []
         for place, shape in enumerate(shapes[::-1]):  # as they were drawn: the legend first
@@ -215,10 +215,10 @@ def test_a_plain_shape_is_of_the_class_of_the_square_of_its_colour(legends):
 
 def test_a_part_of_the_picture_is_drawn_as_the_whole_would_be(monkeypatch):
     size = (150, 200)
-    parts = make_shapes.draw_scene([0, 0, 5], size, legend=True)
+    parts = make_shapes.draw_scene([0, 0, 5], size, examples=1)
     window = make_shapes.Window(np.zeros(2), np.array(size[::-1]), size)
     monkeypatch.setattr(make_shapes, "around", lambda *_: window)
-    whole = make_shapes.draw_scene([0, 0, 5], size, legend=True)
+    whole = make_shapes.draw_scene([0, 0, 5], size, examples=1)
     assert np.abs(parts[0].astype(int) - whole[0]).max() <= 1
     assert np.array_equal(parts[1], whole[1])
     assert parts[2] == whole[2]
@@ -248,11 +248,37 @@ def test_the_place_of_a_square_does_not_tell_its_material():
     assert (abs(places.mean(0) - places.mean((0, 1))) < 3.5 * error).all()
 
 
+def test_a_legend_of_several_examples(tmp_path, call):
+    """All squares find a place, each with its material; 99 shapes in all."""
+    shapes = make_shapes.place_legend(np.random.default_rng(0), (800, 1344), 32)
+    assert [label for label, _ in shapes[:96]] == [0, 1, 2] * 32
+    sides = [np.ptp(points, 0) / make_shapes.SUPERSAMPLE for _, points in shapes[:96]]
+    assert np.all(np.array(sides) == 28)
+    assert len(shapes) == 99
+    arguments = ["--legend", "--size", "256", "128", "--train", "1", "--val", "1"]
+    assert call(tmp_path / "s", *arguments, "--examples", "2")[0] == 0
+    assert call(tmp_path / "s", *arguments)[0] == 1
+    assert call(tmp_path / "one", *arguments, "--examples", "1")[0] == 0
+    assert "kept" in call(tmp_path / "one", *arguments)[1]
+    picture = cv2.imread(str(tmp_path / "s/coco/val2017/000000000001.jpg")).astype(int)
+    file = tmp_path / "s/coco/annotations/instances_val2017.json"
+    shapes = json.loads(file.read_text())["annotations"][::-1]  # the legend first
+    assert [shape["category_id"] for shape in shapes[:6]] == [1, 2, 3] * 2
+    for number, shape in enumerate(shapes):
+        x, y, width, height = (round(n) for n in shape["bbox"])
+        middle = picture[y + height // 3 : y + height * 2 // 3, x + width // 3 : x + width * 2 // 3]
+        assert (middle.sum(2).std() > 20) == (number < 6)
+
+
 def test_legend_data_set(tmp_path, call):
     status, _, error = call(tmp_path / "s", "--legend", "--size", 96)
     assert status == 2
     assert "--legend needs a --size of at least 128, got 96" in error
     assert len(make_shapes.place_legend(np.random.default_rng(0), (800, 1344))) == 99
+    status, _, error = call(tmp_path / "s", "--examples", 2)
+    assert (status, "--examples are those of a --legend" in error) == (2, True)
+    status, _, error = call(tmp_path / "s", "--legend", "--size", 128, 384, "--examples", 4)
+    assert (status, "at most 3 at this --size, got 4" in error) == (2, True)
     arguments = ["--legend", "--size", "128", "160", "--train", "1", "--val", "1"]
     assert call(tmp_path / "s", *arguments)[0] == 0
     picture = cv2.imread(str(tmp_path / "s/ade/images/validation/ADE_val_00000001.jpg"))

@@ -19,7 +19,8 @@ With `--legend` what a shape is can be told only by finding its like elsewhere i
 squares, anywhere, show a material each (stripes down or across, checks), each in a colour of its
 own; all other shapes are plain, and of the class of the square of their colour. Which colour goes
 with which material is drawn anew for every scene. Shapes and their shadows have the same size in
-pixels whatever `--size` is; larger pictures hold more of them, up to 99.
+pixels whatever `--size` is; larger pictures hold more of them, up to 99. With `--examples`
+there are so many squares of each material, in its colour: size and rarity can be told apart.
 
 The folder gets its name when it is complete; a complete one with the same parameters is kept.
 """
@@ -41,7 +42,7 @@ CLASSES = ("disc", "bar", "triangle", "crescent", "cross")
 MATERIALS = ("upright", "level", "checked")  # of the legend
 SUPERSAMPLE = 4  # outlines are drawn this much finer than the picture
 MIN_SIZE, LEGEND_SIZE = 64, 128
-MAX_PLAIN = 96  # with the legend 99: COCO's AP counts at most 100 detections of a picture
+MAX_SHAPES = 99  # with the legend: COCO's AP counts at most 100 detections of a picture
 SPLITS = {"train": ("train2017", "training"), "val": ("val2017", "validation")}
 
 
@@ -251,15 +252,18 @@ def place(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[int, np
     return shapes
 
 
-def place_legend(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[int, np.ndarray]]:
-    """The legend's squares, one for each material, then plain shapes; none overlaps another.
+def place_legend(
+    rng: np.random.Generator, size: tuple[int, int], examples: int = 1
+) -> list[tuple[int, np.ndarray]]:
+    """The legend's squares of each material in turn, then plain shapes; none overlaps another.
 
     Of the plain ones those are left out that find no place.
     """
-    taken, count = np.zeros(size, bool), len(MATERIALS)
+    taken, kinds = np.zeros(size, bool), len(MATERIALS)
+    count = kinds * examples
     square = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     shapes: list[tuple[int, np.ndarray]] = []
-    plain = min(round(6 * size[0] * size[1] / LEGEND_SIZE**2), MAX_PLAIN)
+    plain = min(round(6 * size[0] * size[1] / LEGEND_SIZE**2), MAX_SHAPES - count)
     for number in range(count + plain):
         legend = number < count
         width = 28 if legend else int(rng.integers(22, 30))
@@ -276,7 +280,7 @@ def place_legend(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[
         elif not legend:
             points = 0.75 * square @ rotation(rng.uniform(0, math.tau))
         points = (points * width / 2 + [x + width / 2, y + width / 2]) * SUPERSAMPLE
-        shapes.append((number if legend else int(rng.integers(count)), points))
+        shapes.append((number % kinds if legend else int(rng.integers(kinds)), points))
     return shapes
 
 
@@ -325,17 +329,18 @@ def photograph(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
 
 
 def draw_scene(
-    seed: list[int], size: tuple[int, int], legend: bool = False
+    seed: list[int], size: tuple[int, int], examples: int = 0
 ) -> tuple[np.ndarray, np.ndarray, list[dict], int]:
     """Draw one scene: picture (BGR), index map, COCO annotations (no ids), JPEG quality.
 
-    A part of a square one, if it is not square.
+    A part of a square one, if it is not square. The legend has `examples` squares of each material.
     """
     cv2.setNumThreads(1)  # the scenes share the cores already
     rng = np.random.default_rng(seed)
     shapes: list[tuple[int, np.ndarray]] = []
     while not shapes:
-        shapes = place_legend(rng, size) if legend else place(rng, size)
+        shapes = place_legend(rng, size, examples) if examples else place(rng, size)
+    legend, squares = examples > 0, examples * len(MATERIALS)
     colours = palette(rng, len(MATERIALS)) if legend else []
     side, picture_window = max(size), Window(np.zeros(2), np.array(size[::-1]), size)
     picture = background(rng, side)[: size[0], : size[1]]
@@ -353,7 +358,7 @@ def draw_scene(
         picture[here] *= 1 - rng.uniform(0.1, 0.5) * shadow[..., None]
         if not legend:
             coat = surface(rng, picture, alpha, CLASSES[label])[here]
-        elif number < len(MATERIALS):
+        elif number < squares:
             coat = colours[label] * material(side, MATERIALS[label])[here][..., None]
         else:
             coat = np.tile(colours[label], (*window.shape, 1))
@@ -401,7 +406,7 @@ def write_split(
     count: int,
     size: tuple[int, int],
     seed: int,
-    legend: bool,
+    examples: int,
 ) -> None:
     """Write one split in both layouts."""
     coco, ade = SPLITS[split]
@@ -411,7 +416,7 @@ def write_split(
     print(f"{split}: drawing {count} scenes")
     # One random generator per scene: a scene depends on neither the others nor the order.
     seeds = [[seed, len(split), number] for number in range(1, count + 1)]
-    scenes = pool.map(draw_scene, seeds, [size] * count, [legend] * count, chunksize=4)
+    scenes = pool.map(draw_scene, seeds, [size] * count, [examples] * count, chunksize=4)
     for number, (picture, index, shapes, quality) in enumerate(track(scenes, count), 1):
         jpeg = root / "coco" / coco / f"{number:012d}.jpg"
         name = f"ADE_{split}_{number:08d}"
@@ -420,7 +425,7 @@ def write_split(
         save(root / "ade/annotations" / ade / f"{name}.png", index)
         image = {"file_name": jpeg.name, "width": size[1], "height": size[0]}
         results.append((image, shapes))
-    write_coco(root / f"coco/annotations/instances_{coco}.json", results, class_names(legend))
+    write_coco(root / f"coco/annotations/instances_{coco}.json", results, class_names(examples > 0))
 
 
 def class_names(legend: bool) -> tuple[str, ...]:
@@ -429,17 +434,23 @@ def class_names(legend: bool) -> tuple[str, ...]:
 
 
 def make_dataset(
-    out: Path, train: int, val: int, size: int | list[int], seed: int, legend: bool = False
+    out: Path, train: int, val: int, size: int | list[int], seed: int, examples: int = 0
 ) -> bool:
-    """Write the data set to the folder `out`, whole or not at all; False if it was there."""
+    """Write the data set to the folder `out`, whole or not at all; False if it was there.
+
+    With a legend if it has examples.
+    """
+    legend = examples > 0
     version = LEGEND_VERSION if legend else VERSION
     numbers = dict(version=version, train=train, val=val, size=size, seed=seed)
+    if examples > 1:  # sets that were made before have no such number
+        numbers["examples"] = examples
     height, width = (size, size) if isinstance(size, int) else size
 
     def write(folder: Path) -> None:
         with ProcessPoolExecutor() as pool:
             for split, count in (("train", train), ("val", val)):
-                write_split(pool, folder, split, count, (height, width), seed, legend)
+                write_split(pool, folder, split, count, (height, width), seed, examples)
 
     return write_once(out, numbers | {"classes": list(class_names(legend))}, write)
 
@@ -450,6 +461,8 @@ def main() -> None:
     size = "height and width of an image in pixels, one number for both (160)"
     parser.add_argument("--size", type=at_least(MIN_SIZE), nargs="+", default=160, help=size)
     parser.add_argument("--legend", action="store_true", help="the data set that needs attention")
+    squares = "with --legend: squares of each material (1)"
+    parser.add_argument("--examples", type=at_least(1), help=squares)
     args = parser.parse_args()
     if isinstance(args.size, list):
         if len(args.size) > 2:
@@ -458,6 +471,15 @@ def main() -> None:
     smallest = min(args.size) if isinstance(args.size, list) else args.size
     if args.legend and smallest < LEGEND_SIZE:
         parser.error(f"--legend needs a --size of at least {LEGEND_SIZE}, got {smallest}")
+    if args.examples and not args.legend:
+        parser.error("--examples are those of a --legend")
+    args.examples = (args.examples or 1) if args.legend else 0
+    height, width = args.size if isinstance(args.size, list) else (args.size, args.size)
+    # Not denser than in the smallest picture: a square that finds no place would be missing.
+    most = min(height * width // LEGEND_SIZE**2, MAX_SHAPES // len(MATERIALS))
+    if args.examples > most:
+        parser.error(f"--examples can be at most {most} at this --size, got {args.examples}")
+    del args.legend
     generate(args.out, lambda: make_dataset(**vars(args)))
 
 
