@@ -16,7 +16,7 @@ from operators import Calls
 from released import ARCH, images, outputs, state_dict
 
 from mmsoft.benchmark import cases, compare, measure, page, plots, report
-from mmsoft.benchmark.__main__ import USUAL, parser, plan
+from mmsoft.benchmark.__main__ import USUAL, main, parser, plan
 from mmsoft.benchmark.released import ReleasedAttention, ReleasedSOFTPlusPlus
 from mmsoft.checkpoint import convert_released_keys
 from mmsoft.models.attention import SoftmaxAttention, SoftmaxFreeAttention
@@ -295,10 +295,13 @@ def test_a_run_writes_json_plots_and_docs(command, tmp_path):
     ],
     ids=lambda value: "-".join(value)[:24],
 )
-def test_bad_input_is_one_line(command, tmp_path, arguments, words):
-    done = command(*arguments)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(word in last for word in words), last
     assert not (tmp_path / "work_dirs").exists()
 

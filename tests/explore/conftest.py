@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from browser import Browser, find
+from browser import Browser, chromium
 from mmengine.config import Config
-from required import missing
 from true_layout import make_demo_data
 
 from mmsoft.analysis import load_model
@@ -135,8 +134,5 @@ def started(listening):
 
 @pytest.fixture
 def browser(tmp_path):
-    program = find()
-    if program is None:
-        missing("MMSOFT_BROWSER", "no Chromium: apt-get install chromium")
-    with Browser(program, tmp_path) as browser:
+    with Browser(chromium(), tmp_path) as browser:
         yield browser

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from browser import chromium
 
 from mmsoft.visualization.style import COLOURS
 
@@ -17,6 +18,7 @@ PICTURE = "document.getElementById('picture')"
 
 @pytest.fixture(scope="module")
 def address(started, config_path, workplace, images):
+    chromium()  # before a server is started for it
     with started(config_path, workplace / "model.pth", images=images) as address:
         yield address
 

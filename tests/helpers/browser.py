@@ -17,6 +17,16 @@ def find():
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+def chromium():
+    """The same; a test skips, or fails, without it."""
+    from required import missing
+
+    program = find()
+    if program is None:
+        missing("MMSOFT_BROWSER", "no Chromium: apt-get install chromium")
+    return program
+
+
 class Browser:
     """One page.
 
