@@ -52,7 +52,9 @@ def _disable_tf32() -> Callable[[], None]:
     """Disable TF32 for products; gives what sets it as it was.
 
     Since torch 2.9 it has two names. Where they agree, they go on to agree, because some of torch
-    asks for the older one, TunableOp for one, which raises where they do not.
+    asks for the older one, TunableOp for one, which raises where they do not. No getter tells a
+    setting from one that is inherited: set alike under ``torch.backends.fp32_precision``, it may
+    follow that from then on.
     """
     products = torch.backends.cuda.matmul
     if _answer(lambda: products.allow_tf32):
@@ -141,7 +143,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def recorded_matmul(a: Tensor, b: Tensor) -> Tensor:
     """The same where a program is recorded, of operators that any runtime has.
 
-    Autocast is kept out of it; whether a GPU that runs it takes TF32, who runs it decides.
+    Recorded inside autocast, it is kept out of it. Whether a GPU that runs it takes TF32, and
+    whether autocast is on then, who runs it decides.
     """
-    with no_autocast(a) if autocast_enabled(a.device.type) else nullcontext():
+    # The meta device knows no autocast.
+    outside = a.is_meta or not autocast_enabled(a.device.type)
+    with nullcontext() if outside else no_autocast(a):
         return a @ b

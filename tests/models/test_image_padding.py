@@ -410,6 +410,14 @@ def test_autocast_does_not_reach_means_of_exported_programs():
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@needs_torch_2_6
+def test_programs_are_recorded_on_the_meta_device():
+    """Which knows no autocast."""
+    model, images = backbone().to("meta"), torch.empty(2, 3, 96, 96, device="meta")
+    program = torch.export.export(model, (images,)).module()
+    assert [out.shape for out in program(images)] == [out.shape for out in model(images)]
+
+
 @pytest.mark.cpu
 @needs_torch_2_6
 def test_exported_programs_do_not_look_for_it_in_vain():
