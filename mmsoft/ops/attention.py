@@ -36,8 +36,8 @@ def softmax_free_attention(
         K = e^{-\|q_i - l_j\|^2 / 2},\ A = e^{-\|l_i - l_j\|^2 / 2},\ D = \mathrm{diag}(A 1)
 
     Keys equal queries. Linear in ``N``: of ``[N, m]`` matrices no more is stored than blocks, of
-    2 MiB on a CPU and 128 MiB on a GPU; Triton's kernels store none. The arithmetic runs in float32
-    (float64 for float64 arguments) whatever autocast says.
+    2 MiB on a CPU and 128 MiB on a GPU in float32; Triton's kernels store none. The arithmetic runs
+    in float32 (float64 for float64 arguments) whatever autocast says.
 
     Args:
         q: queries ``[B, heads, N, d]``, already divided by ``d^(1/4)``.

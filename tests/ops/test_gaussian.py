@@ -1,5 +1,7 @@
 """Streamed products with the Gaussian kernel."""
 
+import weakref
+
 import pytest
 import torch
 from on_device import device_type
@@ -145,6 +147,36 @@ def peak_elements(function) -> int:
     with Largest() as mode:
         function()
     return mode.elements
+
+
+def most_blocks(function, elements: int) -> int:
+    """How many tensors of at least so many elements are alive at once within ``function``."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Alive(TorchDispatchMode):
+        seen, most = (), 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= elements:
+                self.seen = [*self.seen, weakref.ref(out)]
+            living = [t for ref in self.seen if (t := ref()) is not None]
+            self.most = max(self.most, len({t.data_ptr() for t in living}))
+            return out
+
+    with Alive() as mode:
+        function()
+    return mode.most
+
+
+@pytest.mark.parametrize(("n", "m"), [(64, 16), (16, 64)])
+def test_one_block_is_alive_and_two_in_the_backward_pass(n, m, monkeypatch):
+    """Of several; a second one of the kernel would be left from the block before."""
+    monkeypatch.setitem(eager.BLOCK_ELEMENTS, device_type(), 2 * 32 * 16)
+    x, y, w, grad = (torch.randn(1, 2, k, 2) for k in (n, m, m, n))
+    assert most_blocks(lambda: eager.product(x, y, w), 2 * 32 * 16) == 1
+    every = (None, False, (True, True, True))
+    assert most_blocks(lambda: eager.product_backward(grad, x, y, w, *every), 2 * 32 * 16) == 2
 
 
 def test_no_block_exceeds_the_bound(monkeypatch):

@@ -15,8 +15,9 @@ from ..island import compute_dtype, no_autocast
 from ..mode import readable
 from .kernel import COORDINATE_MAX, centre, empty_gradients, empty_like_tokens
 
-# Elements of K alive at once, and as many of its gradient. On a CPU a block should stay in the
-# cores' caches; on a GPU it should be large enough to fill the device.
+# Elements of K alive at once, and as many of its gradient: a loop forgets its block before the next
+# one is computed. On a CPU a block should stay in the cores' caches; on a GPU it should be large
+# enough to fill the device.
 BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_DEVICE = 1 << 25
 
@@ -57,8 +58,11 @@ class Stream:
                 tokens = augmented[..., :d].copy_(long)
                 tokens.clamp_(-COORDINATE_MAX, COORDINATE_MAX).sub_(self.centre[bs])
                 torch.mul(tokens.square().sum(-1), -0.5, out=augmented[..., d + 1])
-                exponent = augmented @ self.short_augmented[bs]
-                yield bs, ns, augmented[..., : d + 1], exponent.clamp_(max=0).exp_()
+                # Without a name, which would keep it while the next one is computed.
+                yield bs, ns, augmented[..., : d + 1], self._kernel(augmented, bs)
+
+    def _kernel(self, augmented: Tensor, samples: slice) -> Tensor:
+        return (augmented @ self.short_augmented[samples]).clamp_(max=0).exp_()
 
 
 def product(
@@ -74,10 +78,12 @@ def product(
             w = _in_units(w.to(dtype), divisor)
             for bs, ns, _, kernel in Stream(x, y, dtype):
                 out[bs, :, ns] = kernel @ w[bs]
+                del kernel
         else:
             out.zero_()
             for bs, ns, _, kernel in Stream(y, x, dtype):
                 out[bs] += kernel.mT @ _in_units(w[bs, :, ns].to(dtype), divisor, bs)
+                del kernel
         if unit is not None and not divide:
             out *= unit
     return out
@@ -161,15 +167,16 @@ def _stream_backward(
             d_long_w[bs, :, ns] = kernel @ short_w[bs]
         if wanted.short_w:
             d_short_w[bs] += kernel.mT @ block_w
-        if not (wanted.long or wanted.short):
-            continue
-        block_w = _in_units(block_w, long_unit, bs)
-        weight = (block_w @ short_w[bs].mT).mul_(kernel)
-        if wanted.long:
-            push = weight @ short_with_one[bs]
-            push = torch.addcmul(push[..., :d], push[..., d:], tokens[..., :d], value=-1)
-            d_long[bs, :, ns] = push
-        if wanted.short:
-            pulled[bs] += weight.mT @ tokens
+        if wanted.long or wanted.short:
+            block_w = _in_units(block_w, long_unit, bs)
+            weight = (block_w @ short_w[bs].mT).mul_(kernel)
+            if wanted.long:
+                push = weight @ short_with_one[bs]
+                push = torch.addcmul(push[..., :d], push[..., d:], tokens[..., :d], value=-1)
+                d_long[bs, :, ns] = push
+            if wanted.short:
+                pulled[bs] += weight.mT @ tokens
+            del weight
+        del kernel
     if wanted.short:
         d_short.copy_(torch.addcmul(pulled[..., :d], pulled[..., d:], stream.short, value=-1))
