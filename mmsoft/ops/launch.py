@@ -20,7 +20,7 @@ if environ.get("TRITON_INTERPRET") == "1":  # Triton's own switch: its interpret
     DEVICES.add("cpu")
 CAPABILITY = (8, 0)
 OLDEST = (3, 4)  # Triton; torch before 2.8 has one of its own that is older
-_FAR = 2**24  # elements; a block has at most 128 rows
+_BLOCK = 128  # rows of the largest block
 _PROGRAMS = 4  # for each multiprocessor, so that none idles at the end
 
 
@@ -51,9 +51,9 @@ def refusal(*tensors: Tensor) -> str | None:
         return "an argument is empty"
     if any(t.device != device for t in tensors):
         return "the tensors are on several devices"
-    # Kernels count rows of a block and channels in 32 bits, samples and heads in 64.
-    if any(stride > _FAR for t in tensors for stride in t.stride()[-2:]):
-        return f"rows or channels lie more than {_FAR} elements apart"
+    # Kernels count rows and channels within a block in 32 bits, all else in 64.
+    if any(_reach(t) >= 2**31 for t in tensors):
+        return f"{_BLOCK} rows reach over 2^31 elements or more"
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "the kernels are written for NVIDIA GPUs"
@@ -61,6 +61,12 @@ def refusal(*tensors: Tensor) -> str | None:
         if found < CAPABILITY:
             return f"compute capability {found[0]}.{found[1]} is below 8.0"
     return None
+
+
+def _reach(tensor: Tensor) -> int:
+    """From the first element of a block of rows to its last."""
+    last = zip(tensor.shape[-2:], tensor.stride()[-2:], strict=True)
+    return sum((min(size, _BLOCK) - 1) * stride for size, stride in last)
 
 
 @lru_cache(None)

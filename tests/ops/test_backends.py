@@ -324,14 +324,16 @@ def test_triton_of_older_torch_is_refused(monkeypatch, found, reason):
 
 def test_gpus_without_what_kernels_need_are_refused(monkeypatch):
     """A tensor of a GPU is not needed to say so; kernels are launched on its own device."""
-    there = SimpleNamespace(
-        device=torch.device("cuda:1"), dtype=torch.float32, numel=lambda: 1, stride=lambda: (1,)
+    kind = dict(dtype=torch.float32, shape=(1,), numel=lambda: 1, stride=lambda: (1,))
+    there, elsewhere = (
+        SimpleNamespace(device=torch.device(f"cuda:{number}"), **kind) for number in (1, 0)
     )
     monkeypatch.setattr(launch, "lacking", lambda: None)
     monkeypatch.setattr(launch, "capability", lambda device: (7, 5))
     assert launch.refusal(there) == "compute capability 7.5 is below 8.0"
     monkeypatch.setattr(launch, "capability", lambda device: (8, 0))
     assert launch.refusal(there) is None
+    assert launch.refusal(there, elsewhere) == "the tensors are on several devices"
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert launch.refusal(there) == "the kernels are written for NVIDIA GPUs"
 

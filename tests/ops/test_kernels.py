@@ -6,6 +6,7 @@ and products of bfloat16 wrongly: the kernels have none, they convert what they 
 
 import itertools
 import mmap
+import sys
 from functools import partial
 
 import numpy as np
@@ -54,17 +55,23 @@ def points(n, m, d, width, device, scale=0.4, dtype=torch.float32, batch=(1, 2))
     ]
 
 
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has no name for it
+
+
 def far_apart(t, dim, device):
     """``t``, the upper half of ``dim`` beyond what 31 bits count, in pages that nobody writes."""
     strides = list(torch.empty(t.shape, device="meta").contiguous().stride())
     strides[dim] = 2**32 // t.shape[dim] + 1
     size = 1 + sum(stride * (length - 1) for stride, length in zip(strides, t.shape))
     if device == "cpu":
-        pages = mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = torch.frombuffer(pages, dtype=torch.float16)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        pages = mmap.mmap(-1, t.element_size() * size, flags)
+        memory = torch.frombuffer(pages, dtype=t.dtype)
     else:
-        memory = torch.empty(size, dtype=torch.float16, device=device)
-    return memory.as_strided(t.shape, strides).copy_(t.detach()).requires_grad_()
+        if torch.cuda.mem_get_info()[0] < 1.5 * t.element_size() * size:
+            pytest.skip("the GPU has too little memory")
+        memory = torch.empty(size, dtype=t.dtype, device=device)
+    return memory.as_strided(t.shape, strides).copy_(t.detach())
 
 
 def empty_cache(device):
@@ -176,16 +183,30 @@ def test_strided_and_expanded_arguments(n, m, layout, device):
     compare(laid, change(grad))
 
 
+# Of three, the stride itself is within 31 bits, and twice the stride is not.
+_FAR_BATCH = (3, 1), (1, 3), (1, 1)
+
+
 def test_arguments_of_more_elements_than_31_bits_count(device):
     """One test for all, as the memory of a GPU has room for few of them at a time."""
     for which, dim in itertools.product(range(4), range(3)):
         n, m = (300, 20) if which in (0, 3) else (20, 300)
-        batch = (1, 1) if dim == 2 else (2, 2)
-        tensors = points(n, m, 8, 8, device, batch=batch, dtype=torch.float16)
-        tensors[which] = far_apart(tensors[which], dim, device)
+        tensors = points(n, m, 8, 8, device, batch=_FAR_BATCH[dim], dtype=torch.float16)
+        tensors[which] = far_apart(tensors[which], dim, device).requires_grad_()
         *tensors, grad = tensors
         compare(tensors, grad)
         del tensors, grad
+        empty_cache(device)
+    x, y, w, _ = points(40, 20, 8, 8, device, batch=(3, 1), dtype=torch.float16)
+    for which, dim in itertools.product((0, 1), (0, 1)):  # of the shorter the centre is taken
+        close = [t.detach().reshape(*_FAR_BATCH[dim], *t.shape[2:]) for t in (x, y, w)]
+        far = close.copy()
+        far[which] = far_apart(close[which], dim, device)
+        assert torch.equal(gaussian_kernel_product(*far), gaussian_kernel_product(*close))
+        assert torch.equal(
+            gaussian_kernel_product(far[1], far[0], far[0]),
+            gaussian_kernel_product(close[1], close[0], close[0]),
+        )
         empty_cache(device)
 
 
@@ -271,11 +292,15 @@ def test_refusals_say_why(device):
         gaussian_kernel_product(x[:0, ..., :4], y[:0, ..., :4], w[:0])
     with pytest.raises(RuntimeError, match="triton: an argument has not 4 dimensions"):
         gaussian_kernel_product(x[..., :4], y[..., :4], w[0])
-    rows = (
-        torch.empty(1, device=device).expand(1, 2, 3, 4).as_strided((1, 2, 1, 4), (0, 0, 2**25, 0))
-    )
-    with pytest.raises(RuntimeError, match="lie more than 16777216 elements apart"):
-        gaussian_kernel_product(x[..., :4], rows, w[..., :1, :])
+    x, y, w, _ = points(4, 2, 8, 4, device, batch=(1, 1), dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"128 rows reach over 2\^31 elements"):
+        gaussian_kernel_product(x, far_apart(y, 2, device), w)
+
+
+def test_the_stride_of_a_single_row_means_nothing(device):
+    x, y, w, _ = points(4, 1, 8, 4, device, batch=(1, 1))
+    row = y.detach().as_strided(y.shape, (8, 8, 2**31, 1))
+    assert torch.equal(gaussian_kernel_product(x, row, w), gaussian_kernel_product(x, y, w))
 
 
 def refused(call, *arguments):
@@ -322,6 +347,18 @@ def test_shapes_that_do_not_fit_are_refused(device):
     ):
         with pytest.raises(RuntimeError, match="triton: an argument has shape"):
             operator(*arguments)
+    candidates, choice = normal(3, 1, 9, 8, seed=0, device=device), torch.ops.mmsoft.landmark_choice
+    for mask, reason in (
+        (torch.ones(1, 9, device=device).bool(), r"an argument has shape \(1, 9\)"),
+        (torch.ones(3, 5, device=device).bool(), r"an argument has shape \(3, 5\)"),
+        (torch.ones(3, 9, device=device), "the mask is not of bool"),
+    ):
+        with pytest.raises(RuntimeError, match=f"triton: {reason}"):
+            choice(candidates, 4, 0.1, mask)
+    with pytest.raises(RuntimeError, match="triton: an argument has not 4 dimensions"):
+        choice(candidates[0], 4, 0.1, None)
+    with pytest.raises(RuntimeError, match="triton: an argument has not 4 dimensions"):
+        torch.ops.mmsoft.tikhonov_solve(a, mu, mu.new_ones(()))
 
 
 def test_one_unit_for_all_samples(device):
@@ -423,6 +460,22 @@ def test_guarded_newton_is_of_no_number_where_plain_torch_is(m, device):
     assert ours[0].isnan().all()
     assert torch.equal(ours.isnan(), plain.isnan())
     assert ours[2].isfinite().all()
+
+
+def test_guarded_newton_of_heads_more_elements_apart_than_31_bits_count(device):
+    a = overlapping(5, 1.0, device, (1, 3))
+    far = far_apart(a, 1, device)
+    assert torch.equal(guarded_newton_pinv(far, 3), guarded_newton_pinv(a, 3))
+    empty_cache(device)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1), (1, 1, 1, 1), (2, 3, 1, 1)], ids=str)
+def test_newton_takes_any_factors_of_whole_matrices(shape, device):
+    a = overlapping(9, 1.0, device, (2, 3))
+    alpha = torch.full(shape, 0.02, device=device)
+    for cubic in (0 * alpha, torch.zeros(2, 1, 1, 1, device=device)):
+        ours, plain = both(partial(newton_raphson_pinv, a, alpha, cubic, 3))
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
 # Of tiles a step takes the interpreter seconds; the first reads the one buffer, the next the other.
@@ -735,10 +788,14 @@ def test_the_choice_of_candidates_that_are_strided_or_far_away(device):
 
 def test_the_choice_of_more_elements_than_31_bits_count(device):
     for dim, total in ((0, 70), (1, 70), (2, 300)):
-        batch = (1, 1) if dim == 2 else (2, 2)
-        candidates = normal(*batch, total, 8, seed=0, scale=0.5, device=device, dtype=torch.float16)
+        shape = (*_FAR_BATCH[dim], total, 8)
+        candidates = normal(*shape, seed=0, scale=0.5, device=device, dtype=torch.float16)
         same_choice(far_apart(candidates, dim, device), 9)
         empty_cache(device)
+    candidates = normal(3, 1, 300, 8, seed=0, scale=0.5, device=device).detach()
+    mask = torch.arange(300, device=device) % 3 < torch.tensor([[3], [2], [1]], device=device)
+    same_choice(candidates, 9, far_apart(mask, 0, device))
+    same_choice(candidates[:1], 9, far_apart(mask[2:], 1, device))
 
 
 def test_the_choice_looks_at_no_padding(device):

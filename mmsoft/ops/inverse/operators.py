@@ -30,8 +30,11 @@ def _refusal(a: Tensor, *others: Any) -> str | None:
 
 
 def _refusal_newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, _: int) -> str | None:
-    one = [(t, (*t.shape[:2], 1, 1)) for t in (alpha, cubic) if t is not None]
-    return _refusal(a, alpha, cubic) or misfit(*one)
+    factors = [t for t in (alpha, cubic) if t is not None]
+    one = [(t, (*t.shape[:-2], 1, 1)[-t.dim() :] if t.dim() else ()) for t in factors]
+    if any(t.dtype != torch.float32 for t in factors):
+        return "an argument is not float32"
+    return _refusal(a) or refusal(a, *factors) or misfit(*one)
 
 
 def _refusal_newton_backward(x: Tensor, grad: Tensor) -> str | None:
@@ -39,16 +42,17 @@ def _refusal_newton_backward(x: Tensor, grad: Tensor) -> str | None:
 
 
 def _refusal_solve(a: Tensor, mu: Tensor, b: Tensor) -> str | None:
-    if b.shape[-1] > _CHANNELS:
-        return f"there are more than {_CHANNELS} channels"
     reason = _refusal(a, mu, b)
+    if reason is None and b.shape[3] > _CHANNELS:
+        return f"there are more than {_CHANNELS} channels"
     return reason or misfit((mu, (*mu.shape[:2], 1, 1)), (b, (*a.shape[:3], b.shape[3])))
 
 
 def _refusal_solve_backward(a: Tensor, x: Tensor, y: Tensor) -> str | None:
-    if y.shape[-1] > _CHANNELS:
+    reason = _refusal(a, x, y)
+    if reason is None and y.shape[3] > _CHANNELS:
         return f"there are more than {_CHANNELS} channels"
-    return _refusal(a, x, y) or misfit((x, y.shape), (y, (*a.shape[:3], y.shape[3])))
+    return reason or misfit((x, y.shape), (y, (*a.shape[:3], y.shape[3])))
 
 
 NEWTON = Operation(

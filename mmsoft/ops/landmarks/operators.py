@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import EAGER, Implementation, Operation
-from ..launch import TRITON, lazily, refusal
+from ..launch import TRITON, lazily, misfit, refusal
 from ..library import custom_op
 from ..mode import forward_mode, transformed
 from . import choice, eager
@@ -38,8 +38,16 @@ def _lapack_refusal(candidates: Tensor, *_: Any) -> str | None:
     return _lacking()
 
 
-def _triton_refusal(candidates: Tensor, budget: int, *_: Any) -> str | None:
-    reason = refusal(candidates)
+def _triton_refusal(
+    candidates: Tensor, budget: int, _: float, mask: Tensor | None = None
+) -> str | None:
+    if candidates.dim() != 4:
+        return "an argument has not 4 dimensions"
+    if mask is not None and mask.dtype != torch.bool:
+        return "the mask is not of bool"
+    masks = [] if mask is None else [mask]
+    reason = misfit(*((mask, candidates.shape[::2]) for mask in masks))
+    reason = reason or refusal(candidates, *(mask[..., None] for mask in masks))
     if reason is None and min(candidates.shape[2], budget) > 128:
         return "more than 128 landmarks are to be chosen"
     if reason is None and candidates.shape[3] > 64:
