@@ -4,6 +4,7 @@ The first, as far as the meta device can tell, is tested everywhere. On a GPU th
 tests themselves run, and what is recorded is replayed operation by operation.
 """
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -210,5 +211,6 @@ def test_tf32_that_is_allowed_does_not_reach_the_operator(solver, backend, gpu):
     a = ours[0].detach()
     product, exact = a @ a.mT, a.double() @ a.double().mT
     assert errors[0] == pytest.approx(errors[1], rel=0.5)
-    if torch.cuda.is_available():
-        assert error(product, exact) > 1e-5
+    # Older ones have none, and that variable takes it away.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        assert error(product, exact) > 1e-5 or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
