@@ -54,10 +54,14 @@ def draw_learning(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[Curve]]]
     for ax in panels.flat:
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
     shown = [label for label in labels if label in handles]
-    figure.legend(
-        [handles[label] for label in shown], shown, loc="outside lower center", ncols=3,
-        frameon=False, fontsize=8,
-    )  # fmt: skip
+    for columns in (3, 2, 1):  # as many as fit
+        legend = figure.legend(
+            [handles[label] for label in shown], shown, loc="outside lower center", ncols=columns,
+            frameon=False, fontsize=8,
+        )  # fmt: skip
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     return figure
 
 

@@ -150,6 +150,16 @@ def test_seeds_are_a_mean_with_their_range_where_iterations_agree():
     assert [text.get_text() for text in legend.get_texts()] == ["ours", "peer"]
 
 
+def test_a_legend_of_long_names_is_within_the_figure():
+    names = [f"a backbone with a long name, number {n}" for n in range(4)]
+    figure = draw_learning({"task": {name: dict(loss=[[(1, 2.0), (2, 1.0)]]) for name in names}})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert [text.get_text() for text in legend.get_texts()] == names
+
+
 def test_the_tradeoff_has_intervals_and_names_that_cover_nothing():
     results = [
         dict(backbone=f"{family}-{size}", label=f"{family} {size}", params_m=10.0 + n / 10)

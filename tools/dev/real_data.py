@@ -430,8 +430,9 @@ SOFT++ mini alone.
   part in it. Rows with BatchNorm, as released, and of ResNet-18 with GroupNorm show what few images
   in an iteration, two (UperNet: four), make of that.
 - **The default has it in the first convolution alone**, because GroupNorm in all
-  [loses](method.md#what-the-norm-has-to-do-with-it) where test images are composed otherwise. On
-  the nuclei it is 0.01 of mask AP behind; UperNet and blood cells were not trained with it.
+  [loses](method.md#what-the-norm-has-to-do-with-it) where test images are composed otherwise. Of
+  Mask R-CNN on the nuclei it is 0.01 of mask AP behind, of UperNet and on the blood cells not. Its
+  rows were not timed. Other variants of SOFT++ were not trained with it.
 - **Largest images.** The one of 1040x1388 is in the training set; its result stands apart. Of the
   four above 700 pixels that are tested, three have 1024x1024, and one of 1272x603 has 375 of their
   656 nuclei.
