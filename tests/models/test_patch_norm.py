@@ -530,6 +530,7 @@ def test_a_norm_of_ones_own_is_left_alone():
     assert {name.rpartition(".")[0] for name in unexpected} == {"stages.0.patch_embed.0.norm"}
 
 
+@pytest.mark.cpu  # one rank with gloo, which needs no GPU
 def test_weights_reach_a_model_that_is_sharded(tmp_path):
     """FSDP2 knows modules and parameters by what they were when it sharded them."""
     fsdp = pytest.importorskip("torch.distributed.fsdp")
