@@ -3,7 +3,8 @@
 They say that they are on ``cuda:0``, give no NumPy array, and do not meet tensors of the CPU in an
 operation, as those of a GPU do not; their numbers are those of the CPU. So a test that makes a
 tensor on the wrong device fails without a GPU. What is compiled, transforms of ``torch.func``,
-Triton's kernels and mmcv's operators cannot be pretended.
+checkpointing (a backward pass leaves the mode), Triton's kernels and mmcv's operators cannot be
+pretended.
 """
 
 import sys
@@ -15,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -30,7 +32,8 @@ MIXED = {aten._to_copy, aten.copy_, aten.index, aten.index_put_, aten._index_put
 MIXED |= {aten.index_put}  # the gradient of an index, whose zeros torch makes by itself
 # What records a program, or makes tensors where torch's C++ takes the arguments to be.
 UNKNOWN = [(torch, "compile"), (torch.export, "export"), (torch.jit, "trace")]
-UNKNOWN += [(torch.library, "opcheck"), (FakeTensorMode, "__enter__"), (forward_ad, "make_dual")]
+UNKNOWN += [(torch.utils.checkpoint, "checkpoint"), (torch.library, "opcheck")]
+UNKNOWN += [(FakeTensorMode, "__enter__"), (forward_ad, "make_dual")]
 
 
 class Pretended(Tensor):
