@@ -177,6 +177,5 @@ def _stream_backward(
             if wanted.short:
                 pulled[bs] += weight.mT @ tokens
             del weight
-        del kernel
     if wanted.short:
         d_short.copy_(torch.addcmul(pulled[..., :d], pulled[..., d:], stream.short, value=-1))
