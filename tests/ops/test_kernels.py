@@ -207,6 +207,7 @@ def test_arguments_of_more_elements_than_31_bits_count(device):
             gaussian_kernel_product(far[1], far[0], far[0]),
             gaussian_kernel_product(close[1], close[0], close[0]),
         )
+        del far
         empty_cache(device)
 
 
@@ -293,8 +294,16 @@ def test_refusals_say_why(device):
     with pytest.raises(RuntimeError, match="triton: an argument has not 4 dimensions"):
         gaussian_kernel_product(x[..., :4], y[..., :4], w[0])
     x, y, w, _ = points(4, 2, 8, 4, device, batch=(1, 1), dtype=torch.float16)
+    for dim in (2, 3):
+        with pytest.raises(RuntimeError, match=r"128 rows reach over 2\^31 elements"):
+            gaussian_kernel_product(x, far_apart(y, dim, device), w)
+        empty_cache(device)
+    candidates = normal(1, 1, 70, 8, seed=0, device=device).detach()
+    mask = far_apart(torch.ones(1, 70, device=device).bool(), 1, device)
     with pytest.raises(RuntimeError, match=r"128 rows reach over 2\^31 elements"):
-        gaussian_kernel_product(x, far_apart(y, 2, device), w)
+        choose_landmarks(candidates, 9, mask=mask)
+    del mask
+    empty_cache(device)
 
 
 def test_the_stride_of_a_single_row_means_nothing(device):
@@ -337,6 +346,10 @@ def test_shapes_that_do_not_fit_are_refused(device):
     scales = step_size(a, guarded=False)
     refused(partial(newton_raphson_pinv, steps=2), a[..., :4], *scales)
     refused(partial(newton_raphson_pinv, steps=2), a, a[:, :, :1], scales[1])
+    for shape in ((1, 1, 1, 1, 1), (7, 1, 1), (7, 2, 1, 1)):
+        alpha = torch.full(shape, 0.1, device=device)
+        with pytest.raises(RuntimeError, match=r"triton: an argument has shape \("):
+            newton_raphson_pinv(a, alpha, scales[1], 2)
     mu = torch.ones(2, 2, 1, 1, device=device)
     for arguments in ((a[:1], mu, b), (a, mu, b[:1]), (a, mu, b[:, :, :4]), (a[..., :4], mu, b)):
         refused(torch.ops.mmsoft.tikhonov_solve, *arguments)
@@ -466,6 +479,7 @@ def test_guarded_newton_of_heads_more_elements_apart_than_31_bits_count(device):
     a = overlapping(5, 1.0, device, (1, 3))
     far = far_apart(a, 1, device)
     assert torch.equal(guarded_newton_pinv(far, 3), guarded_newton_pinv(a, 3))
+    del far
     empty_cache(device)
 
 

@@ -22,8 +22,8 @@ def gaussian_kernel_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     """``K w`` with ``K_ij = exp(-||x_i - y_j||^2 / 2)``, storing ``K`` in blocks.
 
     Time is ``O(n m d)``; extra memory is one block of ``K`` whatever ``n``, two in the
-    backward pass, and as many of the longer side's points: in float32 a block is 2 MiB on a CPU and
-    128 MiB on a GPU, or 32 rows of ``K`` if these are more. Strided and
+    backward pass, and a few tensors of its rows of points and values: in float32 a block is 2 MiB
+    on a CPU and 128 MiB on a GPU, or 32 rows of ``K`` if these are more. Strided and
     expanded arguments are read in place. Under a transform of ``torch.func``, or in forward mode,
     ``K`` is stored.
 

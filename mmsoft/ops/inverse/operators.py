@@ -31,10 +31,15 @@ def _refusal(a: Tensor, *others: Any) -> str | None:
 
 def _refusal_newton(a: Tensor, alpha: Tensor | None, cubic: Tensor | None, _: int) -> str | None:
     factors = [t for t in (alpha, cubic) if t is not None]
-    one = [(t, (*t.shape[:-2], 1, 1)[-t.dim() :] if t.dim() else ()) for t in factors]
     if any(t.dtype != torch.float32 for t in factors):
         return "an argument is not float32"
-    return _refusal(a) or refusal(a, *factors) or misfit(*one)
+    if (reason := _refusal(a) or refusal(a, *factors)) is not None:
+        return reason
+    whole = (1, 1, a.shape[1], a.shape[0])  # from the last dimension on
+    for t in factors:
+        if t.dim() > 4 or any(n not in (1, w) for n, w in zip(reversed(t.shape), whole)):
+            return f"an argument has shape {tuple(t.shape)}, not one number for each matrix"
+    return None
 
 
 def _refusal_newton_backward(x: Tensor, grad: Tensor) -> str | None:
