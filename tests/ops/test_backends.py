@@ -353,5 +353,5 @@ def test_a_kernel_is_launched_on_the_device_of_its_arguments(monkeypatch):
     module = SimpleNamespace(kernel=lambda x, count: entered.append(count))
     monkeypatch.setattr(launch, "import_module", lambda name: module)
     monkeypatch.setattr(torch.cuda, "device", on)
-    launch.lazily("kernels", "kernel")(torch.ones(1).as_subclass(There), 3)
+    launch.lazily("kernels", "kernel")(torch.ones(1, device="cpu").as_subclass(There), 3)
     assert entered == [torch.device("cuda:1"), 3, None]
