@@ -67,6 +67,33 @@ def test_how_wide_a_batch_is_changes_nothing_in_nystromformer():
     torch.testing.assert_close(grads(model, F.pad(x, (0, 7))), grads(model, x))
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", [*OURS, *PEERS])
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_sequences_of_about_one_length_are_computed_together(name, with_cp, monkeypatch):
+    """Which changes nothing; but not with peers whose result depends on the batch's padding."""
+    model = backbone(**OURS.get(name, dict(attention=name)), with_cp=with_cp).double()
+    x = sequences((40, 1, 23, 0, 9))
+    expected = grads(model, x)
+    seen = []
+    encode = model._encode
+    monkeypatch.setattr(model, "_encode", lambda x: seen.append(tuple(x.shape)) or encode(x))
+    monkeypatch.setattr(SequenceSOFT, "group_tokens", 80)
+    torch.testing.assert_close(grads(model, x), expected, rtol=1e-6, atol=1e-9)
+    whole = [(5, 40)]
+    assert seen == (whole if name in ("performer", "nystromformer") else [(2, 1), (2, 23), (1, 40)])
+    seen.clear()
+    pair = torch.stack((x, x.flip(0)), 1)
+    alone = model(x)[0]
+    torch.testing.assert_close(model(pair)[0][:, :16], alone, rtol=1e-6, atol=1e-9)
+    seen.clear()
+    model(sequences((40, 39, 40, 38, 40)))  # there is next to no padding
+    hook = model.blocks[1].norm2.register_forward_hook(lambda *_: None)
+    model(x)  # a hook sees all of them
+    assert seen == whole + whole
+    hook.remove()
+
+
 LAYERS = OURS | dict(
     wide=dict(value_kernel=33),  # of the published comparisons, wider than a patch
     direct=dict(solver="direct"),

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from mmsoft.checkpoint import check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
 from mmsoft.ops.library import check_float16
-from mmsoft.ops.mode import may_decide
+from mmsoft.ops.mode import cpu_shortcut, may_decide
 from mmsoft.registry import MODELS
 
 from ..layers import SoftmaxBlock
 from ..peers import PEERS
+from ..plain import is_hooked
 from ..sequence import (
     GaussianSequenceAttention,
     NoSequenceAttention,
@@ -67,6 +68,7 @@ class SequenceSOFT(Backbone):
     """
 
     mark = "token_embed.weight"
+    group_tokens = 1 << 12  # padding included, see _vectors
 
     def __init__(
         self,
@@ -205,6 +207,31 @@ class SequenceSOFT(Backbone):
         return (self._vectors(x),)
 
     def _vectors(self, x: Tensor) -> Tensor:
+        """``[B, N] -> [B, C]``; on a CPU sequences of about one length at a time.
+
+        So less padding is computed, above all where attention is quadratic.
+        """
+        if not self._takes_groups(x):
+            return self._encode(x)
+        place = torch.arange(1, x.shape[1] + 1)
+        lengths, order = ((x != 0) * place).amax(1).clamp(min=1).sort(stable=True)
+        size = max(1, self.group_tokens // x.shape[1])
+        longest = [int(group[-1]) for group in lengths.split(size)]
+        computed = sum(tokens * size for tokens in longest)
+        if computed > 0.9 * x.numel():  # it does not pay
+            return self._encode(x)
+        groups = zip(x[order].split(size), longest)
+        vectors = torch.cat([self._encode(group[:, :tokens]) for group, tokens in groups])
+        return vectors[order.argsort()]
+
+    def _takes_groups(self, x: Tensor) -> bool:
+        if not (cpu_shortcut(x, backward=True) and may_decide(x)):
+            return False
+        if x.numel() <= self.group_tokens or any(map(is_hooked, self.modules())):
+            return False
+        return not any(getattr(block.attn, "fill_to", 0) for block in self.blocks)
+
+    def _encode(self, x: Tensor) -> Tensor:
         mask = x != 0
         # A sequence of padding alone has one token of it, so that nothing is divided by 0.
         first = torch.arange(x.shape[1], device=x.device) == 0
