@@ -133,6 +133,20 @@ def test_published_flops(name):
     assert (analysis.total() - iteration) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.05)
 
 
+def test_averaged_keys():
+    """Of an image too large for its keys: 3x2 tokens of stage 4 become 2x2, and a class token."""
+    found = []
+    for keys in (None, 4):
+        torch.manual_seed(0)
+        backbone = SOFTPlusPlus("tiny", max_keys=keys).eval()
+        found.append(FlopAnalyzer(backbone, torch.rand(1, 3, 96, 64)).by_operator())
+    channels, blocks = backbone.arch_settings["embed_dims"][3], len(backbone.stages[3].blocks)
+    saved = {name: found[0][name] - found[1][name] for name in found[0]}
+    assert saved.pop("linear") == blocks * 2 * 2 * channels**2
+    assert saved.pop("matmul") == blocks * 2 * 2 * 7 * channels
+    assert not any(saved.values())
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_get_flops_tool(library, run_tool, tmp_path):
     import_library(library)

@@ -38,20 +38,24 @@ def check_float16(dtype: torch.dtype, device: str) -> None:
 
 
 # Of sizes that may be symbols, which the plain ones would ask for their value. Of those that are
-# known, torch 2.6 and 2.11 compile the plain ones alone.
+# known, torch 2.6 and 2.11 compile the plain ones alone; torch.jit.trace has tensors for sizes.
 _PLAIN = TORCH < (2, 12)
+
+
+def _takes_plain(*sizes: int) -> bool:
+    if any(isinstance(size, Tensor) for size in sizes):
+        return True
+    return _PLAIN and not any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def larger(size: int, other: int) -> int:
     """The larger of two sizes."""
-    known = not isinstance(size, torch.SymInt) and not isinstance(other, torch.SymInt)
-    return max(size, other) if _PLAIN and known else torch.sym_max(size, other)
+    return max(size, other) if _takes_plain(size, other) else torch.sym_max(size, other)
 
 
 def smaller(size: int, other: int) -> int:
     """The smaller of two sizes."""
-    known = not isinstance(size, torch.SymInt) and not isinstance(other, torch.SymInt)
-    return min(size, other) if _PLAIN and known else torch.sym_min(size, other)
+    return min(size, other) if _takes_plain(size, other) else torch.sym_min(size, other)
 
 
 def has_fp32_precision() -> bool:
