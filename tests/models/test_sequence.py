@@ -67,6 +67,14 @@ def test_how_wide_a_batch_is_changes_nothing_in_nystromformer():
     torch.testing.assert_close(grads(model, F.pad(x, (0, 7))), grads(model, x))
 
 
+def shapes_of(model, monkeypatch):
+    """The batches that it computes, from now on."""
+    seen = []
+    encode = model._encode
+    monkeypatch.setattr(model, "_encode", lambda x: seen.append(tuple(x.shape)) or encode(x))
+    return seen
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", [*OURS, *PEERS])
 @pytest.mark.parametrize("with_cp", [False, True])
@@ -74,24 +82,68 @@ def test_sequences_of_about_one_length_are_computed_together(name, with_cp, monk
     """Which changes nothing; but not with peers whose result depends on the batch's padding."""
     model = backbone(**OURS.get(name, dict(attention=name)), with_cp=with_cp).double()
     x = sequences((40, 1, 23, 0, 9))
-    expected = grads(model, x)
-    seen = []
-    encode = model._encode
-    monkeypatch.setattr(model, "_encode", lambda x: seen.append(tuple(x.shape)) or encode(x))
-    monkeypatch.setattr(SequenceSOFT, "group_tokens", 80)
-    torch.testing.assert_close(grads(model, x), expected, rtol=1e-6, atol=1e-9)
-    whole = [(5, 40)]
-    assert seen == (whole if name in ("performer", "nystromformer") else [(2, 1), (2, 23), (1, 40)])
-    seen.clear()
-    pair = torch.stack((x, x.flip(0)), 1)
-    alone = model(x)[0]
-    torch.testing.assert_close(model(pair)[0][:, :16], alone, rtol=1e-6, atol=1e-9)
-    seen.clear()
-    model(sequences((40, 39, 40, 38, 40)))  # there is next to no padding
-    hook = model.blocks[1].norm2.register_forward_hook(lambda *_: None)
-    model(x)  # a hook sees all of them
-    assert seen == whole + whole
-    hook.remove()
+    pairs = torch.stack((x, x.flip(0)), 1)
+    expected = grads(model, x), grads(model, pairs)
+    monkeypatch.setattr(SequenceSOFT, "group_tokens", 50)
+    seen = shapes_of(model, monkeypatch)
+    found = grads(model, x), grads(model, pairs)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    if name in ("performer", "nystromformer"):
+        assert seen == [(5, 40), (10, 40)]
+    else:
+        groups = [(3, 9), (1, 23), (1, 40)], [(5, 9), (2, 23), (1, 23), (1, 40), (1, 40)]
+        assert seen == groups[0] + groups[1]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ((300, 1000, 400, 800, 500), [(4, 800), (1, 1000)]),
+        ((200,) * 4 + (900,), [(4, 200), (1, 900)]),
+        ((800, 1000) * 4, [(4, 800), (4, 1000)]),  # 0.9 of the tokens
+        ((801, 1000) * 4, [(8, 1000)]),
+        ((500, 1000, 600, 800), [(4, 1000)]),  # one group
+        ((500, 1030, 600, 800), [(3, 800), (1, 1030)]),  # too many for one
+    ],
+)
+def test_which_sequences_are_computed_together(lengths, groups, monkeypatch):
+    model = backbone(max_length=1030, solver="direct")
+    x = sequences(lengths, max(lengths))
+    seen = shapes_of(model, monkeypatch)
+    together = model(x)[0]
+    assert seen == groups
+    whole = model._encode(x)
+    exact = model.double()._encode(x)
+    error = 2 * (whole - exact).abs().max()
+    torch.testing.assert_close(together.double(), exact, rtol=0, atol=error.item())
+
+
+@pytest.mark.cpu
+def test_what_needs_the_whole_batch_gets_it(monkeypatch):
+    monkeypatch.setattr(SequenceSOFT, "group_tokens", 50)
+    x = sequences((40, 1, 23, 0, 9))
+    model = backbone()
+    expected = model(x)[0]
+    seen = shapes_of(model, monkeypatch)
+    with model.blocks[1].norm2.register_forward_hook(lambda *_: None):
+        model(x)  # a hook sees all of them
+    assert seen == [(5, 40)]
+    batches = torch.vmap(lambda x: model(x)[0])(torch.stack((x, x)))  # no value may decide
+    torch.testing.assert_close(batches[1], expected, rtol=1e-4, atol=1e-5)
+    chosen = backbone(**OURS["content"])
+    seen = shapes_of(chosen, monkeypatch)
+    with torch.no_grad():
+        chosen(x)  # a choice for each group would cost more than padding
+    assert seen == [(5, 40)]
+
+
+def test_options_reach_the_peers():
+    """Landmarks of Nystromformer, tokens of Linformer."""
+    nystromformer = backbone(attention="nystromformer", max_landmarks=7).blocks[1].attn.layer
+    assert nystromformer.num_landmarks == 7
+    linformer = backbone(attention="linformer", max_length=33).blocks[1].attn.layer
+    assert linformer.seq_len == len(linformer.proj_k) == 33
 
 
 LAYERS = OURS | dict(

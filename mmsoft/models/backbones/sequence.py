@@ -1,6 +1,7 @@
 """The SOFT and SOFT++ backbones of sequences."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ from .arch import check_choice, check_int, check_rate, resolve_sequence_arch
 from .base import Backbone
 
 ATTENTIONS = ("soft", "softmax", "gaussian", *PEERS, "none")
+
+
+def _groups(lengths: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
+    """Cut ascending lengths into groups of at most so many tokens, filled up to their longest.
+
+    Returns:
+        How many each has, at least one, and its longest.
+    """
+    sizes, longest = [0], [0]
+    for length in lengths:
+        if sizes[-1] and (sizes[-1] + 1) * length > tokens:
+            sizes.append(0)
+            longest.append(0)
+        sizes[-1] += 1
+        longest[-1] = length
+    return sizes, longest
 
 
 @MODELS.register_module()
@@ -68,7 +85,7 @@ class SequenceSOFT(Backbone):
     """
 
     mark = "token_embed.weight"
-    group_tokens = 1 << 12  # padding included, see _vectors
+    group_tokens = 1 << 12  # of sequences that are computed together, padding included
 
     def __init__(
         self,
@@ -215,19 +232,22 @@ class SequenceSOFT(Backbone):
             return self._encode(x)
         place = torch.arange(1, x.shape[1] + 1)
         lengths, order = ((x != 0) * place).amax(1).clamp(min=1).sort(stable=True)
-        size = max(1, self.group_tokens // x.shape[1])
-        longest = [int(group[-1]) for group in lengths.split(size)]
-        computed = sum(tokens * size for tokens in longest)
+        sizes, longest = _groups(lengths.tolist(), self.group_tokens)
+        computed = sum(size * tokens for size, tokens in zip(sizes, longest))
         if computed > 0.9 * x.numel():  # it does not pay
             return self._encode(x)
-        groups = zip(x[order].split(size), longest)
+        groups = zip(x[order].split(sizes), longest)
         vectors = torch.cat([self._encode(group[:, :tokens]) for group, tokens in groups])
         return vectors[order.argsort()]
 
     def _takes_groups(self, x: Tensor) -> bool:
         if not (cpu_shortcut(x, backward=True) and may_decide(x)):
             return False
-        if x.numel() <= self.group_tokens or any(map(is_hooked, self.modules())):
+        if any(map(is_hooked, self.modules())):
+            return False
+        # The steps of a choice are the same for any batch, and nearly all that evaluation costs.
+        choosing = any(getattr(block.attn, "by_content", False) for block in self.blocks)
+        if choosing and not torch.is_grad_enabled():
             return False
         return not any(getattr(block.attn, "fill_to", 0) for block in self.blocks)
 
