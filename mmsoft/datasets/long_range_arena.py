@@ -30,7 +30,7 @@ class SequenceDataset(BaseDataset):
 
     Raises:
         FileNotFoundError: a file is missing; the message says what is expected where.
-        ValueError: a file is malformed; the message says where.
+        ValueError: a file is malformed, and the message says where; or an argument is invalid.
     """
 
     length = 1024
@@ -48,7 +48,9 @@ class SequenceDataset(BaseDataset):
         if split not in self.splits:
             raise ValueError(f"split must be one of {self.splits}, got {split!r}")
         self.split = split
-        self.max_length = max_length or self.length
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, or None, got {max_length}")
+        self.max_length = self.length if max_length is None else max_length
         super().__init__(data_root=data_root, pipeline=list(pipeline), indices=indices)
 
     def path(self, name: str) -> Path:
@@ -83,10 +85,29 @@ OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 LISTOPS_TOKENS = (*map(str, range(10)), *OPERATORS, "]")  # token n + 1
 
 
-# A control character for each operator, then the token of each character.
+# A control character for each operator; then the token of each character, 0 between tokens.
 _MARKS = [(name.encode(), bytes([i])) for i, name in enumerate(OPERATORS, 1)]
-_TOKENS = np.zeros(256, np.uint8)
+_INVALID = 255
+_TOKENS = np.full(256, _INVALID, np.uint8)
 _TOKENS[[*b"0123456789", *range(1, 5), *b"]"]] = range(1, 16)
+_TOKENS[list(b"() ")] = 0
+_DEPTH = np.zeros(16, np.int8)  # what a token adds: lists begin at 11 to 14 and end at 15
+_DEPTH[11:15], _DEPTH[15] = 1, -1
+
+
+def _listops_tokens(source: bytes) -> np.ndarray | None:
+    """The tokens of an expression, ``None`` unless it is one digit or one list."""
+    if not source or np.frombuffer(source, np.uint8).min() < 32:
+        return None
+    for name, mark in _MARKS:
+        source = source.replace(name, mark)
+    codes = _TOKENS[np.frombuffer(source, np.uint8)]
+    there = codes != 0
+    tokens = codes[there]
+    if not len(tokens) or _INVALID in tokens or (there[1:] & there[:-1]).any():
+        return None
+    depth = np.cumsum(_DEPTH[tokens], dtype=np.int64)
+    return tokens if depth[-1] == 0 and (depth[:-1] > 0).all() else None
 
 
 @DATASETS.register_module()
@@ -114,12 +135,8 @@ class ListOps(SequenceDataset):
                 raise ValueError(f"{path} must begin with Source and Target, got {header[:3]}")
             for number, line in enumerate(file, 2):
                 source, _, target = line.rstrip(b"\r\n").rpartition(b"\t")
-                printable = not source or np.frombuffer(source, np.uint8).min() >= 32
-                for name, mark in _MARKS:
-                    source = source.replace(name, mark)
-                tokens = _TOKENS[np.frombuffer(source.translate(None, b"() "), np.uint8)]
-                valid = printable and len(tokens) and tokens.all()
-                if not valid or len(target) != 1 or not target.isdigit():
+                tokens = _listops_tokens(source)
+                if tokens is None or len(target) != 1 or not target.isdigit():
                     raise ValueError(
                         f"{path}, line {number}: not an expression of {' '.join(LISTOPS_TOKENS)}, "
                         "a tab and a digit"

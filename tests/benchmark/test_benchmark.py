@@ -818,6 +818,17 @@ def test_plots_of_every_operator_and_sequence_model(data, tmp_path):
         assert cv2.imread(str(tmp_path / name)).std() > 10
 
 
+SEQUENCE_LAYERS = dict(
+    softpp="SequenceAttention",
+    softmax="SoftmaxSequenceAttention",
+    gaussian="GaussianSequenceAttention",
+    linformer="LinformerSelfAttention",
+    performer="SelfAttention",
+    nystromformer="NystromAttention",
+    none="NoSequenceAttention",
+)
+
+
 @pytest.mark.parametrize("name", cases.SEQUENCES)
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_steps_of_sequence_models(name, mode):
@@ -828,6 +839,15 @@ def test_steps_of_sequence_models(name, mode):
         pytest.skip(str(error))
     cases.make_step(model, case)()
     assert model.max_length == 96
+    for attn in (block.attn for block in model.blocks):
+        layer = getattr(attn, "layer", attn)
+        assert type(layer).__name__ == SEQUENCE_LAYERS[name]
+        if name == "softpp":
+            landmarks = attn.sample_landmarks(torch.zeros(1, 96, 64))[0]
+            assert landmarks.shape == (1, 2, 48, 32)  # of 2 tokens: at most 64 of 96
+            assert (attn.normalize, attn.solver) == (True, "direct")
+        if name == "nystromformer":
+            assert layer.num_landmarks == 64
 
 
 @pytest.mark.parametrize(

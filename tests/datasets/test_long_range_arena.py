@@ -159,6 +159,13 @@ def break_listops(root, line):
         "\t3",
         "( [MIN A ) ] )\t1",
         "( \x01 1 ) ] )\t1",
+        "( ( [MIN 12 ) ] )\t1",  # no blank between two digits
+        "( ( [MIN[MAX 1 ) ] ] )\t1",
+        "( [MIN 1 )\t1",  # does not end
+        "] ] 3\t9",
+        "( [MIN 1 ) ] ]\t1",
+        "( [MIN 1 ) ] 2\t1",  # two expressions
+        "1 2\t1",
         "",
     ],
 )
@@ -170,6 +177,12 @@ def test_malformed_listops(line, tmp_path):
     (root / "basic_val.tsv").write_text("0\t1\n")
     with pytest.raises(ValueError, match=r"basic_val\.tsv must begin with Source and Target"):
         ListOps(root, "val")
+
+
+@pytest.mark.parametrize("length", [0, -3])
+def test_a_length_below_one_is_refused(length, tmp_path):
+    with pytest.raises(ValueError, match=f"max_length must be at least 1, or None, got {length}"):
+        IMDbBytes(write_imdb(tmp_path / "d"), "train", max_length=length)
 
 
 @pytest.mark.parametrize("line", ["1\t2\t3\ttext", "2\t1\t2\ta\tb", "1\t1\t2\t\tb", ""])

@@ -1,5 +1,6 @@
 """The generators of ListOps and Pathfinder: what they write has the published distribution."""
 
+import hashlib
 import re
 import statistics
 from collections import Counter
@@ -102,6 +103,14 @@ def test_one_in_twelve_is_long_enough(listops):
         with suppress(listops.TooLongError):
             kept += listops.expression(rng, 1999)[2] > 500
     assert kept / 4000 == pytest.approx(0.08, abs=0.015)
+
+
+def test_the_same_parameters_give_the_same_expressions(listops):
+    """Those of version 1, whose rows stand in a table: others are another version."""
+    found = listops.expressions(0, 500, 2000)
+    text = "".join(f"{source}{value}" for source, value in (next(found) for _ in range(20)))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert (listops.VERSION, digest) == (1, "3d87c9219ae3")
 
 
 def test_median_is_cut_to_an_integer(listops):
@@ -213,6 +222,8 @@ def test_distractors_are_brighter(pathfinder):
         image = pathfinder.draw(dash + 4.25, dash + 20.25, np.array([[27, 5], [5, 27]]))
         long, short = image[:12, :12].max(), image[16:24, 16:24].max()
         assert long / short == pytest.approx(0.75, abs=0.005)
+        disc = image[24:, :12].astype(int)  # 32 quarters of a pixel lie within 1.5 pixels
+        assert disc.sum() / disc.max() == pytest.approx(8, abs=0.05)
         coverage = pathfinder.lines(dash + 20.25).max()
         assert short / image[24:, :12].max() == pytest.approx(2 * coverage, abs=0.01)
 
