@@ -83,11 +83,35 @@ def test_seeds_share_a_line_and_attentions_keep_their_order(tool):
     page = tool.render(rows, {})
     assert [line[0] for line in lines(page, "ListOps")] == ["SOFT++", "SOFT++", "softmax"]
     found = lines(page, "ListOps")
-    assert ["SOFT++", "200", "0, 1", "5000", "36.50 (36.00-37.00)", "-", "900"] in found
-    assert ["softmax", "200", "0", "5000", "38.00", "-", "900"] in found
+    assert ["SOFT++", "200", "0, 1", "5000", "36.50 (36.00-37.00)", "-", "900", "0123456"] in found
+    assert ["softmax", "200", "0", "5000", "38.00", "-", "900", "0123456"] in found
     assert lines(page, "Pathfinder")[0][4] == "50.00"
     assert page.index("## ListOps") < page.index("## Pathfinder") < page.index("## What others")
     assert "standard attention" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(digest="ba9876543210"), "rows differ in digest"),
+        (dict(data={"seed": 7}), "rows differ in data"),
+        (dict(parameters=100_000), "rows differ in parameters"),
+        (dict(scheduled_iterations=9000), "rows differ in scheduled_iterations"),
+        (dict(seed=0), "two rows of one seed"),
+        (dict(threads=2), "times of unlike conditions"),
+        (dict(commit="ba9876543210"), "times of unlike conditions"),
+    ],
+)
+def test_rows_that_differ_by_more_than_their_seeds_share_no_line(tool, change, message):
+    rows = [row(), row(seed=1) | change]
+    for each in rows:
+        each["seconds_per_iteration"] = 1.0
+    with pytest.raises(ValueError, match=rf"soft\+\+, 5000 iterations: {message}"):
+        tool.render(rows, {})
+    rows[1]["seconds_per_iteration"] = None
+    if "times" in message:  # no time that they could share
+        commits = lines(tool.render(rows, {}), "ListOps")[0][-1]
+        assert commits == ("0123456" if "threads" in change else "0123456, ba98765")
 
 
 def test_baselines_and_rows_near_them(tool, tmp_path):

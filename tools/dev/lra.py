@@ -70,7 +70,7 @@ ATTENTIONS = {  # label, changes of the config
         "softmax, convolution of values (33)",
         [f"{BACKBONE}attention=softmax", CONVOLVED],
     ),
-    "gaussian": ("exact Gaussian kernel", [f"{BACKBONE}attention=gaussian"]),
+    "gaussian": ("exact Gaussian kernel, normalized", [f"{BACKBONE}attention=gaussian"]),
     "nystromformer": (
         "Nyströmformer, no convolution",
         [f"{BACKBONE}attention=nystromformer"],
@@ -206,11 +206,13 @@ is of the last weights. No row that was measured is left out. Accuracies of seve
 mean, with the lowest and the highest in parentheses; a seed sets the initial weights and the order
 of the sequences. Seconds per iteration are the median over the log, loading included; "-" where
 other work shared the machine. Peak memory is the resident memory of the training process, Python
-and the data included.
+and the data included, the most of all seeds. On a CPU sequences of about one length are computed
+together, from commit 8865682 on, which leaves out much of the padding; Nyströmformer and Performer,
+whose results depend on it, compute all of it.
 
 Two lines on ListOps need no model: one class for all, and one for each root operator, which is the
 first token, in both cases those most frequent in training. A row that is no higher than the second
-has learned to read that token and no more.
+is not shown to have learned more than to read that token.
 """
 BASELINE = """
 For all {answer}; by the root operator {answers}. The standard error of an accuracy over the
@@ -221,7 +223,7 @@ PUBLISHED_HEAD = """
 ## What others publish
 
 Quoted from their papers; protocols differ from each other and from ours. On ListOps they are near
-what the root operator alone gives.
+what the root operator alone gives on the data that are generated here.
 
 """
 
@@ -267,11 +269,24 @@ def read_baselines(folder: Path) -> dict[str, Row]:
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Rows that differ by their seeds alone: attention and iterations -> rows."""
+    """Rows of a task that differ by their seeds alone: attention and iterations -> rows.
+
+    Raises:
+        ValueError: they differ by more, or two have the same seed.
+    """
     found: dict[tuple[str, int], list[Row]] = defaultdict(list)
     order = list(ATTENTIONS)
     for row in sorted(rows, key=lambda row: (order.index(row["attention"]), row["seed"])):
         found[row["attention"], row["iterations"]].append(row)
+    for (attention, iterations), group in found.items():
+        for key in ("digest", "data", "parameters", "scheduled_iterations"):
+            if any(row[key] != group[0][key] for row in group):
+                raise ValueError(f"{attention}, {iterations} iterations: rows differ in {key}")
+        timed = [row for row in group if row["seconds_per_iteration"] is not None]
+        if len({(row["device"], row["threads"], row["commit"]) for row in timed}) > 1:
+            raise ValueError(f"{attention}, {iterations} iterations: times of unlike conditions")
+        if len({row["seed"] for row in group}) < len(group):
+            raise ValueError(f"{attention}, {iterations} iterations: two rows of one seed")
     return found
 
 
@@ -295,6 +310,7 @@ def table(rows: Sequence[Row], baseline: Row | None = None) -> str:
             accuracy(group, baseline),
             seconds([row["seconds_per_iteration"] for row in group]),
             f"{max(row['peak_bytes'] for row in group) / 1e6:.0f}",
+            ", ".join(dict.fromkeys(row["commit"][:7] for row in group)),
         ]
         for (attention, iterations), group in groups(rows).items()
     ]
@@ -303,10 +319,11 @@ def table(rows: Sequence[Row], baseline: Row | None = None) -> str:
             ("one class for all", "most_frequent"),
             ("the root operator alone", "root_operator"),
         ):
-            body.append([name, "-", "-", "-", f"{baseline[key]['accuracy']:.2f}", "-", "-"])
+            accurate = f"{baseline[key]['accuracy']:.2f}"
+            body.append([name, "-", "-", "-", accurate, "-", "-", "-"])
     header = ["attention", "params (k)", "seeds", "iterations", "accuracy (%)", "s/iteration"]
-    header += ["peak memory (MB)"]
-    align = ["left"] + ["right"] * (len(header) - 1)
+    header += ["peak memory (MB)", "commit"]
+    align = ["left"] + ["right"] * (len(header) - 2) + ["left"]
     return tabulate(body, header, "pipe", colalign=align, disable_numparse=True) + "\n"
 
 
