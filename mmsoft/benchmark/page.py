@@ -211,11 +211,14 @@ def targets(data: dict[str, Any]) -> list[Target]:
 
 def sequence_targets(entries: Sequence[Entry]) -> list[Target]:
     """Those of sequence models; none where nothing was measured."""
-    times = {
-        (entry["name"], entry["tokens"], entry["mode"]): (entry["min_ms"], entry["median_ms"])
+    plain = [
+        entry
         for entry in entries
         if (entry["device"], entry["dtype"], entry["compiled"]) == ("cpu", "float32", False)
-    }
+    ]
+    names = [(entry["name"], entry["tokens"], entry["mode"]) for entry in plain]
+    times = {name: (entry["min_ms"], entry["median_ms"]) for name, entry in zip(names, plain)}
+    memory = {name: entry["peak_mib"] for name, entry in zip(names, plain) if entry["peak_mib"]}
     found = []
     for name, tokens, mode in times:
         if name == "softpp" and tokens >= 2048:
@@ -235,6 +238,14 @@ def sequence_targets(entries: Sequence[Entry]) -> list[Target]:
                 shares = [a / b / (tokens / 2048) for a, b in zip(ours, first)]
                 claim = f"{where} time per token over that at 2048"
                 found.append(Target(claim, shares[0], 1.25, at_most=True, medians=shares[1]))
+            if own := memory.get((name, tokens, mode)):
+                if peer_memory := memory.get(("softmax", tokens, mode)):
+                    claim = f"{where} peak memory over that of softmax attention"
+                    found.append(Target(claim, own / peer_memory, 1, at_most=True))
+                if tokens > 2048 and (first_memory := memory.get((name, 2048, mode))):
+                    claim = f"{where} peak memory per token over that at 2048"
+                    share = own / first_memory / (tokens / 2048)
+                    found.append(Target(claim, share, 1.25, at_most=True))
     return found
 
 
