@@ -213,6 +213,9 @@ whose results depend on it, compute all of it.
 Two lines on ListOps need no model: one class for all, and one for each root operator, which is the
 first token, in both cases those most frequent in training. A row that is no higher than the second
 is not shown to have learned more than to read that token.
+
+Pathfinder has no row yet: 62400 iterations of 256 images would take more than a week on two cores
+(17 to 21 s for one of SOFT++ on one thread, other work beside it).
 """
 BASELINE = """
 For all {answer}; by the root operator {answers}. The standard error of an accuracy over the
