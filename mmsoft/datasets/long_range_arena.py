@@ -96,7 +96,10 @@ _DEPTH[11:15], _DEPTH[15] = 1, -1
 
 
 def _listops_tokens(source: bytes) -> np.ndarray | None:
-    """The tokens of an expression, ``None`` unless it is one digit or one list."""
+    """The tokens of a digit or of a list of lists and digits, none empty; ``None`` of all else.
+
+    Round parentheses count as blanks.
+    """
     if not source or np.frombuffer(source, np.uint8).min() < 32:
         return None
     for name, mark in _MARKS:
@@ -106,8 +109,10 @@ def _listops_tokens(source: bytes) -> np.ndarray | None:
     tokens = codes[there]
     if not len(tokens) or _INVALID in tokens or (there[1:] & there[:-1]).any():
         return None
-    depth = np.cumsum(_DEPTH[tokens], dtype=np.int64)
-    return tokens if depth[-1] == 0 and (depth[:-1] > 0).all() else None
+    step = _DEPTH[tokens]
+    depth = np.cumsum(step, dtype=np.int64)
+    empty = (step[:-1] - step[1:] == 2).any()  # a list that ends where it begins
+    return tokens if depth[-1] == 0 and (depth[:-1] > 0).all() and not empty else None
 
 
 @DATASETS.register_module()

@@ -201,7 +201,7 @@ class SoftmaxSequenceAttention(_Compared):
         q, k, v = self.heads(self.query(x)), self.heads(self.key(x)), self.heads(v)
         bias = None
         if mask is not None:
-            bias = q.new_zeros(len(q), 1, 1, q.shape[2])
+            bias = q.new_zeros(q.shape[0], 1, 1, q.shape[2])
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
         out = softmax_attention(q, k, v, bias, scale=q.shape[-1] ** -0.5)
         return out.transpose(1, 2).flatten(2)

@@ -166,6 +166,7 @@ def break_listops(root, line):
         "( [MIN 1 ) ] ]\t1",
         "( [MIN 1 ) ] 2\t1",  # two expressions
         "1 2\t1",
+        "( [MIN 1 ) ( [MAX ] ) ]\t1",  # an empty list
         "",
     ],
 )

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from operators import needs_torch_2_6
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from mmsoft.models import SequenceSOFT, SequenceSOFTPlusPlus
 from mmsoft.models.backbones.sequence import ATTENTIONS
@@ -119,23 +120,61 @@ def test_which_sequences_are_computed_together(lengths, groups, monkeypatch):
     torch.testing.assert_close(together.double(), exact, rtol=0, atol=error.item())
 
 
+class OfTheBatch(nn.Module):
+    def forward(self, x, mask):
+        return x - x.mean(0, keepdim=True)
+
+
+WATCHED = dict(  # what counts its calls, knows the batch, or is watched
+    hook=lambda block: block.norm2.register_forward_hook(lambda *_: None),
+    parametrized=lambda block: parametrizations.spectral_norm(block.attn.proj),
+    replaced=lambda block: setattr(block.attn, "forward", block.attn.forward),
+    statistics=lambda block: block.add_module("norm2", nn.SyncBatchNorm(16)),
+    other=lambda block: setattr(block, "attn", OfTheBatch()),
+)
+
+
 @pytest.mark.cpu
-def test_what_needs_the_whole_batch_gets_it(monkeypatch):
+@pytest.mark.parametrize("name", WATCHED)
+def test_what_needs_the_whole_batch_gets_it(name, monkeypatch):
+    monkeypatch.setattr(SequenceSOFT, "group_tokens", 50)
+    x, seen = sequences((40, 1, 23, 0, 9)), []
+    model = backbone()
+    WATCHED[name](model.blocks[1])
+    monkeypatch.setattr(model, "_encode", lambda x: seen.append(tuple(x.shape)) or x.float())
+    model(x)
+    assert seen == [(5, 40)]
+
+
+@pytest.mark.cpu
+def test_where_groups_are_of_no_use(monkeypatch):
+    """Under transforms, which no value may decide; of no sequences; and for a choice."""
     monkeypatch.setattr(SequenceSOFT, "group_tokens", 50)
     x = sequences((40, 1, 23, 0, 9))
     model = backbone()
     expected = model(x)[0]
-    seen = shapes_of(model, monkeypatch)
-    with model.blocks[1].norm2.register_forward_hook(lambda *_: None):
-        model(x)  # a hook sees all of them
-    assert seen == [(5, 40)]
-    batches = torch.vmap(lambda x: model(x)[0])(torch.stack((x, x)))  # no value may decide
+    batches = torch.vmap(lambda x: model(x)[0])(torch.stack((x, x)))
     torch.testing.assert_close(batches[1], expected, rtol=1e-4, atol=1e-5)
+    with torch.device("meta"):  # where new tensors are, but not these
+        torch.testing.assert_close(model(x)[0], expected)
+    assert model(x[:0])[0].shape == (0, 16)
+    assert model(torch.stack((x, x), 1)[:0])[0].shape == (0, 64)
+    padding = torch.zeros_like(x)  # one token of each
+    torch.testing.assert_close(model(padding)[0], model._encode(padding))
     chosen = backbone(**OURS["content"])
     seen = shapes_of(chosen, monkeypatch)
     with torch.no_grad():
         chosen(x)  # a choice for each group would cost more than padding
     assert seen == [(5, 40)]
+
+
+@pytest.mark.parametrize("name", ["SOFT++", "class token", "softmax", "content"])
+def test_a_traced_model_takes_other_sizes(name):
+    model = backbone(**OURS[name]).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, sequences())
+        for x in (sequences((33, 12), 33), sequences((50, 3, 20, 7), 50)):
+            torch.testing.assert_close(traced(x)[0], model(x)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_options_reach_the_peers():

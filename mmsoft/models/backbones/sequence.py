@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mmsoft.checkpoint import check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
@@ -30,15 +31,32 @@ from .base import Backbone
 ATTENTIONS = ("soft", "softmax", "gaussian", *PEERS, "none")
 
 
+# Attention whose result for a sample depends on nothing else of the batch.
+OF_SAMPLES = (
+    SequenceAttention,
+    NoSequenceAttention,
+    SoftmaxSequenceAttention,
+    GaussianSequenceAttention,
+)
+
+
+def _wants_whole_batch(module: nn.Module) -> bool:
+    """Whether a module counts its calls, has statistics of the batch, or somebody watches it."""
+    if is_hooked(module) or is_parametrized(module) or "forward" in vars(module):
+        return True
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+
+
 def _groups(lengths: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
     """Cut ascending lengths into groups of at most so many tokens, filled up to their longest.
 
     Returns:
         How many each has, at least one, and its longest.
     """
-    sizes, longest = [0], [0]
+    sizes: list[int] = []
+    longest: list[int] = []
     for length in lengths:
-        if sizes[-1] and (sizes[-1] + 1) * length > tokens:
+        if not sizes or (sizes[-1] + 1) * length > tokens:
             sizes.append(0)
             longest.append(0)
         sizes[-1] += 1
@@ -230,7 +248,7 @@ class SequenceSOFT(Backbone):
         """
         if not self._takes_groups(x):
             return self._encode(x)
-        place = torch.arange(1, x.shape[1] + 1)
+        place = torch.arange(1, x.shape[1] + 1, device=x.device)
         lengths, order = ((x != 0) * place).amax(1).clamp(min=1).sort(stable=True)
         sizes, longest = _groups(lengths.tolist(), self.group_tokens)
         computed = sum(size * tokens for size, tokens in zip(sizes, longest))
@@ -241,15 +259,17 @@ class SequenceSOFT(Backbone):
         return vectors[order.argsort()]
 
     def _takes_groups(self, x: Tensor) -> bool:
-        if not (cpu_shortcut(x, backward=True) and may_decide(x)):
+        if not (cpu_shortcut(x, backward=True) and may_decide(x)) or not len(x):
             return False
-        if any(map(is_hooked, self.modules())):
+        if any(map(_wants_whole_batch, self.modules())):
             return False
+        layers: list[Any] = [block.attn for block in self.blocks]
         # The steps of a choice are the same for any batch, and nearly all that evaluation costs.
-        choosing = any(getattr(block.attn, "by_content", False) for block in self.blocks)
-        if choosing and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and any(getattr(attn, "by_content", 0) for attn in layers):
             return False
-        return not any(getattr(block.attn, "fill_to", 0) for block in self.blocks)
+        return all(
+            isinstance(attn, OF_SAMPLES) or getattr(attn, "fill_to", 1) == 0 for attn in layers
+        )
 
     def _encode(self, x: Tensor) -> Tensor:
         mask = x != 0
@@ -258,7 +278,7 @@ class SequenceSOFT(Backbone):
         mask = mask | (first & ~mask.any(1, keepdim=True))
         x = self.token_embed(x)
         if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1)
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
             mask = torch.cat((torch.ones_like(mask[:, :1]), mask), 1)
         x = self.pos_drop(x + self.pos_embed[:, : x.shape[1]])
         # Where asking costs nothing: passes over memory less.
