@@ -207,8 +207,9 @@ mean, with the lowest and the highest in parentheses; a seed sets the initial we
 of the sequences. Seconds per iteration are the median over the log, loading included; "-" where
 other work shared the machine. Peak memory is the resident memory of the training process, Python
 and the data included, the most of all seeds. On a CPU sequences of about one length are computed
-together, from commit 8865682 on, which leaves out much of the padding; Nyströmformer and Performer,
-whose results depend on it, compute all of it.
+together from commit 8865682 on, which leaves out much of the padding; before, and in Nyströmformer
+and Performer, whose results depend on it, all of it takes time and memory. Accuracies have no part
+in that, and so rows of both share a line.
 
 Two lines on ListOps need no model: one class for all, and one for each root operator, which is the
 first token, in both cases those most frequent in training. A row that is no higher than the second
