@@ -362,11 +362,12 @@ def test_every_shortcut_is_here(root):
     asking = [re.findall(asks, text) for text in texts]
     # The warning of many landmarks, the gradients of those that are idle, of the choice inside its
     # operator, which tests/ops/test_choice.py compares, the two forms, when it stops and what it
-    # stores, and of sequences whether there is padding and whether tokens are known; of images
+    # stores, and of sequences whether there is padding, whether those of one length are computed
+    # together (tests/models/test_sequence.py) and whether tokens are known; of images
     # whether they are padded and whether that may be cut off (tests/models/test_image_padding.py),
     # how every second row and whole patches are taken and whether a patch has a mask, and how stage
     # 4's result lies where it has one (tests/export).
-    others = 13
+    others = 14
     # tokens by part, with and without what they read from landmarks; both norms in place
     twice = 2
     assert sum(map(len, asking)) == len(SHORTCUTS) - twice + others

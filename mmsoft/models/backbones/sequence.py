@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from mmsoft.checkpoint import check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
 from mmsoft.ops.library import check_float16
-from mmsoft.ops.mode import cpu_shortcut, may_decide
+from mmsoft.ops.mode import may_decide
 from mmsoft.registry import MODELS
 
 from ..layers import SoftmaxBlock
@@ -259,7 +259,7 @@ class SequenceSOFT(Backbone):
         return vectors[order.argsort()]
 
     def _takes_groups(self, x: Tensor) -> bool:
-        if not (cpu_shortcut(x, backward=True) and may_decide(x)) or not len(x):
+        if not may_decide(x) or not len(x):  # on a GPU a look at the lengths would stop it
             return False
         if any(map(_wants_whole_batch, self.modules())):
             return False
