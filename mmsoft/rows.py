@@ -1,4 +1,4 @@
-"""Rows of tables: a config trained and tested through mim, and what tables of them share."""
+"""Rows of tables: configs trained, tested and timed through mim, and what tables of them share."""
 
 import hashlib
 import json
@@ -6,20 +6,23 @@ import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
 from mmsoft.builder import build_model
-from mmsoft.commands import read_scalars, train_and_test
+from mmsoft.commands import mim, read_scalars, train_and_test
 from mmsoft.fileio import write_whole
 
 FIELDS = (
     *("config", "seed", "commit", "iterations", "scheduled_iterations", "metrics", "parameters"),
-    *("seconds_per_iteration", "training_seconds", "testing_seconds", "peak_bytes", "threads"),
-    *("device", "versions"),
+    *("peak_bytes", "threads", "device", "versions"),
 )
+
+NO_VALIDATION = ("val_cfg=None", "val_dataloader=None", "val_evaluator=None")
+WARM_UP = 2  # iterations of a run that are not timed
 
 Row = dict[str, Any]
 
@@ -39,21 +42,6 @@ def schedule(config: Config, iterations: int) -> list[str]:
         if scheduler.end == end:
             changes.append(f"param_scheduler.{number}.end={iterations}")
     return changes
-
-
-def timings(entries: Sequence[Row], iterations: int) -> tuple[float, float]:
-    """Seconds of an iteration, the median without the first entry, and those of the whole loop.
-
-    Each entry has the mean time of the iterations since the one before.
-    """
-    steps = [(entry["step"], entry["time"]) for entry in entries if "loss" in entry]
-    times = [time for _, time in steps]
-    last, total = 0, 0.0
-    for step, time in steps:
-        total += (step - last) * time
-        last = step
-    total += (iterations - last) * times[-1]
-    return statistics.median(times[1:] or times), total
 
 
 def commit(root: Path) -> str:
@@ -83,7 +71,6 @@ def measure_row(
     root: Path,
     seed: int,
     iterations: int | None = None,
-    timed: bool = True,
     changes: Iterable[str] = (),
     training: Iterable[str] = (),
     testing: Iterable[str] = (),
@@ -100,8 +87,6 @@ def measure_row(
         root: of the checkout.
         seed: of weights and order.
         iterations: instead of the config's; the row's name says so.
-        timed: False where other work shares the machine: the row has but the seconds that both
-            commands took there.
         changes: ``--cfg-options`` of ``mim train`` and ``mim test``.
         training: more of them, of ``mim train`` alone.
         testing: other arguments of ``mim test``.
@@ -134,13 +119,12 @@ def measure_row(
         testing=[*testing, *(["--cfg-options", *changes] if changes else [])],
     )
     scalars = read_scalars(work_dir)
-    seconds, total = timings(scalars, iterations)
     import torch  # seconds, which a table does without
 
     from mmsoft.benchmark.measure import device_name, versions
 
     row = dict(
-        config=f"{path.absolute().parent.name}/{path.name}",
+        config=_name_of(path),
         digest=of_config,
         seed=seed,
         commit=version,
@@ -148,9 +132,6 @@ def measure_row(
         scheduled_iterations=scheduled,
         metrics=done.metrics,
         parameters=sum(parameter.numel() for parameter in build_model(config).parameters()),
-        seconds_per_iteration=round(seconds, 4) if timed else None,
-        training_seconds=round(total, 1) if timed else None,
-        testing_seconds=round(done.testing.seconds, 1) if timed else None,
         wall_seconds=round(done.training.seconds + done.testing.seconds),
         peak_bytes=done.training.peak_bytes,
         threads=torch.get_num_threads(),
@@ -191,13 +172,107 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def seconds(values: Sequence[float | None]) -> str:
-    """Three digits of the mean of those that were timed."""
-    timed = [value for value in values if value is not None]
-    if not timed:
+@dataclass(frozen=True)
+class Subject:
+    """A config that is timed: the name of its file of times, changes, and what else that has."""
+
+    name: str
+    config: Path
+    changes: Sequence[str] = ()
+    extra: Row = field(default_factory=dict)
+
+
+def time_in_turns(
+    subjects: Sequence[Subject],
+    work_dir: Path,
+    out: Path,
+    rounds: int,
+    iterations: int,
+    *,
+    root: Path,
+) -> list[list[float]]:
+    """Train in turns, in the current folder, and write the seconds that iterations of each took.
+
+    A round is of one seed: all see the same batches. The first :data:`WARM_UP` iterations of a run
+    are left out.
+
+    Args:
+        subjects: one file each.
+        work_dir: a new folder for the logs.
+        out: folder of the times.
+        rounds: runs of each subject.
+        iterations: of a run.
+        root: of the checkout.
+
+    Returns:
+        Seconds of the iterations, by subject.
+
+    Raises:
+        CommandError: a training failed; nothing has been written then.
+        ValueError: no iteration would be left.
+    """
+    if iterations <= WARM_UP or rounds < 1:
+        least = f"at least 1 round of at least {WARM_UP + 1} iterations"
+        raise ValueError(f"times need {least}, got {rounds} of {iterations}")
+    samples: list[list[float]] = [[] for _ in subjects]
+    peaks = [0] * len(subjects)
+    version = commit(root)
+    turns = list(enumerate(subjects))
+    for number in range(rounds):
+        for place, subject in turns[:: -1 if number % 2 else 1]:  # neighbours and ends change
+            config = Config.fromfile(subject.config, import_custom_modules=False)
+            folder = (work_dir / f"{subject.name}_{number}").absolute()
+            folder.mkdir(parents=True)
+            changes = [f"train_cfg.max_iters={iterations}", "default_hooks.logger.interval=1"]
+            changes.append("log_processor.window_size=1")  # times, not means over those before
+            changes += ["default_hooks.checkpoint=None", f"randomness.seed={number}"]
+            changes += [*NO_VALIDATION, *subject.changes]
+            command = ["train", config.default_scope, str(subject.config), "--gpus", "0"]
+            command += ["--work-dir", str(folder), "--cfg-options", *changes]
+            title = f"{subject.name}, {number + 1} of {rounds}"
+            usage = mim(title, command, folder / "train.log", Path.cwd())
+            peaks[place] = max(peaks[place], usage.peak_bytes)
+            measured = [entry["time"] for entry in read_scalars(folder) if "loss" in entry]
+            samples[place] += measured[WARM_UP:]
+    import torch  # seconds, which a table does without
+
+    from mmsoft.benchmark.measure import device_name
+
+    for subject, times, peak in zip(subjects, samples, peaks):
+        content = dict(
+            config=_name_of(subject.config),
+            **subject.extra,
+            commit=version,
+            device=device_name("cpu"),
+            threads=torch.get_num_threads(),
+            in_turns_with=[other.name for other in subjects if other.name != subject.name],
+            peak_bytes=peak,
+            seconds=[round(time, 4) for time in times],
+        )
+        with write_whole(out / f"{subject.name}.json") as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+    return samples
+
+
+def read_times(folder: Path) -> list[Row]:
+    """What :func:`time_in_turns` has written."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def seconds(value: float | None) -> str:
+    """Three digits; "-" for what was not measured."""
+    return "-" if value is None else f"{value:.{2 if value < 10 else 0}f}"
+
+
+def seconds_of(times: Row | None) -> str:
+    """The median of what was timed, and both quartiles in parentheses."""
+    if times is None:
         return "-"
-    mean = statistics.mean(timed)
-    return f"{mean:.{2 if mean < 10 else 0}f}"
+    text = seconds(statistics.median(times["seconds"]))
+    if len(times["seconds"]) < 4:
+        return text
+    low, _, high = statistics.quantiles(times["seconds"], n=4)
+    return f"{text} ({seconds(low)}-{seconds(high)})"
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -210,6 +285,10 @@ def conditions(rows: Sequence[Row]) -> str:
     used = ", ".join(f"{name} {' and '.join(sorted(versions[name]))}" for name in versions)
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     return f"\n{'; '.join(devices)}; {used}; commit {commits}.\n"
+
+
+def _name_of(config: Path) -> str:
+    return f"{config.absolute().parent.name}/{config.name}"
 
 
 def _count(number: int, noun: str) -> str:

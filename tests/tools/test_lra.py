@@ -10,6 +10,7 @@ import pytest
 from loading import load_tool
 from lra_data import write_listops
 from mmengine.config import Config
+from pretended_mim import pretend_mim
 
 from mmsoft.builder import build_model
 from mmsoft.rows import digest
@@ -23,7 +24,7 @@ def tool():
 
 
 def test_the_page_and_its_figure_are_current(tool):
-    assert tool.stale(tool.read(tool.ROWS), tool.read_baselines(tool.BASELINES)) == []
+    assert tool.stale(*tool.measured()) == []
 
 
 def test_every_row_is_of_a_config_as_it_is(tool):
@@ -56,9 +57,6 @@ def row(attention="soft++", seed=0, task="listops", iterations=5000, accuracy=37
         scheduled_iterations=5000,
         metrics={"accuracy/top1": accuracy},
         parameters=200_000,
-        seconds_per_iteration=None,
-        training_seconds=None,
-        testing_seconds=None,
         peak_bytes=int(9e8),
         threads=1,
         device="a processor",
@@ -83,8 +81,8 @@ def test_seeds_share_a_line_and_attentions_keep_their_order(tool):
     page = tool.render(rows, {})
     assert [line[0] for line in lines(page, "ListOps")] == ["SOFT++", "SOFT++", "softmax"]
     found = lines(page, "ListOps")
-    assert ["SOFT++", "200", "0, 1", "5000", "36.50 (36.00-37.00)", "-", "900", "0123456"] in found
-    assert ["softmax", "200", "0", "5000", "38.00", "-", "900", "0123456"] in found
+    assert ["SOFT++", "200", "0, 1", "5000", "36.50 (36.00-37.00)", "900", "0123456"] in found
+    assert ["softmax", "200", "0", "5000", "38.00", "900", "0123456"] in found
     assert lines(page, "Pathfinder")[0][4] == "50.00"
     assert page.index("## ListOps") < page.index("## Pathfinder") < page.index("## What others")
     assert "standard attention" in page
@@ -98,20 +96,68 @@ def test_seeds_share_a_line_and_attentions_keep_their_order(tool):
         (dict(parameters=100_000), "rows differ in parameters"),
         (dict(scheduled_iterations=9000), "rows differ in scheduled_iterations"),
         (dict(seed=0), "two rows of one seed"),
-        (dict(threads=2), "times of unlike conditions"),
-        (dict(commit="ba9876543210"), "times of unlike conditions"),
     ],
 )
 def test_rows_that_differ_by_more_than_their_seeds_share_no_line(tool, change, message):
     rows = [row(), row(seed=1) | change]
-    for each in rows:
-        each["seconds_per_iteration"] = 1.0
     with pytest.raises(ValueError, match=rf"soft\+\+, 5000 iterations: {message}"):
         tool.render(rows, {})
-    rows[1]["seconds_per_iteration"] = None
-    if "times" in message:  # no time that they could share
-        commits = lines(tool.render(rows, {}), "ListOps")[0][-1]
-        assert commits == ("0123456" if "threads" in change else "0123456, ba98765")
+
+
+def test_rows_of_several_commits_name_them(tool):
+    rows = [row(), row(seed=1) | dict(commit="ba9876543210")]
+    assert lines(tool.render(rows, {}), "ListOps")[0][-1] == "0123456, ba98765"
+
+
+def test_attentions_are_timed_in_turns(tool, tmp_path, monkeypatch):
+    runs = pretend_mim(monkeypatch)
+    path = ROOT / "configs/lra/softpp_listops.py"
+    names = ["softmax", "soft++"]
+    tool.time_attentions(path, names, tmp_path / "runs", tmp_path / "out", 2, 4)
+    asked = [any(word.endswith("attention=softmax") for word in run) for run in runs]
+    assert asked == [True, False, False, True]
+    times = tool.read_times(tmp_path / "out")
+    assert [path.stem for path in sorted((tmp_path / "out").iterdir())] == [
+        "listops_soft++",
+        "listops_softmax",
+    ]
+    commit = times[0]["commit"][:7]
+    page = tool.render([], {}, times)
+    assert lines(page, "Time") == [
+        ["SOFT++", "2.00 (2.00-2.75), 0 MB"],
+        ["softmax", "2.00 (1.25-3.50), 0 MB"],
+    ]
+    assert f"commit {commit}." in page.partition("## Time")[2]
+    other = dict(times[0], config="lra/softpp_pathfinder32.py", in_turns_with=[])
+    assert [line[-1] for line in lines(tool.render([], {}, [*times, other]), "Time")] == [
+        "2.00 (2.00-2.75), 0 MB",
+        "-",
+    ]
+
+
+@pytest.mark.parametrize("lacks", ["softmax", "none"])
+def test_times_of_two_sessions_are_refused(tool, lacks):
+    """Ratios of seconds from two days are those of the days."""
+    names = ["soft++", "softmax", "none"]
+    times = [
+        dict(
+            config="lra/softpp_listops.py",
+            attention=name,
+            commit="c",
+            device="d",
+            threads=1,
+            peak_bytes=1,
+            seconds=[1.0],
+            in_turns_with=[f"listops_{other}" for other in names if other != name],
+        )
+        for name in names
+    ]
+    assert len(lines(tool.render([], {}, times), "Time")) == 3
+    with pytest.raises(ValueError, match="times of listops are not of one session"):
+        tool.render([], {}, [each for each in times if each["attention"] != lacks])
+    times[names.index(lacks)]["in_turns_with"].pop()
+    with pytest.raises(ValueError, match=f"times of listops are not of one session: {lacks}"):
+        tool.render([], {}, times)
 
 
 def test_baselines_and_rows_near_them(tool, tmp_path):
@@ -229,7 +275,7 @@ def test_a_run_writes_its_row(tool, tmp_path, attention):
     (tmp_path / "data/listops/parameters.json").write_text('{"seed": 7}')
     command = [sys.executable, ROOT / "tools/dev/lra.py", "run"]
     command += [ROOT / "configs/lra/softpp_listops.py", "--attention", attention, "--iters", "1002"]
-    command += ["--work-dir", "work", "--out", "rows", "--untimed", "--seed", "3"]
+    command += ["--work-dir", "work", "--out", "rows", "--seed", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (found,) = tool.read(tmp_path / "rows")
@@ -237,7 +283,6 @@ def test_a_run_writes_its_row(tool, tmp_path, attention):
     assert (found["attention"], found["seed"], found["iterations"]) == (attention, 3, 1002)
     assert {50, 1000} <= {step for step, _ in found["loss"]}
     assert found["validation"][0][0] == 1000
-    assert found["seconds_per_iteration"] is None
     assert found["data"] == {"seed": 7}
     assert 0 <= found["metrics"]["accuracy/top1"] <= 100
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -19,11 +19,12 @@ from loading import load_tool
 from mmengine import dump
 from mmengine.config import Config
 from PIL import Image
+from pretended_mim import pretend_mim
 from pycocotools import mask
 
 from mmsoft.builder import build_model
 from mmsoft.commands import mim, read_scalars
-from mmsoft.rows import digest, timings
+from mmsoft.rows import digest
 
 ROOT = Path(__file__).parents[2]
 ARCHIVES = Path(os.environ.get("MMSOFT_REAL_DATA", ROOT.parent / "shared/data"))
@@ -45,7 +46,7 @@ def tool():
 def test_the_page_is_current(tool):
     text = tool.render(
         tool.read(tool.ROWS),
-        tool.read_times(tool.TIMES),
+        tool.times_by_config(tool.TIMES),
         tool.read_budgets(tool.BUDGETS),
         json.loads(tool.LARGEST.read_text()),
     )
@@ -75,9 +76,6 @@ def row(config, seed=0, iterations=10, score=0.5, memory=5e8, **changes):
         scheduled_iterations=10,
         metrics={"mIoU": 100 * score} if "upernet" in config else {"coco/bbox_mAP": score},
         parameters=9_000_000 if "softpp" in config else 3_000_000,
-        seconds_per_iteration=1.0,
-        training_seconds=12.5,
-        testing_seconds=5.0,
         peak_bytes=int(memory),
         threads=1,
         device="a processor",
@@ -137,11 +135,11 @@ UNTIMED = {
 
 def test_the_times_of_a_task_are_of_one_session(tool):
     """Ratios of seconds from two days are those of the days."""
-    found = tool.read_times(tool.TIMES)
+    found = tool.times_by_config(tool.TIMES)
     for config, of in found.items():
-        together = {config.partition("/")[2], *of["in_turns_with"]}
+        together = {Path(config).stem, *of["in_turns_with"]}
         task = tool.task_of(dict(config=config))
-        measured = {c.partition("/")[2] for c in found if tool.task_of(dict(config=c)) == task}
+        measured = {Path(c).stem for c in found if tool.task_of(dict(config=c)) == task}
         assert together == measured, config
         assert "dirty" not in of["commit"]
     rows = tool.read(tool.ROWS)
@@ -149,26 +147,15 @@ def test_the_times_of_a_task_are_of_one_session(tool):
 
 
 def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):
-    """The first two iterations of each run are left out."""
     paths = [ROOT / f"configs/nuclei/upernet_{name}_nuclei.py" for name in ("softpp-mini", "r18")]
-    order = []
-
-    def mim(title, arguments, log, folder):
-        assert "train_cfg.max_iters=4" in arguments
-        assert "log_processor.window_size=1" in arguments  # or each is a mean with the warm-up
-        run = log.parent / "now" / "vis_data"
-        run.mkdir(parents=True)
-        entries = [dict(step=s, time=t, loss=1) for s, t in enumerate((9, 9, 1 + len(order), 2), 1)]
-        (run / "scalars.json").write_text("\n".join(map(json.dumps, entries)))
-        order.append(Path(arguments[2]).stem)
-
-    monkeypatch.setattr(tool, "mim", mim)
-    tool.time_in_turns(paths, tmp_path / "runs", tmp_path / "out", rounds=2, iterations=4)
+    runs = pretend_mim(monkeypatch)
+    tool.time_configs(paths, tmp_path / "runs", tmp_path / "out", rounds=2, iterations=4)
     names = [path.stem for path in paths]
-    assert order == [*names, *reversed(names)]
-    found = tool.read_times(tmp_path / "out")
+    assert [Path(run[2]).stem for run in runs] == [*names, *reversed(names)]
+    found = tool.times_by_config(tmp_path / "out")
     assert found["nuclei/upernet_softpp-mini_nuclei.py"]["seconds"] == [1, 2, 4, 2]
     assert found["nuclei/upernet_r18_nuclei.py"]["seconds"] == [2, 2, 3, 2]
+    assert found["nuclei/upernet_r18_nuclei.py"]["in_turns_with"] == names[:1]
     assert "r18_nuclei: 2.000 s, 500 iterations in the time" in capsys.readouterr().out
 
 
@@ -421,17 +408,6 @@ def test_what_is_no_row_is_named(tool, tmp_path, content, message):
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(ValueError, match=rf"bad.json .*{message}"):
         tool.read(tmp_path)
-
-
-def test_timings(tool):
-    entries = [
-        dict(step=10, time=5.0, loss=1),
-        dict(step=20, time=1.0, loss=1),
-        dict(step=30, time=2.0, loss=1),
-        dict(step=30, mIoU=3),
-    ]
-    assert timings(entries, 34) == (1.5, 50 + 10 + 20 + 8)
-    assert timings(entries[:1], 10) == (5.0, 50)
 
 
 # ------------------------------------------------------------------------------------ training

@@ -37,17 +37,22 @@ import numpy as np
 from mmengine.config import Config
 from tabulate import tabulate
 
-from mmsoft.commands import CommandError, mim, read_scalars
+from mmsoft.commands import CommandError
 from mmsoft.fileio import write_whole
 from mmsoft.rows import (
     FIELDS,
+    NO_VALIDATION,
+    WARM_UP,
     Row,
-    commit,
+    Subject,
     conditions,
     measure_row,
     read_rows,
+    read_times,
     seconds,
+    seconds_of,
     spread,
+    time_in_turns,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,8 +62,6 @@ BUDGETS = ROWS / "budgets/mask-rcnn_nuclei.json"
 LARGEST = ROWS / "budgets/largest.json"
 FIGURE = ROWS / "learning.png"
 PAGE = ROOT / "docs" / "real_data.md"
-# The test images are looked at once, after the last iteration.
-NO_VALIDATION = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
 TASKS = {  # by folder and first word of a config's name, in the order of the page
     ("nuclei", "mask-rcnn"): "Nuclei, Mask R-CNN",
     ("nuclei", "upernet"): "Nuclei, UperNet",
@@ -171,8 +174,7 @@ def run(path: Path, seed: int, work_dir: Path, iterations: int | None, out: Path
         root=ROOT,
         seed=seed,
         iterations=iterations,
-        timed=False,  # configs that are compared take turns, see `time_in_turns`
-        training=NO_VALIDATION,
+        training=NO_VALIDATION,  # the test images are looked at once, after the last iteration
         testing=["--out", str(predictions)],
         packages=PACKAGES,
         extra=extra,
@@ -246,46 +248,16 @@ def loss_curve(scalars: Sequence[Row]) -> list[list[float]]:
     return [[entry["step"], round(entry["loss"], 4)] for entry in scalars if "loss" in entry]
 
 
-def time_in_turns(
+def time_configs(
     paths: Sequence[Path], work_dir: Path, out: Path, rounds: int, iterations: int
 ) -> None:
-    """Train each config for a few iterations in turns; write what those of each took.
-
-    The first two iterations of a run warm it up and are left out.
-    """
-    samples: dict[Path, list[float]] = {path: [] for path in paths}
-    for number in range(rounds):
-        for path in paths[:: -1 if number % 2 else 1]:  # neighbours and ends change
-            config = Config.fromfile(path, import_custom_modules=False)
-            folder = (work_dir / f"{path.stem}_{number}").absolute()
-            folder.mkdir(parents=True)
-            changes = [f"train_cfg.max_iters={iterations}", "default_hooks.logger.interval=1"]
-            changes.append("log_processor.window_size=1")  # times, not means over those before
-            arguments = [config.default_scope, str(path), "--gpus", "0", "--work-dir", str(folder)]
-            changes += ["default_hooks.checkpoint=None", *NO_VALIDATION]
-            title = f"{path.stem}, {number + 1} of {rounds}"
-            command = ["train", *arguments, "--cfg-options", *changes]
-            mim(title, command, folder / "train.log", Path.cwd())
-            times = [entry["time"] for entry in read_scalars(folder) if "loss" in entry]
-            samples[path] += times[2:]
-    import torch  # seconds, which a table does without
-
-    from mmsoft.benchmark.measure import device_name
-
+    """Time the configs in turns; say how many iterations take as long as the first's schedule."""
+    subjects = [Subject(path.stem, path) for path in paths]
+    samples = time_in_turns(subjects, work_dir, out, rounds, iterations, root=ROOT)
+    medians = [statistics.median(times) for times in samples]
     schedule = Config.fromfile(paths[0], import_custom_modules=False).train_cfg.max_iters
-    for path, times in samples.items():
-        content = dict(
-            config=f"{path.absolute().parent.name}/{path.name}",
-            commit=commit(ROOT),
-            device=device_name("cpu"),
-            threads=torch.get_num_threads(),
-            in_turns_with=[other.name for other in paths if other != path],
-            seconds=[round(time, 4) for time in times],
-        )
-        with write_whole(out / f"{path.stem}.json") as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-        median = statistics.median(times)
-        equal = schedule * statistics.median(samples[paths[0]]) / median
+    for path, median in zip(paths, medians):
+        equal = schedule * medians[0] / median
         print(f"{path.stem}: {median:.3f} s, {equal:.0f} iterations in the time of {paths[0].stem}")
 
 
@@ -531,10 +503,9 @@ def backbone_of(row: Row) -> str:
     return match["backbone"]
 
 
-def read_times(folder: Path) -> dict[str, Row]:
-    """What `time` has written, by config."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return {times["config"]: times for times in found}
+def times_by_config(folder: Path) -> dict[str, Row]:
+    """What `time` has written."""
+    return {times["config"]: times for times in read_times(folder)}
 
 
 def read_budgets(path: Path) -> list[Row]:
@@ -564,7 +535,6 @@ def cells(rows: Sequence[Row], times: Mapping[str, Row], budget: float | None) -
         if key in first["metrics"]
     ]
 
-    iteration = iteration_of(first, times)
     taken = training_of(first, times)
     share = "-" if taken is None or not budget else f"{taken / budget:.2f}"
     return [
@@ -573,32 +543,17 @@ def cells(rows: Sequence[Row], times: Mapping[str, Row], budget: float | None) -
         ", ".join(str(row["seed"]) for row in rows),
         str(first["iterations"]),
         *metrics,
-        seconds([iteration]) + quartiles(first, times),
-        seconds([taken]),
+        seconds_of(times.get(first["config"])),
+        seconds(taken),
         *([share] if budget else []),
         megabytes(max(row["peak_bytes"] for row in rows)),
     ]
 
 
-def iteration_of(row: Row, times: Mapping[str, Row]) -> float | None:
-    """Seconds of an iteration, the median; None where they were not measured."""
-    own = times.get(row["config"])
-    return statistics.median(own["seconds"]) if own else None
-
-
-def quartiles(row: Row, times: Mapping[str, Row]) -> str:
-    """The lower and the upper one, in parentheses."""
-    own = times.get(row["config"])
-    if own is None or len(own["seconds"]) < 4:
-        return ""
-    low, _, high = statistics.quantiles(own["seconds"], n=4)
-    return f" ({low:.2f}-{high:.2f})"
-
-
 def training_of(row: Row, times: Mapping[str, Row]) -> float | None:
-    """Seconds of all iterations."""
-    iteration = iteration_of(row, times)
-    return None if iteration is None else iteration * row["iterations"]
+    """Seconds of all iterations; None where they were not measured."""
+    own = times.get(row["config"])
+    return statistics.median(own["seconds"]) * row["iterations"] if own else None
 
 
 def megabytes(count: int) -> str:
@@ -853,7 +808,7 @@ def main() -> None:
     turns.add_argument("configs", type=Path, nargs="+", help="of one task, ours first")
     turns.add_argument("--work-dir", type=Path, required=True, help="a new folder, for the logs")
     turns.add_argument("--rounds", type=int, default=3)
-    turns.add_argument("--iters", type=int, default=12, help="of each run, at least 3")
+    turns.add_argument("--iters", type=int, default=12, help=f"of each run, over {WARM_UP}")
     turns.add_argument("--out", type=Path, default=TIMES, help="folder of the times")
     sheet = commands.add_parser("draw", help="paint what runs found beside the truth")
     sheet.add_argument("runs", type=Path, nargs="+", help="work dirs of one task's `run`s")
@@ -876,16 +831,14 @@ def main() -> None:
             paint(args.runs, args.number, args.image, args.width, args.out, args.behind)
             return
         if args.command == "time":
-            if args.iters < 3 or args.rounds < 1:
-                sys.exit("error: --iters must be at least 3 and --rounds at least 1")
-            time_in_turns(args.configs, args.work_dir, args.out, args.rounds, args.iters)
+            time_configs(args.configs, args.work_dir, args.out, args.rounds, args.iters)
             return
         if args.command == "run":
             print(run(args.config, args.seed, args.work_dir, args.iters, args.out))
             return
         rows = read(ROWS)
         largest = json.loads(LARGEST.read_text()) if LARGEST.is_file() else []
-        text = render(rows, read_times(TIMES), read_budgets(BUDGETS), largest)
+        text = render(rows, times_by_config(TIMES), read_budgets(BUDGETS), largest)
     except (CommandError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if args.check:
