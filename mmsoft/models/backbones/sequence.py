@@ -31,15 +31,6 @@ from .base import Backbone
 ATTENTIONS = ("soft", "softmax", "gaussian", *PEERS, "none")
 
 
-# Attention whose result for a sample depends on nothing else of the batch.
-OF_SAMPLES = (
-    SequenceAttention,
-    NoSequenceAttention,
-    SoftmaxSequenceAttention,
-    GaussianSequenceAttention,
-)
-
-
 def _wants_whole_batch(module: nn.Module) -> bool:
     """Whether a module counts its calls, has statistics of the batch, or somebody watches it."""
     if is_hooked(module) or is_parametrized(module) or "forward" in vars(module):
@@ -267,9 +258,7 @@ class SequenceSOFT(Backbone):
         # The steps of a choice are the same for any batch, and nearly all that evaluation costs.
         if not torch.is_grad_enabled() and any(getattr(attn, "by_content", 0) for attn in layers):
             return False
-        return all(
-            isinstance(attn, OF_SAMPLES) or getattr(attn, "fill_to", 1) == 0 for attn in layers
-        )
+        return all(getattr(attn, "of_samples", False) for attn in layers)
 
     def _encode(self, x: Tensor) -> Tensor:
         mask = x != 0
