@@ -202,7 +202,7 @@ def accuracy(model: nn.Module, draw: Callable[..., Batch], batches: int = 8) -> 
 
 def main() -> None:
     """Parse the command line, train, print the table."""
-    peers = (name for name in OPERATORS if name != "softpp")
+    peers = (name for name in OPERATORS if not name.startswith("softpp"))
     known = (*OURS, "gaussian", *peers)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=("lookup", "recall"))
