@@ -2,7 +2,6 @@
 
 All are called as ``attn(x, mask)`` with tokens ``[B, N, C]`` and a bool mask ``[B, N]``, False for
 padding, or ``None``. Padding changes nothing in the other tokens' results; its own mean nothing.
-``attn.of_samples`` says whether a result depends on nothing else of the batch, its length included.
 """
 
 from typing import Any
@@ -70,8 +69,6 @@ class SequenceAttention(SoftmaxFreeAttention):
         options: those of :class:`~mmsoft.models.attention.SoftmaxFreeAttention`, in which
             ``max_landmarks`` limits landmarks by content alone.
     """
-
-    of_samples = True
 
     def __init__(
         self,
@@ -161,8 +158,6 @@ class _Compared(nn.Module):
         value_kernel: size of the depthwise convolution of the values, odd; 0 for none.
         drop_rate: dropout after the projection.
     """
-
-    of_samples = True
 
     def __init__(self, embed_dims: int, num_heads: int, value_kernel: int, drop_rate: float):
         super().__init__()
@@ -274,7 +269,7 @@ class PeerSequenceAttention(nn.Module):
         elif value_kernel:
             raise ValueError(f"value_kernel must be 0: {name} has no convolution of values")
         self.name = name
-        self.of_samples = name == "linformer"
+        self.of_samples = name == "linformer"  # no result depends on what else a batch has
         self.fill_to = 0 if self.of_samples else tokens
         self.layer = build_peer(name, embed_dims, num_heads, tokens, **options)
         self.drop = nn.Dropout(drop_rate)

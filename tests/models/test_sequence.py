@@ -121,16 +121,38 @@ def test_which_sequences_are_computed_together(lengths, groups, monkeypatch):
 
 
 class OfTheBatch(nn.Module):
-    def forward(self, x, mask):
+    def forward(self, x, mask=None):
         return x - x.mean(0, keepdim=True)
 
 
-WATCHED = dict(  # what counts its calls, knows the batch, or is watched
-    hook=lambda block: block.norm2.register_forward_hook(lambda *_: None),
-    parametrized=lambda block: parametrizations.spectral_norm(block.attn.proj),
-    replaced=lambda block: setattr(block.attn, "forward", block.attn.forward),
-    statistics=lambda block: block.add_module("norm2", nn.SyncBatchNorm(16)),
-    other=lambda block: setattr(block, "attn", OfTheBatch()),
+class AttentionOfTheBatch(SequenceAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x - x.mean(0, keepdim=True), mask)
+
+
+def quantize(model):
+    """Dynamically: the scale of what enters a layer is that of the batch."""
+    model.blocks = torch.ao.quantization.quantize_dynamic(model.blocks, {nn.Linear}, torch.qint8)
+
+
+WATCHED = dict(  # what counts its calls, may know the batch, or is watched
+    hook=lambda model: model.blocks[1].norm2.register_forward_hook(lambda *_: None),
+    parametrized=lambda model: parametrizations.spectral_norm(model.blocks[1].attn.proj),
+    replaced=lambda model: setattr(model.blocks[1].attn, "forward", model.blocks[1].attn.forward),
+    statistics=lambda model: model.blocks[1].add_module("norm2", nn.SyncBatchNorm(16)),
+    no_statistics=lambda model: model.blocks[1].add_module(
+        "norm2", nn.BatchNorm1d(16, track_running_stats=False).eval()
+    ),
+    instances=lambda model: model.blocks[1].add_module(
+        "norm2", nn.InstanceNorm1d(16, track_running_stats=True)
+    ),
+    attention=lambda model: model.blocks[1].add_module("attn", OfTheBatch()),
+    subclass=lambda model: setattr(model.blocks[1].attn, "__class__", AttentionOfTheBatch),
+    embedding=lambda model: model.add_module("pos_drop", OfTheBatch()),
+    mlp=lambda model: model.blocks[1].add_module("mlp", OfTheBatch()),
+    projection=lambda model: model.blocks[1].attn.add_module("proj", OfTheBatch()),
+    last_norm=lambda model: model.add_module("norm", OfTheBatch()),
+    quantized=quantize,
 )
 
 
@@ -140,10 +162,31 @@ def test_what_needs_the_whole_batch_gets_it(name, monkeypatch):
     monkeypatch.setattr(SequenceSOFT, "group_tokens", 50)
     x, seen = sequences((40, 1, 23, 0, 9)), []
     model = backbone()
-    WATCHED[name](model.blocks[1])
+    WATCHED[name](model)
     monkeypatch.setattr(model, "_encode", lambda x: seen.append(tuple(x.shape)) or x.float())
     model(x)
     assert seen == [(5, 40)]
+
+
+@pytest.mark.cpu
+def test_a_watched_linformer_gets_the_whole_batch(monkeypatch):
+    pytest.importorskip("linformer")
+    monkeypatch.setattr(SequenceSOFT, "group_tokens", 50)
+    x = sequences((40, 1, 23, 0, 9))
+    model = backbone(attention="linformer")
+    seen = shapes_of(model, monkeypatch)
+    model(x)
+    assert len(seen) > 1
+    model.blocks[1].attn.layer.to_out.register_forward_hook(lambda *_: None)
+    seen.clear()
+    model(x)
+    assert seen == [(5, 40)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tokens_are_integers_of_any_kind(dtype):
+    model, x = backbone(), sequences()
+    torch.testing.assert_close(model(x.to(dtype)), model(x), rtol=0, atol=0)
 
 
 @pytest.mark.cpu

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -15,15 +16,17 @@ from mmsoft.ops.library import check_float16
 from mmsoft.ops.mode import may_decide
 from mmsoft.registry import MODELS
 
-from ..layers import SoftmaxBlock
+from ..layers import Mlp, SoftmaxBlock
 from ..peers import PEERS
 from ..plain import is_hooked
 from ..sequence import (
     GaussianSequenceAttention,
+    LandmarkConv1d,
     NoSequenceAttention,
     PeerSequenceAttention,
     SequenceAttention,
     SoftmaxSequenceAttention,
+    ValueConv1d,
 )
 from .arch import check_choice, check_int, check_rate, resolve_sequence_arch
 from .base import Backbone
@@ -31,11 +34,27 @@ from .base import Backbone
 ATTENTIONS = ("soft", "softmax", "gaussian", *PEERS, "none")
 
 
-def _wants_whole_batch(module: nn.Module) -> bool:
-    """Whether a module counts its calls, has statistics of the batch, or somebody watches it."""
-    if is_hooked(module) or is_parametrized(module) or "forward" in vars(module):
-        return True
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+# All that the backbone is made of. In none a sample's result depends on what else a batch has.
+_OF_SAMPLES = frozenset(
+    (
+        *(nn.Dropout, nn.Embedding, nn.GELU, nn.LayerNorm, nn.Linear, nn.ModuleList, DropPath),
+        *(SoftmaxBlock, Mlp, LandmarkConv1d, ValueConv1d, SequenceAttention),
+        *(NoSequenceAttention, SoftmaxSequenceAttention, GaussianSequenceAttention),
+    )
+)
+
+
+def _is_of_samples(module: nn.Module) -> bool:
+    """Whether a part of a batch surely gets what it would in the whole, and nobody watches.
+
+    A subclass, as a parametrized module is, or what has taken a layer's place may know the batch.
+    """
+    if is_hooked(module) or "forward" in vars(module):
+        return False
+    if type(module) is PeerSequenceAttention:
+        inside = module.layer.modules()
+        return module.of_samples and not any(is_hooked(m) or is_parametrized(m) for m in inside)
+    return type(module) in _OF_SAMPLES and all(map(_is_of_samples, module.children()))
 
 
 def _groups(lengths: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
@@ -227,6 +246,7 @@ class SequenceSOFT(Backbone):
                 are float16, on a CPU, and torch is older than 2.3.
         """
         self._check_tokens(x)
+        x = x if x.dtype in (torch.int32, torch.int64) else x.long()  # as an embedding wants them
         if x.dim() == 3:
             a, b = self._vectors(x.flatten(0, 1)).unflatten(0, x.shape[:2]).unbind(1)
             return (torch.cat((a, b, a * b, a - b), 1),)
@@ -252,13 +272,11 @@ class SequenceSOFT(Backbone):
     def _takes_groups(self, x: Tensor) -> bool:
         if not may_decide(x) or not len(x):  # on a GPU a look at the lengths would stop it
             return False
-        if any(map(_wants_whole_batch, self.modules())):
+        if not all(map(_is_of_samples, self.children())):
             return False
         layers: list[Any] = [block.attn for block in self.blocks]
         # The steps of a choice are the same for any batch, and nearly all that evaluation costs.
-        if not torch.is_grad_enabled() and any(getattr(attn, "by_content", 0) for attn in layers):
-            return False
-        return all(getattr(attn, "of_samples", False) for attn in layers)
+        return torch.is_grad_enabled() or not any(getattr(attn, "by_content", 0) for attn in layers)
 
     def _encode(self, x: Tensor) -> Tensor:
         mask = x != 0
