@@ -67,6 +67,19 @@ class SequenceDataset(BaseDataset):
         return path
 
     def load_data_list(self) -> list[dict[str, Any]]:
+        """All samples of the split.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if samples := self.read():
+            return samples
+        raise ValueError(
+            f"{self.data_root} has no sample of the split {self.split!r}: {type(self).__name__} "
+            f"expects there {self.files}"
+        )
+
+    def read(self) -> list[dict[str, Any]]:
         """One dict for each sample, with what :meth:`tokens` needs and ``gt_label``."""
         raise NotImplementedError
 
@@ -131,7 +144,7 @@ class ListOps(SequenceDataset):
         "python tools/dataset_converters/make_listops.py writes them"
     )
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
         """Read the file of the split."""
         path = self.path(f"basic_{self.split}.tsv")
         samples = []
@@ -168,7 +181,7 @@ class IMDbBytes(SequenceDataset):
     splits = ("train", "test")
     files = "the folders train/neg, train/pos, test/neg and test/pos of aclImdb, with .txt files"
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
         """Read all reviews of the split, in the order of their names."""
         samples = []
         for label, name in enumerate(("neg", "pos")):
@@ -195,7 +208,7 @@ class AANRetrieval(SequenceDataset):
     length = 4000
     files = "new_aan_pairs.train.tsv, new_aan_pairs.eval.tsv and new_aan_pairs.test.tsv"
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
         """Find the lines of the split's file."""
         name = "eval" if self.split == "val" else self.split
         self.file = self.path(f"new_aan_pairs.{name}.tsv")
@@ -243,7 +256,7 @@ class GreyCIFAR10(SequenceDataset):
     METAINFO: ClassVar[dict] = dict(classes=CIFAR10)
     files = "data_batch_1.bin to data_batch_5.bin and test_batch.bin of the binary version"
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
         """Read the batches of the split."""
         names = [f"data_batch_{number}.bin" for number in range(1, 6)]
         if self.split == "test":
@@ -285,7 +298,7 @@ class Pathfinder32(SequenceDataset):
         "imgs/ of curv_contour_length_14 as distributed"
     )
 
-    def load_data_list(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
         """Read the split's file, whose pictures stay in one array, or find single pictures."""
         if (Path(self.data_root) / "metadata").is_dir():
             return self._distributed()
@@ -293,7 +306,7 @@ class Pathfinder32(SequenceDataset):
         try:
             with np.load(path, allow_pickle=False) as file:
                 images, labels = file["images"], file["labels"]
-        except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not from make_pathfinder.py: {error}") from None
         shape = (len(labels), 32, 32)
         if (
@@ -302,7 +315,7 @@ class Pathfinder32(SequenceDataset):
             or not set(np.unique(labels)) <= {0, 1}
         ):
             raise ValueError(f"{path} must have images, uint8 [n, 32, 32], and labels, 0 or 1")
-        self.images = images.reshape(len(images), -1)
+        self.images = images.reshape(-1, 1024)
         return [dict(number=i, gt_label=int(label)) for i, label in enumerate(labels)]
 
     def _distributed(self) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The data sets of the Long Range Arena, on small files in the formats as distributed."""
 
+import io
 import pickle
 
 import cv2
@@ -213,7 +214,10 @@ def test_malformed_pathfinder(tmp_path, capsys):
     path = root / "pathfinder32_test.npz"
     whole = path.read_bytes()
     objects = np.array([Evil()], object)
-    for content in (b"", whole[:-50], b"PK" + whole[2:50], pickle.dumps(Evil())):
+    array = io.BytesIO()
+    np.save(array, np.zeros((2, 32, 32)))
+    broken = (b"", whole[:-50], b"PK" + whole[2:50], pickle.dumps(Evil()), array.getvalue())
+    for content in broken:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"test.npz is not from make_pathfinder.py"):
             Pathfinder32(root, "test")
@@ -230,6 +234,48 @@ def test_malformed_pathfinder(tmp_path, capsys):
     with pytest.raises(ValueError, match="not from make_pathfinder"):
         Pathfinder32(root, "test")
     assert "code ran" not in capsys.readouterr().out
+
+
+def no_lines(root):
+    (root / "basic_test.tsv").write_text("Source\tTarget\n")
+
+
+def no_pairs(root):
+    (root / "new_aan_pairs.test.tsv").write_bytes(b"")
+
+
+def no_pictures(root):
+    empty = np.zeros((0, 32, 32), np.uint8)
+    np.savez(root / "pathfinder32_test.npz", images=empty, labels=np.zeros(0))
+
+
+def no_metadata(root):
+    (root / "metadata").mkdir()
+
+
+def no_entries(root):
+    no_metadata(root)
+    (root / "metadata/0.npy").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    [
+        ("listops", no_lines),
+        ("retrieval", no_pairs),
+        ("pathfinder32", no_pictures),
+        ("pathfinder32", no_metadata),
+        ("pathfinder32", no_entries),
+    ],
+)
+def test_a_split_without_samples_is_named_with_what_is_expected(name, empty, tmp_path):
+    """As after an interrupted download."""
+    root = WRITERS[name](tmp_path / "d")
+    empty(root)
+    with pytest.raises(ValueError, match="has no sample of the split 'test'") as caught:
+        SETS[name](root, "test")
+    assert str(root) in str(caught.value)
+    assert SETS[name].files in str(caught.value)
 
 
 def test_an_empty_review_is_named(tmp_path):
