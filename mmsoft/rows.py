@@ -151,17 +151,18 @@ def read_rows(folder: Path, tool: str, check: Callable[[Row], Any], fields: Sequ
     Raises:
         ValueError: naming the file that is not one.
     """
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            row = json.loads(path.read_text())
-            if missing := [field for field in fields if field not in row]:
-                raise ValueError(f"it lacks {', '.join(missing)}")
-            check(row)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a row of {tool}: {error}") from None
-        rows.append(row)
-    return rows
+    return [_read(path, tool, check, fields) for path in sorted(folder.glob("*.json"))]
+
+
+def _read(path: Path, tool: str, check: Callable[[Row], Any], fields: Sequence[str]) -> Row:
+    try:
+        row = json.loads(path.read_text())
+        if missing := [field for field in fields if field not in row]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        check(row)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not of {tool}: {error}") from None
+    return row
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -174,7 +175,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """A config that is timed: the name of its file of times, changes, and what else that has."""
+    """A config that is timed, with changes; and what else its times say of it."""
 
     name: str
     config: Path
@@ -185,7 +186,7 @@ class Subject:
 def time_in_turns(
     subjects: Sequence[Subject],
     work_dir: Path,
-    out: Path,
+    target: Path,
     rounds: int,
     iterations: int,
     *,
@@ -197,9 +198,9 @@ def time_in_turns(
     are left out.
 
     Args:
-        subjects: one file each.
+        subjects: with a name each.
         work_dir: a new folder for the logs.
-        out: folder of the times.
+        target: one file for all, because ratios of seconds from two days are those of the days.
         rounds: runs of each subject.
         iterations: of a run.
         root: of the checkout.
@@ -209,11 +210,14 @@ def time_in_turns(
 
     Raises:
         CommandError: a training failed; nothing has been written then.
-        ValueError: no iteration would be left.
+        ValueError: no iteration would be left, or two subjects have one name.
     """
     if iterations <= WARM_UP or rounds < 1:
         least = f"at least 1 round of at least {WARM_UP + 1} iterations"
         raise ValueError(f"times need {least}, got {rounds} of {iterations}")
+    names = [subject.name for subject in subjects]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"to be timed more than once: {', '.join(sorted(twice))}")
     samples: list[list[float]] = [[] for _ in subjects]
     peaks = [0] * len(subjects)
     version = commit(root)
@@ -238,25 +242,45 @@ def time_in_turns(
 
     from mmsoft.benchmark.measure import device_name
 
-    for subject, times, peak in zip(subjects, samples, peaks):
-        content = dict(
+    timed = [
+        dict(
+            name=subject.name,
             config=_name_of(subject.config),
             **subject.extra,
-            commit=version,
-            device=device_name("cpu"),
-            threads=torch.get_num_threads(),
-            in_turns_with=[other.name for other in subjects if other.name != subject.name],
             peak_bytes=peak,
             seconds=[round(time, 4) for time in times],
         )
-        with write_whole(out / f"{subject.name}.json") as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        for subject, times, peak in zip(subjects, samples, peaks)
+    ]
+    where = dict(commit=version, device=device_name("cpu"), threads=torch.get_num_threads())
+    with write_whole(target) as partial:
+        partial.write_text(json.dumps(dict(where, timed=timed), indent=1) + "\n")
     return samples
 
 
-def read_times(folder: Path) -> list[Row]:
-    """What :func:`time_in_turns` has written."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def read_times(folder: Path, tool: str, check: Callable[[Row], Any]) -> list[Row]:
+    """What :func:`time_in_turns` has written: each subject's, with where it was measured.
+
+    ``session`` is the name of the file: of one session are the subjects that took turns.
+
+    Raises:
+        ValueError: naming the file that is not one, or the subject that is in two.
+    """
+
+    def check_all(session: Row) -> None:
+        for each in session["timed"]:
+            if missing := [key for key in ("name", "config", "seconds") if not each.get(key)]:
+                raise ValueError(f"a subject lacks {', '.join(missing)}")
+            check(each)
+
+    found: dict[str, Row] = {}
+    for path in sorted(folder.glob("*.json")):
+        where = _read(path, tool, check_all, ("commit", "device", "threads", "timed"))
+        for each in where.pop("timed"):
+            if each["name"] in found:
+                raise ValueError(f"{each['name']} is in {path} and in another file of times")
+            found[each["name"]] = dict(where, session=path.stem, **each)
+    return list(found.values())
 
 
 def seconds(value: float | None) -> str:

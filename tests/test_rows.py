@@ -19,8 +19,8 @@ def subjects():
 
 def test_neighbours_change_and_a_round_has_one_seed(tmp_path, monkeypatch):
     runs = pretend_mim(monkeypatch)
-    folders = (tmp_path / "runs", tmp_path / "out")
-    samples = time_in_turns(subjects(), *folders, rounds=3, iterations=4, root=ROOT)
+    paths = (tmp_path / "runs", tmp_path / "out/a.json")
+    samples = time_in_turns(subjects(), *paths, rounds=3, iterations=4, root=ROOT)
     assert samples == [[1, 2, 4, 2, 5, 2], [2, 2, 3, 2, 6, 2]]  # without the first two of each
     said = [[word for word in run if word.startswith("randomness")] for run in runs]
     assert said == [[f"randomness.seed={seed}"] for seed in (0, 0, 1, 1, 2, 2)]
@@ -28,11 +28,11 @@ def test_neighbours_change_and_a_round_has_one_seed(tmp_path, monkeypatch):
         assert ("model.backbone.attention=none" in run) == (number in (1, 2, 5))
         assert "train_cfg.max_iters=4" in run
         assert "log_processor.window_size=1" in run  # or each is a mean with the warm-up
-    first, second = read_times(tmp_path / "out")
-    assert first["in_turns_with"] == ["b"]
+    first, second = read_times(tmp_path / "out", "a tool", lambda each: None)
     assert "attention" not in first
     assert second["attention"] == "none"
-    assert second["in_turns_with"] == ["a"]
+    assert first["session"] == second["session"] == "a"
+    assert [first["seconds"], second["seconds"]] == samples
     assert (first["peak_bytes"], second["peak_bytes"]) == (500, 600)
     assert first["config"] == second["config"] == "lra/softpp_listops.py"
 
@@ -45,14 +45,20 @@ def test_a_failed_run_writes_no_times(tmp_path, monkeypatch):
 
     monkeypatch.setattr("mmsoft.rows.mim", fails)
     with pytest.raises(CommandError, match="a, 1 of 1"):
-        time_in_turns(subjects(), tmp_path / "runs", tmp_path / "out", 1, 4, root=ROOT)
-    assert not (tmp_path / "out").exists()
+        time_in_turns(subjects(), tmp_path / "runs", tmp_path / "a.json", 1, 4, root=ROOT)
+    assert not (tmp_path / "a.json").exists()
 
 
 @pytest.mark.parametrize(("rounds", "iterations"), [(0, 12), (3, 2)])
 def test_no_times_at_all_are_refused_before_any_work(tmp_path, rounds, iterations):
     with pytest.raises(ValueError, match="times need at least 1 round of at least 3 iterations"):
-        time_in_turns(subjects(), tmp_path, tmp_path, rounds, iterations, root=ROOT)
+        time_in_turns(subjects(), tmp_path, tmp_path / "a", rounds, iterations, root=ROOT)
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_subject_twice_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="to be timed more than once: b"):
+        time_in_turns([*subjects(), subjects()[1]], tmp_path, tmp_path / "a", 1, 4, root=ROOT)
     assert not any(tmp_path.iterdir())
 
 

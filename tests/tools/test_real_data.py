@@ -136,12 +136,10 @@ UNTIMED = {
 def test_the_times_of_a_task_are_of_one_session(tool):
     """Ratios of seconds from two days are those of the days."""
     found = tool.times_by_config(tool.TIMES)
-    for config, of in found.items():
-        together = {Path(config).stem, *of["in_turns_with"]}
-        task = tool.task_of(dict(config=config))
-        measured = {Path(c).stem for c in found if tool.task_of(dict(config=c)) == task}
-        assert together == measured, config
-        assert "dirty" not in of["commit"]
+    sessions = {tool.task_of(each): each["session"] for each in found.values()}
+    for each in found.values():
+        assert each["session"] == sessions[tool.task_of(each)], each["name"]
+        assert "dirty" not in each["commit"]
     rows = tool.read(tool.ROWS)
     assert {row["config"] for row in rows} - set(found) == UNTIMED
 
@@ -155,7 +153,11 @@ def test_configs_are_timed_in_turns(tool, tmp_path, monkeypatch, capsys):
     found = tool.times_by_config(tmp_path / "out")
     assert found["nuclei/upernet_softpp-mini_nuclei.py"]["seconds"] == [1, 2, 4, 2]
     assert found["nuclei/upernet_r18_nuclei.py"]["seconds"] == [2, 2, 3, 2]
-    assert found["nuclei/upernet_r18_nuclei.py"]["in_turns_with"] == names[:1]
+    assert found["nuclei/upernet_r18_nuclei.py"]["session"] == "upernet_nuclei"
+    cells = ROOT / "configs/bccd/retinanet_r18_fpn_bccd.py"
+    with pytest.raises(ValueError, match="must be of one task"):
+        tool.time_configs([paths[0], cells], tmp_path / "more", tmp_path / "out", 2, 4)
+    assert not (tmp_path / "more").exists()
     assert "r18_nuclei: 2.000 s, 500 iterations in the time" in capsys.readouterr().out
 
 
@@ -399,7 +401,7 @@ def test_a_curve_ends_with_a_whole_mean(tool):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not a row"),
+        ("{", "is not of real_data.py"),
         ("[]", "lacks config, seed"),
         (json.dumps(row("nuclei/x_y_z.py")), "of no known task"),
     ],

@@ -12,7 +12,7 @@ the row to `docs/lra/TASK_ATTENTION_seedN.json` when both have ended. `soft++` i
 is, `soft` without the normalization, `content` with landmarks by content, `-conv` with the
 convolution of values. With `--iters` the schedule is that much longer or shorter, warm-up excepted,
 and the name says so. `time` trains attentions for a few iterations in turns, on an otherwise idle
-machine, and writes their seconds per iteration to `docs/lra/times/`. `baselines` writes to
+machine, and writes their seconds per iteration to `docs/lra/times/TASK.json`. `baselines` writes to
 `docs/lra/baselines/TASK.json` what is right without reading an expression of ListOps, or its first
 operator alone. `table --check` only compares.
 """
@@ -48,7 +48,7 @@ from mmsoft.rows import (
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "lra"
 BASELINES = ROWS / "baselines"  # a file for each task
-TIMES = ROWS / "times"  # a file for each task and attention
+TIMES = ROWS / "times"  # a file for each task
 PAGE = ROOT / "docs" / "lra.md"
 FIGURE = ROOT / "docs" / "lra" / "learning.png"
 NOTE = "Rows"  # in the figure's file: the digest of what it shows
@@ -170,7 +170,7 @@ def time_attentions(
         Subject(f"{task}_{name}", path, ATTENTIONS[name][1], dict(attention=name))
         for name in attentions
     ]
-    return time_in_turns(subjects, work_dir, out, rounds, iterations, root=ROOT)
+    return time_in_turns(subjects, work_dir, out / f"{task}.json", rounds, iterations, root=ROOT)
 
 
 def baselines(task: str, folder: Path, out: Path) -> Path:
@@ -218,7 +218,7 @@ def baselines(task: str, folder: Path, out: Path) -> Path:
 
 def measured() -> tuple[list[Row], dict[str, Row], list[Row]]:
     """All that the page shows: rows, baselines by task, and times."""
-    return read(ROWS), read_baselines(BASELINES), read_times(TIMES)
+    return read(ROWS), read_baselines(BASELINES), times_of(TIMES)
 
 
 HEAD = """# Long Range Arena
@@ -232,8 +232,8 @@ mean, with the lowest and the highest in parentheses; a seed sets the initial we
 of the sequences. Peak memory is the resident memory of the training process, Python and the data
 included, the most of all seeds. On a CPU sequences of about one length are computed together from
 commit 8865682 on, which leaves out much of the padding; before, and in Nyströmformer and Performer,
-whose results depend on it, all of it takes time and memory. Accuracies have no part in that, and so
-rows of both share a line.
+whose results depend on it, all of it takes time and memory. The results of a sequence are the same,
+dropout draws other numbers from a seed, and so rows of both share a line.
 
 Two lines on ListOps need no model: one class for all, and one for each root operator, which is the
 first token, in both cases those most frequent in training. A row that is no higher than the second
@@ -278,8 +278,8 @@ def task_of_config(file: str) -> str:
 def check(row: Row) -> None:
     """Raise ValueError unless a row has a known task and attention."""
     task_of_config(Path(row["config"]).name)
-    if row["attention"] not in ATTENTIONS:
-        raise ValueError(f"attention {row['attention']} is unknown")
+    if row.get("attention") not in ATTENTIONS:
+        raise ValueError(f"attention {row.get('attention')} is unknown")
 
 
 def read(folder: Path) -> list[Row]:
@@ -290,6 +290,21 @@ def read(folder: Path) -> list[Row]:
     """
     fields = (*FIELDS, "digest", "data", "attention", "loss", "validation")
     return read_rows(folder, "lra.py", check, fields)
+
+
+def times_of(folder: Path) -> list[Row]:
+    """What `time` has written.
+
+    Raises:
+        ValueError: naming the file that is not of it.
+    """
+
+    def of_attention(each: Row) -> None:
+        if not each.get("peak_bytes"):
+            raise ValueError("a subject lacks peak_bytes")
+        check(each)
+
+    return read_times(folder, "lra.py", of_attention)
 
 
 def read_baselines(folder: Path) -> dict[str, Row]:
@@ -362,7 +377,7 @@ def table_of_times(times: Sequence[Row]) -> str:
     """Attentions by tasks, and where each task's were measured.
 
     Raises:
-        ValueError: those of one task did not all take turns with each other.
+        ValueError: those of one task did not take turns.
     """
     by_task: dict[str, dict[str, Row]] = defaultdict(dict)
     for each in times:
@@ -370,15 +385,12 @@ def table_of_times(times: Sequence[Row]) -> str:
     tasks = [task for task in TASKS if task in by_task]
     text = ""
     for task in tasks:
-        found = by_task[task]
-        names = {f"{task}_{attention}" for attention in found}
-        for attention, each in found.items():
-            if {f"{task}_{attention}", *each["in_turns_with"]} != names:
-                raise ValueError(f"times of {task} are not of one session: {attention}")
-        one = next(iter(found.values()))
-        plural = "" if one["threads"] == 1 else "s"
-        where = f"{one['device']}, {one['threads']} thread{plural}"
-        text += f"\n{TASKS[task]}: {where}, commit {one['commit'][:7]}.\n"
+        first, *rest = by_task[task].values()
+        if any(each["session"] != first["session"] for each in rest):
+            raise ValueError(f"times of {task} are of more than one session")
+        plural = "" if first["threads"] == 1 else "s"
+        where = f"{first['device']}, {first['threads']} thread{plural}"
+        text += f"\n{TASKS[task]}: {where}, commit {first['commit'][:7]}.\n"
 
     def cell(each: Row | None) -> str:
         return f"{seconds_of(each)}, {each['peak_bytes'] / 1e6:.0f} MB" if each else "-"
@@ -436,7 +448,7 @@ def render(rows: Sequence[Row], baselines: Mapping[str, Row], times: Sequence[Ro
         text += f"\n## {TASKS[task]}\n\n"
         if own:
             length = own[0]["scheduled_iterations"]
-            text += f"The published schedule has {length} iterations.\n\n"
+            text += f"The schedule has {length} iterations.\n\n"
         text += table(own, baseline) + (about(baseline) if baseline else "")
     if times:
         text += TIMES_HEAD + table_of_times(times)

@@ -11,10 +11,10 @@ r"""Train and test a config on real images, and make docs/real_data.md from all 
 `run` calls `mim train` and `mim test` in the current folder, whose `data/` has the converted data,
 and writes the row to `docs/real_data/CONFIG_seedN.json` when both have ended. With `--iters` the
 schedule is that much longer or shorter, warm-up excepted, and the name says so. `time` trains
-several configs for a few iterations in turns, on an otherwise idle machine, writes their seconds
-per iteration to `docs/real_data/times/`, which the table then has for all rows of these configs,
-and prints how many iterations of each take as long as the first one's schedule. `draw` paints what
-runs found on test images beside what is there. `table --check` only compares.
+several configs of one task for a few iterations in turns, on an otherwise idle machine, writes
+their seconds per iteration to `docs/real_data/times/TASK.json`, from where the table has them, and
+prints how many iterations of each take as long as the first one's schedule. `draw` paints what runs
+found on test images beside what is there. `table --check` only compares.
 """
 
 import argparse
@@ -57,7 +57,7 @@ from mmsoft.rows import (
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "real_data"
-TIMES = ROWS / "times"  # a file for each config
+TIMES = ROWS / "times"  # a file for each task
 BUDGETS = ROWS / "budgets/mask-rcnn_nuclei.json"
 LARGEST = ROWS / "budgets/largest.json"
 FIGURE = ROWS / "learning.png"
@@ -251,9 +251,18 @@ def loss_curve(scalars: Sequence[Row]) -> list[list[float]]:
 def time_configs(
     paths: Sequence[Path], work_dir: Path, out: Path, rounds: int, iterations: int
 ) -> None:
-    """Time the configs in turns; say how many iterations take as long as the first's schedule."""
+    """Time configs of one task in turns; say how many iterations last as the first's schedule.
+
+    Raises:
+        CommandError: a training failed.
+        ValueError: they are of several tasks, or of none.
+    """
+    tasks = {task_of(dict(config=f"{path.absolute().parent.name}/{path.name}")) for path in paths}
+    if len(tasks) > 1:
+        raise ValueError("configs that take turns must be of one task")
+    target = out / f"{'_'.join(reversed(min(tasks)))}.json"
     subjects = [Subject(path.stem, path) for path in paths]
-    samples = time_in_turns(subjects, work_dir, out, rounds, iterations, root=ROOT)
+    samples = time_in_turns(subjects, work_dir, target, rounds, iterations, root=ROOT)
     medians = [statistics.median(times) for times in samples]
     schedule = Config.fromfile(paths[0], import_custom_modules=False).train_cfg.max_iters
     for path, median in zip(paths, medians):
@@ -505,7 +514,7 @@ def backbone_of(row: Row) -> str:
 
 def times_by_config(folder: Path) -> dict[str, Row]:
     """What `time` has written."""
-    return {times["config"]: times for times in read_times(folder)}
+    return {times["config"]: times for times in read_times(folder, "real_data.py", task_of)}
 
 
 def read_budgets(path: Path) -> list[Row]:
