@@ -8,9 +8,11 @@ A forward pass on a random image without gradients, after two to warm up, by tor
 are of the operators alone, without those that they call; on a GPU those of its kernels. With
 `--causes`, all between queries and the attention term of our layers is attention, other operators
 go by their names, and matrix products of linear layers and convolutions stand beside the time that
-they would take at the speed of the best matrix product of the device, which is measured first.
+they would take at the speed of the best matrix product of the device, which is measured first; and
+on a CPU what a pass takes of the system, which clears every page of memory that it hands out.
 """
 
+import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -124,6 +126,17 @@ def least_ms(model: nn.Module, images: Tensor) -> float:
     return 1e3 * min(seconds_of(lambda: model(images), 1, device) for _ in range(5))
 
 
+@torch.no_grad()
+def of_the_system(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
+    """Of a pass: ms of processor time, ms of it in the system, pages of memory it handed out."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    model(images)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    system = 1e3 * (after.ru_stime - before.ru_stime)
+    user = 1e3 * (after.ru_utime - before.ru_utime)
+    return user + system, system, after.ru_minflt - before.ru_minflt
+
+
 def by_cause(rows: list[Row], macs: Mapping[str, float], tflops: float) -> list[list[Any]]:
     """Milliseconds and share of each cause; of products, multiply-adds, time and speed at best.
 
@@ -172,6 +185,12 @@ def main() -> None:
         alone = least_ms(model, images)
         share = 2e3 * sum(macs.values()) / (1e12 * tflops) / alone
         print(f"\n{alone:.1f} ms without the profiler: {share:.1%} of {tflops:.3f} TFLOP/s")
+        if not images.is_cuda:
+            spent, system, pages = of_the_system(model, images)
+            print(
+                f"{spent:.1f} ms of processor time, {system:.1f} ms of it in the system, which "
+                f"handed out {pages} pages"
+            )
         return
     rows = measure(model, images)
     total = sum(ms for _, _, ms in rows)
