@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmsoft.builder import build_model
-from mmsoft.commands import mim, read_scalars, train_and_test
+from mmsoft.commands import CommandError, mim, read_scalars, train_and_test
 from mmsoft.fileio import write_whole
 
 FIELDS = (
@@ -121,7 +121,7 @@ def measure_row(
     scalars = read_scalars(work_dir)
     import torch  # seconds, which a table does without
 
-    from mmsoft.benchmark.measure import device_name, versions
+    from mmsoft.benchmark.measure import device_name
 
     row = dict(
         config=_name_of(path),
@@ -136,7 +136,7 @@ def measure_row(
         peak_bytes=done.training.peak_bytes,
         threads=torch.get_num_threads(),
         device=device_name("cpu"),
-        versions={name: version for name, version in versions().items() if name in packages},
+        versions=_versions(packages),
         **extra(scalars),
     )
     target = out / f"{name}.json"
@@ -191,6 +191,7 @@ def time_in_turns(
     iterations: int,
     *,
     root: Path,
+    packages: Iterable[str] = (),
 ) -> list[list[float]]:
     """Train in turns, in the current folder, and write the seconds that iterations of each took.
 
@@ -204,13 +205,15 @@ def time_in_turns(
         rounds: runs of each subject.
         iterations: of a run.
         root: of the checkout.
+        packages: whose versions belong to the times.
 
     Returns:
         Seconds of the iterations, by subject.
 
     Raises:
         CommandError: a training failed; nothing has been written then.
-        ValueError: no iteration would be left, or two subjects have one name.
+        ValueError: before any work: no iteration would be left, two subjects have one name, or
+            ``target`` has times of others, which would be lost.
     """
     if iterations <= WARM_UP or rounds < 1:
         least = f"at least 1 round of at least {WARM_UP + 1} iterations"
@@ -218,6 +221,13 @@ def time_in_turns(
     names = [subject.name for subject in subjects]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"to be timed more than once: {', '.join(sorted(twice))}")
+    if target.exists():
+        there = {each["name"] for each in json.loads(target.read_text())["timed"]}
+        if lost := sorted(there - set(names)):
+            raise ValueError(
+                f"{target} has times of {', '.join(lost)}, which would be lost: time them too, or "
+                "write elsewhere with --out"
+            )
     samples: list[list[float]] = [[] for _ in subjects]
     peaks = [0] * len(subjects)
     version = commit(root)
@@ -237,6 +247,8 @@ def time_in_turns(
             usage = mim(title, command, folder / "train.log", Path.cwd())
             peaks[place] = max(peaks[place], usage.peak_bytes)
             measured = [entry["time"] for entry in read_scalars(folder) if "loss" in entry]
+            if len(measured) != iterations:
+                raise CommandError(f"{len(measured)} iterations in the log of {folder}")
             samples[place] += measured[WARM_UP:]
     import torch  # seconds, which a table does without
 
@@ -252,7 +264,12 @@ def time_in_turns(
         )
         for subject, times, peak in zip(subjects, samples, peaks)
     ]
-    where = dict(commit=version, device=device_name("cpu"), threads=torch.get_num_threads())
+    where = dict(
+        commit=version,
+        device=device_name("cpu"),
+        threads=torch.get_num_threads(),
+        versions=_versions(packages),
+    )
     with write_whole(target) as partial:
         partial.write_text(json.dumps(dict(where, timed=timed), indent=1) + "\n")
     return samples
@@ -268,19 +285,28 @@ def read_times(folder: Path, tool: str, check: Callable[[Row], Any]) -> list[Row
     """
 
     def check_all(session: Row) -> None:
+        if not session["timed"]:
+            raise ValueError("nothing was timed")
         for each in session["timed"]:
             if missing := [key for key in ("name", "config", "seconds") if not each.get(key)]:
                 raise ValueError(f"a subject lacks {', '.join(missing)}")
+            if not all(isinstance(time, int | float) and time > 0 for time in each["seconds"]):
+                raise ValueError(f"seconds of {each['name']} are not positive numbers")
             check(each)
 
     found: dict[str, Row] = {}
     for path in sorted(folder.glob("*.json")):
         where = _read(path, tool, check_all, ("commit", "device", "threads", "timed"))
         for each in where.pop("timed"):
-            if each["name"] in found:
-                raise ValueError(f"{each['name']} is in {path} and in another file of times")
-            found[each["name"]] = dict(where, session=path.stem, **each)
+            if (name := each["name"]) in found:
+                raise ValueError(f"{name} was timed in {found[name]['session']} and in {path.stem}")
+            found[name] = {**each, **where, "session": path.stem}
     return list(found.values())
+
+
+def short(commit: str) -> str:
+    """Of a commit as rows have it: seven digits, and whether files differed."""
+    return commit[:7] + "-dirty" * commit.endswith("-dirty")
 
 
 def seconds(value: float | None) -> str:
@@ -309,6 +335,13 @@ def conditions(rows: Sequence[Row]) -> str:
     used = ", ".join(f"{name} {' and '.join(sorted(versions[name]))}" for name in versions)
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     return f"\n{'; '.join(devices)}; {used}; commit {commits}.\n"
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    from mmsoft.benchmark.measure import versions
+
+    wanted = set(packages)
+    return {name: version for name, version in versions().items() if name in wanted}
 
 
 def _name_of(config: Path) -> str:

@@ -304,9 +304,12 @@ class Pathfinder32(SequenceDataset):
             return self._distributed()
         path = self.path(f"pathfinder32_{self.split}.npz")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            with file:
                 images, labels = file["images"], file["labels"]
-        except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not from make_pathfinder.py: {error}") from None
         shape = (len(labels), 32, 32)
         if (

@@ -269,8 +269,7 @@ class PeerSequenceAttention(nn.Module):
         elif value_kernel:
             raise ValueError(f"value_kernel must be 0: {name} has no convolution of values")
         self.name = name
-        self.of_samples = name == "linformer"  # no result depends on what else a batch has
-        self.fill_to = 0 if self.of_samples else tokens
+        self.fill_to = 0 if name == "linformer" else tokens
         self.layer = build_peer(name, embed_dims, num_heads, tokens, **options)
         self.drop = nn.Dropout(drop_rate)
 

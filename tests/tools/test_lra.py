@@ -35,8 +35,7 @@ def test_every_row_is_of_a_config_as_it_is(tool):
     rows = tool.read(tool.ROWS)
     assert rows
     for row in rows:
-        config = Config.fromfile(ROOT / "configs" / row["config"], import_custom_modules=False)
-        config.merge_from_dict(tool.options(tool.ATTENTIONS[row["attention"]][1]))
+        config = tool.with_attention(ROOT / "configs" / row["config"], row["attention"])
         label = f"{row['config']}, {row['attention']}"
         assert row["digest"] == digest(config), label
         assert row["scheduled_iterations"] == config.train_cfg.max_iters, label
@@ -45,6 +44,13 @@ def test_every_row_is_of_a_config_as_it_is(tool):
         except ImportError:  # a peer's package is not installed
             continue
         assert row["parameters"] == sum(p.numel() for p in model.parameters()), label
+
+
+def test_all_times_are_of_a_commit_and_of_configs_as_they_are(tool):
+    for each in tool.times_of(tool.TIMES):
+        assert "dirty" not in each["commit"], each["name"]
+        config = tool.with_attention(ROOT / "configs" / each["config"], each["attention"])
+        assert each["digest"] == digest(config), each["name"]
 
 
 def row(attention="soft++", seed=0, task="listops", iterations=5000, accuracy=37.0, **changes):
@@ -125,7 +131,7 @@ def test_attentions_are_timed_in_turns(tool, tmp_path, monkeypatch):
         ["SOFT++", "2.00 (2.00-2.75), 0 MB"],
         ["softmax", "2.00 (1.25-3.50), 0 MB"],
     ]
-    assert f"commit {times[0]['commit'][:7]}." in page.partition("## Time")[2]
+    assert "d, 1 thread; torch 2; commit 0123456-dirty." in tool.table_of_times([timed(**PLACE)])
     other = dict(times[0], config="lra/softpp_pathfinder32.py", session="pathfinder32")
     assert [line[-1] for line in lines(tool.render([], {}, [*times, other]), "Time")] == [
         "-",
@@ -135,7 +141,11 @@ def test_attentions_are_timed_in_turns(tool, tmp_path, monkeypatch):
 
 def timed(name="listops_softmax", attention="softmax", **changes):
     content = dict(name=name, config="lra/softpp_listops.py", attention=attention)
-    return content | dict(peak_bytes=1, seconds=[1.0]) | changes
+    says = dict(digest="0123456789ab", data=None, peak_bytes=1, seconds=[1.0])
+    return content | says | changes
+
+
+PLACE = dict(commit="0123456789ab-dirty", device="d", threads=1, versions=dict(torch=2), session="")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +154,12 @@ def timed(name="listops_softmax", attention="softmax", **changes):
         ([timed(attention="flash")], "attention flash is unknown"),
         ([timed(config="lra/softpp_sudoku.py")], "softpp_sudoku.py is of no known task"),
         ([timed(seconds=[])], "a subject lacks seconds"),
+        ([timed(seconds=3)], "is not of lra"),
+        ([timed(seconds=["1"])], "seconds of listops_softmax are not positive numbers"),
         ([timed(peak_bytes=None)], "a subject lacks peak_bytes"),
+        ([timed(peak_bytes="1")], "a subject lacks peak_bytes"),
+        ([{k: v for k, v in timed().items() if k != "data"}], "a subject lacks data"),
+        ([], "nothing was timed"),
         ([{"a": 1}], "a subject lacks name, config, seconds"),
         (None, "it lacks timed"),
         (3, "is not of lra"),
@@ -163,14 +178,17 @@ def test_other_files_of_times_are_refused(tool, tmp_path, content, message):
 
 def test_times_of_two_sessions_are_refused(tool, tmp_path):
     """Ratios of seconds from two days are those of the days."""
-    session = dict(commit="c", device="d", threads=1)
+    session = dict(commit="c", device="d", threads=1, versions={})
     first, second = timed(), timed("listops_none", "none")
     for name, content in (("a", first), ("b", second)):
         (tmp_path / f"{name}.json").write_text(json.dumps(dict(session, timed=[content])))
     with pytest.raises(ValueError, match="times of listops are of more than one session"):
         tool.render([], {}, tool.times_of(tmp_path))
     (tmp_path / "b.json").write_text(json.dumps(dict(session, timed=[first])))
-    with pytest.raises(ValueError, match=r"listops_softmax is in .*b\.json and in another file"):
+    with pytest.raises(ValueError, match=r"listops_softmax was timed in a and in b"):
+        tool.times_of(tmp_path)
+    (tmp_path / "b.json").write_text(json.dumps(dict(session, timed=[second, second])))
+    with pytest.raises(ValueError, match=r"listops_none was timed in b and in b"):
         tool.times_of(tmp_path)
 
 

@@ -49,11 +49,11 @@ def test_causes_stand_beside_the_best_matrix_product(profile):
     assert all(row.rstrip().endswith("%") for row in (*rows[1:3], total))
     assert re.search(r" ms without the profiler: [\d.]+% of [\d.]+ TFLOP/s$", last, re.M)
     assert re.search(
-        r"\n[\d.]+ ms of processor time, [\d.]+ ms of it in the sys.* \d+ pages$", last
+        r"\n[\d.]+ ms of processor time, [\d.]+ ms of it in the sys.* \d+ page faults$", last
     )
 
 
-def test_pages_of_fresh_memory_are_counted():
+def test_faults_of_fresh_memory_are_counted():
     """A tensor of 64 MiB is given back to the system, and asked for anew each time."""
 
     def fresh(images):
@@ -61,9 +61,9 @@ def test_pages_of_fresh_memory_are_counted():
 
     kept = torch.ones(1 << 24)
     fresh(None)
-    *_, pages = profile_operators.of_the_system(fresh, None)
+    *_, faults = profile_operators.of_the_system(fresh, None)
     *_, none = profile_operators.of_the_system(lambda images: kept.mul_(1), None)
-    assert pages >= 32  # of 2 MiB, at most
+    assert faults >= 32  # of 2 MiB, at most
     assert none < 8
 
 

@@ -9,7 +9,8 @@ are of the operators alone, without those that they call; on a GPU those of its 
 `--causes`, all between queries and the attention term of our layers is attention, other operators
 go by their names, and matrix products of linear layers and convolutions stand beside the time that
 they would take at the speed of the best matrix product of the device, which is measured first; and
-on a CPU what a pass takes of the system, which clears every page of memory that it hands out.
+on a CPU what a warm pass takes of the system, which clears memory before it hands it out: page by
+page, each a fault.
 """
 
 import resource
@@ -128,7 +129,7 @@ def least_ms(model: nn.Module, images: Tensor) -> float:
 
 @torch.no_grad()
 def of_the_system(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
-    """Of a pass: ms of processor time, ms of it in the system, pages of memory it handed out."""
+    """Of a pass: ms of processor time, ms of it in the system, and page faults."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     model(images)
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -185,11 +186,11 @@ def main() -> None:
         alone = least_ms(model, images)
         share = 2e3 * sum(macs.values()) / (1e12 * tflops) / alone
         print(f"\n{alone:.1f} ms without the profiler: {share:.1%} of {tflops:.3f} TFLOP/s")
-        if not images.is_cuda:
-            spent, system, pages = of_the_system(model, images)
+        if images.device.type == "cpu":
+            spent, system, faults = of_the_system(model, images)
             print(
-                f"{spent:.1f} ms of processor time, {system:.1f} ms of it in the system, which "
-                f"handed out {pages} pages"
+                f"{spent:.1f} ms of processor time, {system:.1f} ms of it in the system, with "
+                f"{faults} page faults"
             )
         return
     rows = measure(model, images)

@@ -37,10 +37,12 @@ from mmsoft.rows import (
     Row,
     Subject,
     conditions,
+    digest,
     measure_row,
     read_rows,
     read_times,
     seconds_of,
+    short,
     spread,
     time_in_turns,
 )
@@ -128,6 +130,13 @@ def options(changes: Sequence[str]) -> dict[str, str | int]:
     return {key: int(value) if value.isdigit() else value for key, value in pairs}
 
 
+def with_attention(path: Path, attention: str) -> Config:
+    """A config of configs/lra/ with one of ATTENTIONS."""
+    config = Config.fromfile(path, import_custom_modules=False)
+    config.merge_from_dict(options(ATTENTIONS[attention][1]))
+    return config
+
+
 def run(
     path: Path,
     attention: str,
@@ -137,9 +146,7 @@ def run(
     out: Path,
 ) -> Path:
     """Train and test one row; gives the file of its figures."""
-    changes = ATTENTIONS[attention][1]
-    config = Config.fromfile(path, import_custom_modules=False)
-    config.merge_from_dict(options(changes))
+    config = with_attention(path, attention)
     data = parameters_of(Path(config.train_dataloader.dataset.data_root))
     return measure_row(
         config,
@@ -149,7 +156,7 @@ def run(
         root=ROOT,
         seed=seed,
         iterations=iterations,
-        changes=changes,
+        changes=ATTENTIONS[attention][1],
         packages=PACKAGES,
         extra=lambda scalars: dict(attention=attention, data=data, **curves(scalars)),
     )
@@ -166,11 +173,15 @@ def time_attentions(
 ) -> list[list[float]]:
     """Time attentions of one task in turns; gives the seconds of each."""
     task = task_of_config(path.name)
-    subjects = [
-        Subject(f"{task}_{name}", path, ATTENTIONS[name][1], dict(attention=name))
-        for name in attentions
-    ]
-    return time_in_turns(subjects, work_dir, out / f"{task}.json", rounds, iterations, root=ROOT)
+    subjects = []
+    for name in attentions:
+        config = with_attention(path, name)
+        root = Path(config.train_dataloader.dataset.data_root)
+        says = dict(attention=name, digest=digest(config), data=parameters_of(root))
+        subjects.append(Subject(f"{task}_{name}", path, ATTENTIONS[name][1], says))
+    target = out / f"{task}.json"
+    turns = (rounds, iterations)
+    return time_in_turns(subjects, work_dir, target, *turns, root=ROOT, packages=PACKAGES)
 
 
 def baselines(task: str, folder: Path, out: Path) -> Path:
@@ -231,9 +242,9 @@ is of the last weights. No row that was measured is left out. Accuracies of seve
 mean, with the lowest and the highest in parentheses; a seed sets the initial weights and the order
 of the sequences. Peak memory is the resident memory of the training process, Python and the data
 included, the most of all seeds. On a CPU sequences of about one length are computed together from
-commit 8865682 on, which leaves out much of the padding; before, and in Nyströmformer and Performer,
-whose results depend on it, all of it takes time and memory. The results of a sequence are the same,
-dropout draws other numbers from a seed, and so rows of both share a line.
+commit 8865682 on, which leaves out much of the padding; before, and in the peers of packages, all
+of it takes time and memory. The results of a sequence are the same, dropout draws other numbers
+from a seed, and so rows of both share a line.
 
 Two lines on ListOps need no model: one class for all, and one for each root operator, which is the
 first token, in both cases those most frequent in training. A row that is no higher than the second
@@ -300,8 +311,10 @@ def times_of(folder: Path) -> list[Row]:
     """
 
     def of_attention(each: Row) -> None:
-        if not each.get("peak_bytes"):
+        if not isinstance(each.get("peak_bytes"), int):
             raise ValueError("a subject lacks peak_bytes")
+        if missing := [key for key in ("digest", "data") if key not in each]:
+            raise ValueError(f"a subject lacks {', '.join(missing)}")
         check(each)
 
     return read_times(folder, "lra.py", of_attention)
@@ -356,7 +369,7 @@ def table(rows: Sequence[Row], baseline: Row | None = None) -> str:
             str(iterations),
             accuracy(group, baseline),
             f"{max(row['peak_bytes'] for row in group) / 1e6:.0f}",
-            ", ".join(dict.fromkeys(row["commit"][:7] for row in group)),
+            ", ".join(dict.fromkeys(short(row["commit"]) for row in group)),
         ]
         for (attention, iterations), group in groups(rows).items()
     ]
@@ -390,7 +403,8 @@ def table_of_times(times: Sequence[Row]) -> str:
             raise ValueError(f"times of {task} are of more than one session")
         plural = "" if first["threads"] == 1 else "s"
         where = f"{first['device']}, {first['threads']} thread{plural}"
-        text += f"\n{TASKS[task]}: {where}, commit {first['commit'][:7]}.\n"
+        used = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        text += f"\n{TASKS[task]}: {where}; {used}; commit {short(first['commit'])}.\n"
 
     def cell(each: Row | None) -> str:
         return f"{seconds_of(each)}, {each['peak_bytes'] / 1e6:.0f} MB" if each else "-"

@@ -46,6 +46,7 @@ from mmsoft.rows import (
     Row,
     Subject,
     conditions,
+    digest,
     measure_row,
     read_rows,
     read_times,
@@ -261,8 +262,11 @@ def time_configs(
     if len(tasks) > 1:
         raise ValueError("configs that take turns must be of one task")
     target = out / f"{'_'.join(reversed(min(tasks)))}.json"
-    subjects = [Subject(path.stem, path) for path in paths]
-    samples = time_in_turns(subjects, work_dir, target, rounds, iterations, root=ROOT)
+    subjects = [
+        Subject(path.stem, path, extra=dict(digest=digest(Config.fromfile(path)))) for path in paths
+    ]
+    turns = (rounds, iterations)
+    samples = time_in_turns(subjects, work_dir, target, *turns, root=ROOT, packages=PACKAGES)
     medians = [statistics.median(times) for times in samples]
     schedule = Config.fromfile(paths[0], import_custom_modules=False).train_cfg.max_iters
     for path, median in zip(paths, medians):

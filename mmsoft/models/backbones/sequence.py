@@ -8,7 +8,6 @@ import torch
 import torch.utils.checkpoint
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from mmsoft.checkpoint import check_is_ours, check_tensors
 from mmsoft.ops.checks import SOLVERS
@@ -31,6 +30,7 @@ from ..sequence import (
 from .arch import check_choice, check_int, check_rate, resolve_sequence_arch
 from .base import Backbone
 
+_TOKENS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 ATTENTIONS = ("soft", "softmax", "gaussian", *PEERS, "none")
 
 
@@ -45,16 +45,15 @@ _OF_SAMPLES = frozenset(
 
 
 def _is_of_samples(module: nn.Module) -> bool:
-    """Whether a part of a batch surely gets what it would in the whole, and nobody watches.
+    """Whether a part of a batch gets what it would in the whole, and nobody watches.
 
-    A subclass, as a parametrized module is, or what has taken a layer's place may know the batch.
+    A subclass, as a parametrized module is, a method replaced in an instance, a peer's package, or
+    what has taken a layer's place may know the batch.
     """
-    if is_hooked(module) or "forward" in vars(module):
+    replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
+    if replaced or is_hooked(module) or type(module) not in _OF_SAMPLES:
         return False
-    if type(module) is PeerSequenceAttention:
-        inside = module.layer.modules()
-        return module.of_samples and not any(is_hooked(m) or is_parametrized(m) for m in inside)
-    return type(module) in _OF_SAMPLES and all(map(_is_of_samples, module.children()))
+    return all(map(_is_of_samples, module.children()))
 
 
 def _groups(lengths: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
@@ -303,7 +302,7 @@ class SequenceSOFT(Backbone):
     def _check_tokens(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        if x.dtype not in _TOKENS:
             raise TypeError(f"x must hold integers, the numbers of tokens, got {x.dtype}")
         if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != 2) or x.shape[-1] < 1:
             raise ValueError(f"x must be [B, N], or pairs [B, 2, N], got shape {tuple(x.shape)}")
