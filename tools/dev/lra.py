@@ -244,7 +244,9 @@ of the sequences. Peak memory is the resident memory of the training process, Py
 included, the most of all seeds. On a CPU sequences of about one length are computed together from
 commit 8865682 on, which leaves out much of the padding; before, and in the peers of packages, all
 of it takes time and memory. The results of a sequence are the same, dropout draws other numbers
-from a seed, and so rows of both share a line.
+from a seed, and so rows of both share a line. Nyströmformer's row is of a commit at which its
+landmarks were parts of the batch's longest sequence, not of the task's, as they are now and as
+published.
 
 Two lines on ListOps need no model: one class for all, and one for each root operator, which is the
 first token, in both cases those most frequent in training. A row that is no higher than the second
