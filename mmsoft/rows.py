@@ -124,7 +124,7 @@ def measure_row(
     from mmsoft.benchmark.measure import device_name
 
     row = dict(
-        config=_name_of(path),
+        config=name_of(path),
         digest=of_config,
         seed=seed,
         commit=version,
@@ -257,7 +257,7 @@ def time_in_turns(
     timed = [
         dict(
             name=subject.name,
-            config=_name_of(subject.config),
+            config=name_of(subject.config),
             **subject.extra,
             peak_bytes=peak,
             seconds=[round(time, 4) for time in times],
@@ -344,7 +344,8 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     return {name: version for name, version in versions().items() if name in wanted}
 
 
-def _name_of(config: Path) -> str:
+def name_of(config: Path) -> str:
+    """A config as rows have it: its folder and file."""
     return f"{config.absolute().parent.name}/{config.name}"
 
 

@@ -48,6 +48,7 @@ from mmsoft.rows import (
     conditions,
     digest,
     measure_row,
+    name_of,
     read_rows,
     read_times,
     seconds,
@@ -258,7 +259,7 @@ def time_configs(
         CommandError: a training failed.
         ValueError: they are of several tasks, or of none.
     """
-    tasks = {task_of(dict(config=f"{path.absolute().parent.name}/{path.name}")) for path in paths}
+    tasks = {task_of(dict(config=name_of(path))) for path in paths}
     if len(tasks) > 1:
         raise ValueError("configs that take turns must be of one task")
     target = out / f"{'_'.join(reversed(min(tasks)))}.json"
